@@ -1,0 +1,54 @@
+# make report | test | test-gpu | check | lock | clean: each makes .venv first when it is missing or out of date.
+
+PYTHON ?= python3.11
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: help report test test-gpu check lock clean
+
+help:
+	@echo "make report    run the pipeline up to results/report.html"
+	@echo "make test      run the tests that need no GPU"
+	@echo "make test-gpu  run the tests that need one"
+	@echo "make check     format, lint, types, workflow: what CI runs before the tests"
+	@echo "make lock      write the versions in $(VENV) into requirements.lock"
+	@echo "make clean     remove logs and caches, but neither data, nor results, nor $(VENV)"
+
+report: $(INSTALLED)
+	snakemake --cores all results/report.html
+
+# One thread per process: the two workers share the cores.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 pytest -n 2 -m "not gpu"
+
+test-gpu: $(INSTALLED)
+	pytest -m gpu
+
+check: $(INSTALLED)
+	ruff format --check .
+	ruff check .
+	mypy
+	snakefmt --check Snakefile workflow/rules tests/workflow/toy/Snakefile
+	snakemake --lint
+	python workflow/code_deps.py --check
+
+# The versions as they are installed; to change one, pip install it first. A local version such as
+# torch's +cpu belongs to one machine's index and is cut off.
+lock: $(INSTALLED)
+	@{ echo "# What make installs, from 'make lock'. To change a version: .venv/bin/pip install NAME==VERSION && make lock"; \
+	  pip freeze --all --exclude pip --exclude llmpress | sed 's/+[a-z0-9.]*$$//' | LC_ALL=C sort -f; } > requirements.lock
+	@touch $(INSTALLED)
+
+clean:
+	rm -rf logs scratch build dist dvc_plots .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find src tests workflow -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
+	  || { echo "make: $(PYTHON) is not a working Python 3.11 or 3.12; install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	python -m pip install --quiet --upgrade pip==26.3
+	python -m pip install -r requirements.lock
+	python -m pip install --no-deps --no-build-isolation --editable .
+	@touch $@

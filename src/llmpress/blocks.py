@@ -1,0 +1,153 @@
+"""The engine: a decoder whose blocks are in memory one at a time.
+
+Whatever walks a model here (calibration, block-wise finetuning) holds the embeddings, one block and
+one buffer of hidden states ``[windows, tokens, hidden]``, whatever the depth.
+"""
+
+import copy
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from llmpress.architectures import decoder_blocks
+from llmpress.errors import NumericalError
+from llmpress.layers import CompressedLinear
+
+
+class TensorSource(Protocol):
+    """A checkpoint, read tensor by tensor."""
+
+    def names(self) -> list[str]:
+        """Return the names of all stored tensors."""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor."""
+        ...
+
+
+class BlockWalk:
+    """Runs hidden states through a model's decoder blocks, loading each block when it is needed.
+
+    Args:
+        skeleton: The model with parameters on the meta device; linears may already be replaced by
+            compressed ones.
+        source: Where its tensors come from.
+        device: Where blocks compute.
+        autocast: Compute in bf16 where a matrix product allows it.
+    """
+
+    def __init__(
+        self,
+        skeleton: PreTrainedModel,
+        source: TensorSource,
+        *,
+        device: torch.device,
+        autocast: bool = False,
+    ) -> None:
+        self.skeleton = skeleton
+        self.source = source
+        self.device = device
+        self.autocast = autocast
+        self.prefix, self.blocks = decoder_blocks(skeleton)
+        self.arguments: list[dict[str, Any]] = []
+
+    def __len__(self) -> int:
+        """Return the number of decoder blocks."""
+        return len(self.blocks)
+
+    def embed(self, windows: Tensor) -> Tensor:
+        """Return what enters the first block, and note what else each block is called with.
+
+        Args:
+            windows: Token ids, int64 ``[windows, tokens]``.
+
+        Returns:
+            Hidden states, fp32 ``[windows, tokens, hidden]`` on the CPU.
+        """
+        decoder = copy.deepcopy(self.skeleton.get_decoder())
+        name = next(n for n, m in self.skeleton.named_modules() if m is self.skeleton.get_decoder())
+        _, blocks = decoder_blocks(decoder)
+        recorders = [_Recorder(block) for block in blocks]
+        for index, recorder in enumerate(recorders):
+            blocks[index] = recorder
+        outside = {
+            tensor.removeprefix(f"{name}."): self.source.tensor(tensor)
+            for tensor in self.source.names()
+            if tensor.startswith(f"{name}.") and not tensor.startswith(f"{self.prefix}.")
+        }
+        decoder.load_state_dict(outside, assign=True)
+        decoder.float().to(self.device)
+        hidden = []
+        with torch.no_grad():
+            for window in windows:
+                decoder(window.unsqueeze(0).to(self.device), use_cache=False)
+                hidden.append(recorders[0].hidden_states.float().cpu())
+        self.arguments = [recorder.arguments for recorder in recorders]
+        return torch.cat(hidden)
+
+    def load(self, index: int) -> nn.Module:
+        """Return decoder block ``index`` with its weights, on the device."""
+        prefix = f"{self.prefix}.{index}."
+        names = [name for name in self.source.names() if name.startswith(prefix)]
+        block = copy.deepcopy(self.blocks[index])
+        block.load_state_dict({n.removeprefix(prefix): self.source.tensor(n) for n in names}, assign=True)
+        for module in block.modules():
+            if not isinstance(module, CompressedLinear):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.float()
+        return block.to(self.device).eval().requires_grad_(False)
+
+    def forward(self, block: nn.Module, index: int, hidden_states: Tensor) -> Tensor:
+        """Run one batch ``[batch, tokens, hidden]`` through a loaded block; gradients are kept."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            output = block(hidden_states.to(self.device), **self.arguments[index])
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result.float()
+
+    @torch.no_grad()
+    def propagate(
+        self, block: nn.Module, index: int, hidden_states: Tensor, batch_size: int = 8
+    ) -> Tensor:
+        """Run all hidden states ``[windows, tokens, hidden]`` through a block, on the CPU again.
+
+        Raises:
+            NumericalError: The block's output holds NaN or Inf.
+        """
+        batches = hidden_states.split(batch_size)
+        output = torch.cat([self.forward(block, index, batch).cpu() for batch in batches])
+        if not bool(torch.isfinite(output).all()):
+            raise NumericalError(
+                f"{self.prefix}.{index}: the output holds NaN or Inf; "
+                "check the weights, or turn off bf16 autocast"
+            )
+        return output
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder block: passes hidden states on and keeps what it was called with."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self._attributes = {k: v for k, v in vars(block).items() if not k.startswith("_")}
+        self.hidden_states: Tensor = torch.empty(0)
+        self.arguments: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return self.__dict__["_attributes"][name]
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        self.hidden_states = hidden_states
+        self.arguments = {k: v for k, v in arguments.items() if k != "past_key_values"}
+        return hidden_states
+
+
+def progress(items: Any, what: str, total: int | None = None) -> Any:
+    """Wrap an iterable in a progress bar on stderr."""
+    return tqdm(items, desc=what, total=total, dynamic_ncols=True, mininterval=1.0)

@@ -1,0 +1,167 @@
+"""Hugging Face checkpoint folders, read tensor by tensor and never loaded whole."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from llmpress.architectures import block_linears
+from llmpress.artifacts import read_json, read_provenance, write_json
+from llmpress.errors import ArtifactError, SourceError
+
+__all__ = ["Checkpoint", "CheckpointWriter", "block_linears", "copy_companions", "stored_dtype"]
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """A folder with config.json and safetensors weights, in one file or in shards.
+
+    Attributes:
+        folder: Where it lies.
+        config: The model's configuration.
+
+    Raises:
+        ArtifactError: No checkpoint in this folder, or a shard missing or truncated.
+        SourceError: Only pickle weights, which are never opened.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / "config.json").is_file():
+            raise ArtifactError(f"{self.folder}: no model here (config.json is missing)")
+        self.config: PretrainedConfig = AutoConfig.from_pretrained(
+            self.folder, trust_remote_code=False, local_files_only=True
+        )
+        self._shards = {name: self._open(path) for name, path in self._files().items()}
+        self._where: dict[str, str] = {
+            tensor: name for name, shard in self._shards.items() for tensor in shard.keys()  # noqa: SIM118
+        }
+
+    def _files(self) -> dict[str, Path]:
+        if (self.folder / WEIGHTS_INDEX).is_file():
+            index = read_json(self.folder / WEIGHTS_INDEX)
+            names = sorted(set(index["weight_map"].values()))
+        elif (self.folder / WEIGHTS).is_file():
+            names = [WEIGHTS]
+        elif any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt")):
+            raise SourceError(
+                f"{self.folder}: only pickle weights, which are not opened; "
+                "save the model with safe_serialization=True first"
+            )
+        else:
+            raise ArtifactError(f"{self.folder}: no weights here ({WEIGHTS} is missing)")
+        return {name: self.folder / name for name in names}
+
+    @staticmethod
+    def _open(path: Path) -> Any:
+        try:
+            return safe_open(path, framework="pt")
+        except FileNotFoundError:
+            raise ArtifactError(f"{path}: shard is missing; fetch the model again") from None
+        except SafetensorError as error:
+            raise ArtifactError(f"{path}: damaged ({error}); fetch the model again") from None
+
+    @property
+    def fingerprint(self) -> str:
+        """The artifact's fingerprint, from its provenance."""
+        fingerprint: str = read_provenance(self.folder)["fingerprint"]
+        return fingerprint
+
+    def names(self) -> list[str]:
+        """Return the names of all stored tensors, sorted."""
+        return sorted(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading it."""
+        return tuple(self._shard(name).get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor."""
+        tensor: Tensor = self._shard(name).get_tensor(name)
+        return tensor
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Read all tensors whose name starts with ``prefix``, which is cut off."""
+        return {n.removeprefix(prefix): self.tensor(n) for n in self.names() if n.startswith(prefix)}
+
+    def _shard(self, name: str) -> Any:
+        if name not in self._where:
+            raise ArtifactError(f"{self.folder}: holds no tensor {name!r}")
+        return self._shards[self._where[name]]
+
+    def skeleton(self) -> PreTrainedModel:
+        """Build the model with parameters on the meta device and buffers in memory."""
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                self.config, trust_remote_code=False
+            )
+        return model.eval()
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Return the dtype of the checkpoint's largest tensor."""
+    largest = max(checkpoint.names(), key=lambda n: torch.Size(checkpoint.shape(n)).numel())
+    return checkpoint.tensor(largest).dtype
+
+
+class CheckpointWriter:
+    """Writes named tensors into safetensors shards of bounded size, then an index where needed.
+
+    Args:
+        folder: Where to write.
+        max_shard_bytes: A shard is closed before it would exceed this; also the memory held.
+    """
+
+    def __init__(self, folder: Path, max_shard_bytes: int = 2 << 30) -> None:
+        self.folder = folder
+        self.max_shard_bytes = max_shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self._total_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Add one tensor; it is written when its shard is full."""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self.max_shard_bytes:
+            self._flush()
+        self._pending[name] = tensor.detach().cpu().contiguous()
+        self._pending_bytes += size
+        self._total_bytes += size
+
+    def close(self) -> None:
+        """Write what is left, give the shards their names, and write the index if there are several."""
+        self._flush()
+        count = len(self._shards)
+        weight_map = {}
+        for number, names in enumerate(self._shards, start=1):
+            final = WEIGHTS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            self._part(number).rename(self.folder / final)
+            weight_map.update(dict.fromkeys(names, final))
+        if count > 1:
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+            write_json(self.folder / WEIGHTS_INDEX, index)
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._shards.append(list(self._pending))
+            save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
+            self._pending, self._pending_bytes = {}, 0
+
+    def _part(self, number: int) -> Path:
+        return self.folder / f"part-{number:05d}.safetensors"
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer, generation and chat-template files from one model folder to another."""
+    for pattern in ("tokenizer*", "vocab*", "merges*", "special_tokens*", "*.jinja", "generation_config*"):
+        for file in source.glob(pattern):
+            shutil.copyfile(file, target / file.name)

@@ -1,0 +1,191 @@
+"""Compress every linear layer of a model or of a delta, block by block, with a record of each."""
+
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmpress.architectures import block_linears
+from llmpress.blocks import TensorSource, progress
+from llmpress.errors import NumericalError
+from llmpress.layers import CompressedLinear, build_layer
+from llmpress.linalg import relative_output_error, relative_weight_error
+from llmpress.methods.base import InputStatistics, Method, Shape
+from llmpress.resume import BlockStore
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What became of one linear layer.
+
+    Attributes:
+        name: Its full name in the model.
+        kind: Storage format, ``dense`` where the layer was left as it is.
+        settings: The layer's own constructor arguments: widths, ranks, numbers of entries.
+        shape: ``[out, in]``.
+        stored_bits: Every stored bit.
+        bits_per_weight: ``stored_bits`` over the number of weights.
+        relative_weight_error: ``‖W − Ŵ‖² / ‖W‖²``.
+        relative_output_error: ``E‖(W − Ŵ) x‖² / E‖W x‖²`` over the calibration text; None without one.
+        seconds: Time the method took.
+    """
+
+    name: str
+    kind: str
+    settings: dict[str, Any]
+    shape: tuple[int, int]
+    stored_bits: int
+    bits_per_weight: float
+    relative_weight_error: float
+    relative_output_error: float | None
+    seconds: float
+
+
+def model_shapes(model: torch.nn.Module) -> list[dict[str, Shape]]:
+    """Return the shapes of all compressible layers, block by block."""
+    return [
+        {name: Shape(linear.out_features, linear.in_features) for name, linear in linears.items()}
+        for linears in block_linears(model)
+    ]
+
+
+def compress_layers(
+    blocks: Sequence[Mapping[str, Shape]],
+    source: TensorSource,
+    method: Method,
+    statistics: Mapping[str, InputStatistics] | None,
+    *,
+    model_weights: int,
+    seed: int,
+    device: torch.device,
+    store: BlockStore,
+) -> Iterator[tuple[str, CompressedLinear | None, LayerRecord]]:
+    """Compress layer after layer; finished blocks are taken from the store.
+
+    Args:
+        blocks: Names and shapes of the compressible layers of each block, from the bottom up.
+        source: Holds a tensor ``<name>.weight [out, in]`` for each of them.
+        method: How; its plan decides each layer's share of a budget.
+        statistics: Input statistics by layer name.
+        model_weights: Number of weights of the whole model, embeddings included.
+        seed: Same seed, same bytes, in whatever order layers are done.
+        device: Where to compute.
+        store: Keeps finished blocks for a rerun.
+
+    Yields:
+        A layer's name, the compressed layer on the CPU (None where it stays dense), its record.
+
+    Raises:
+        NumericalError: A weight that cannot be compressed; names the layer.
+        ValueError: The method needs statistics and a layer has none.
+    """
+    shapes = {name: shape for block in blocks for name, shape in block.items()}
+    plan = method.plan(shapes, model_weights)
+    for index, block in enumerate(progress(blocks, "compress blocks")):
+        finished = store.load(index)
+        if finished is None:
+            done = {
+                name: _compress_one(name, source, plan[name], statistics, seed, device) for name in block
+            }
+            store.save(
+                index,
+                {
+                    f"{name}|{key}": tensor
+                    for name, (layer, _) in done.items()
+                    if layer is not None
+                    for key, tensor in layer.tensors().items()
+                },
+                [asdict(record) for _, record in done.values()],
+            )
+        else:
+            done = _restore(*finished)
+        for name, (layer, record) in done.items():
+            yield name, layer, record
+
+
+def totals(records: Sequence[LayerRecord], model_weights: int) -> dict[str, float]:
+    """Return the true size over all compressed layers; dense ones do not count as compressed."""
+    compressed = [r for r in records if r.kind != "dense"]
+    weights = sum(r.shape[0] * r.shape[1] for r in compressed)
+    bits = sum(r.stored_bits for r in compressed)
+    return {
+        "compressed_weights": weights,
+        "stored_bits": bits,
+        "bits_per_weight": bits / weights if weights else 0.0,
+        "model_weights": model_weights,
+    }
+
+
+def _compress_one(
+    name: str,
+    source: TensorSource,
+    method: Method | None,
+    statistics: Mapping[str, InputStatistics] | None,
+    seed: int,
+    device: torch.device,
+) -> tuple[CompressedLinear | None, LayerRecord]:
+    weight = source.tensor(f"{name}.weight").to(device)
+    known = None
+    if method is not None and statistics is not None and method.uses_statistics:
+        found = statistics[name]
+        known = InputStatistics(found.second_moment.to(device), found.num_tokens)
+    started = time.perf_counter()
+    layer = None
+    if method is not None:
+        try:
+            layer = method.compress(weight, known, seed=seed + zlib.crc32(name.encode())).cpu()
+        except ValueError as error:
+            raise NumericalError(f"{name}: {error}") from error
+    seconds = time.perf_counter() - started
+    moment = statistics[name].second_moment if statistics is not None and name in statistics else None
+    return layer, layer_record(name, weight.cpu(), layer, moment, seconds)
+
+
+def layer_record(
+    name: str, weight: Tensor, layer: CompressedLinear | None, moment: Tensor | None, seconds: float
+) -> LayerRecord:
+    """Measure a compressed layer against its weight ``[out, in]``; ``layer`` None means left dense."""
+    if layer is None:
+        bits = weight.numel() * 16
+        return LayerRecord(
+            name, "dense", {}, _pair(weight), bits, 16.0, 0.0, None if moment is None else 0.0, seconds
+        )
+    approximation = layer.dequantize().detach()
+    return LayerRecord(
+        name=name,
+        kind=layer.kind,
+        settings=layer.spec(),
+        shape=_pair(weight),
+        stored_bits=layer.stored_bits(),
+        bits_per_weight=layer.stored_bits() / layer.num_weights,
+        relative_weight_error=relative_weight_error(weight, approximation),
+        relative_output_error=(
+            None if moment is None else relative_output_error(weight, approximation, moment)
+        ),
+        seconds=seconds,
+    )
+
+
+def _pair(weight: Tensor) -> tuple[int, int]:
+    return weight.shape[0], weight.shape[1]
+
+
+def _restore(
+    tensors: Mapping[str, Tensor], records: Sequence[Mapping[str, Any]]
+) -> dict[str, tuple[CompressedLinear | None, LayerRecord]]:
+    done: dict[str, tuple[CompressedLinear | None, LayerRecord]] = {}
+    for fields in records:
+        record = LayerRecord(**{**fields, "shape": tuple(fields["shape"])})
+        layer = None
+        if record.kind != "dense":
+            out_features, in_features = record.shape
+            layer = build_layer(record.kind, in_features, out_features, dict(record.settings))
+            prefix = f"{record.name}|"
+            own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+            layer.load_state_dict(own)
+        done[record.name] = (layer, record)
+    return done

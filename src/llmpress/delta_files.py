@@ -1,0 +1,139 @@
+"""Delta folders on disk: delta.json says what is there, delta.safetensors (or its shards) holds it.
+
+Two kinds share the format. A ``delta`` holds ``<layer>.weight``, the fp32 difference fine-tuned
+minus base of each linear layer that changed; a ``compressed_delta`` holds ``<layer>.<tensor>``, the
+packed tensors of its compressed layers. Both hold ``exact.<name>`` for every other tensor that
+changed: the fine-tuned tensor itself, at its own dtype.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmpress.artifacts import read_json, write_json
+from llmpress.errors import ArtifactError
+
+HEADER = "delta.json"
+FORMAT_VERSION = 1
+EXACT = "exact."
+
+Kind = Literal["delta", "compressed_delta"]
+
+
+class DeltaWriter:
+    """Writes a delta folder, one shard in memory at a time.
+
+    Args:
+        folder: Where to write.
+        max_shard_bytes: A shard is closed before it would exceed this.
+    """
+
+    def __init__(self, folder: Path, max_shard_bytes: int = 1 << 30) -> None:
+        self.folder = folder
+        self.max_shard_bytes = max_shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Add one tensor; it is written when its shard is full."""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self.max_shard_bytes:
+            self._flush()
+        self._pending[name] = tensor.detach().cpu().contiguous()
+        self._pending_bytes += size
+
+    def close(self, kind: Kind, header: Mapping[str, Any]) -> None:
+        """Write what is left, give the shards their names, and write delta.json last."""
+        self._flush()
+        count = len(self._shards)
+        files: dict[str, list[str]] = {}
+        for number, names in enumerate(self._shards, start=1):
+            final = (
+                "delta.safetensors"
+                if count == 1
+                else f"delta-{number:05d}-of-{count:05d}.safetensors"
+            )
+            self._part(number).rename(self.folder / final)
+            files[final] = names
+        first = {"format_version": FORMAT_VERSION, "kind": kind}
+        write_json(self.folder / HEADER, {**first, **header, "files": files})
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._shards.append(list(self._pending))
+            save_file(self._pending, self._part(len(self._shards)))
+            self._pending, self._pending_bytes = {}, 0
+
+    def _part(self, number: int) -> Path:
+        return self.folder / f"part-{number:05d}.safetensors"
+
+
+class DeltaFolder:
+    """A delta folder, read tensor by tensor.
+
+    Args:
+        folder: Where it lies.
+        kind: What it has to hold.
+
+    Attributes:
+        header: What delta.json says.
+
+    Raises:
+        ArtifactError: No such folder, of the other kind or another version, or damaged.
+    """
+
+    def __init__(self, folder: Path, kind: Kind) -> None:
+        self.folder = folder
+        if not (folder / HEADER).is_file():
+            raise ArtifactError(f"{folder}: no delta here ({HEADER} is missing); make it first")
+        self.header: dict[str, Any] = read_json(folder / HEADER)
+        version, found = self.header.get("format_version"), self.header.get("kind")
+        if version != FORMAT_VERSION:
+            raise ArtifactError(
+                f"{folder}: delta of format version {version}, this llmpress reads version "
+                f"{FORMAT_VERSION}; make it again"
+            )
+        if found != kind:
+            raise ArtifactError(f"{folder}: holds a {found}, a {kind} is needed here")
+        self._shards = {name: _opened(folder / name) for name in self.header["files"]}
+        self._where = {n: file for file, names in self.header["files"].items() for n in names}
+
+    def names(self) -> list[str]:
+        """Return the names of all stored tensors, sorted."""
+        return sorted(self._where)
+
+    def exact_names(self) -> list[str]:
+        """Return the model's names of the tensors that are kept exactly."""
+        return [name.removeprefix(EXACT) for name in self.names() if name.startswith(EXACT)]
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor.
+
+        Raises:
+            ArtifactError: It is not there.
+        """
+        try:
+            tensor: Tensor = self._shards[self._where[name]].get_tensor(name)
+        except (KeyError, SafetensorError):
+            raise ArtifactError(f"{self.folder}: holds no tensor {name!r}; make it again") from None
+        return tensor
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Read all tensors whose name starts with ``prefix``, which is cut off."""
+        return {
+            n.removeprefix(prefix): self.tensor(n) for n in self.names() if n.startswith(prefix)
+        }
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: is missing; make the delta again") from None
+    except SafetensorError as error:
+        raise ArtifactError(f"{path}: damaged ({error}); make the delta again") from None

@@ -1,0 +1,235 @@
+"""What results/metrics/<name>.json and results/details/<name>.json hold: typed, and a word on each.
+
+``python -m llmpress.evaluation.metrics`` writes docs/metrics.md from these descriptions.
+"""
+
+import types
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+
+DOCUMENT = Path("docs/metrics.md")
+
+
+class Record(BaseModel):
+    """Unknown keys, wrong types, NaN and Inf are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class TaskAccuracy(Record):
+    """Result on one task."""
+
+    accuracy: float = Field(
+        ge=0,
+        le=1,
+        description="Share of items answered correctly: the first metric of task.yaml.",
+    )
+    stderr: NonNegativeFloat = Field(
+        description="Standard error of the accuracy from the choice of items. Two runs answer the "
+        "same items, so their difference is known better than this."
+    )
+    num_items: NonNegativeInt = Field(
+        description="Items asked; the same random ones for every run."
+    )
+
+
+class Quality(Record):
+    """How good the predictions are, and how close to the original's."""
+
+    perplexity: dict[str, PositiveFloat] = Field(
+        description="By corpus: exp of the mean negative log-likelihood per token of test windows. "
+        "It depends on the window's length (see details): never compare across lengths."
+    )
+    kl_divergence_nats: dict[str, float] = Field(
+        description="By corpus: mean over tokens of KL(original ‖ this) of the next-token "
+        "distribution, in nats. Deltas: the original is the fine-tuned model. A model itself: 0 by "
+        "definition."
+    )
+    top1_agreement: dict[str, float] = Field(
+        description="By corpus: share of tokens for which the most probable next token is the "
+        "original's. A model itself: 1 by definition."
+    )
+    tasks: dict[str, TaskAccuracy] = Field(description="By task, through lm-eval.")
+
+
+class Size(Record):
+    """True size: everything that is stored."""
+
+    bits_per_weight: NonNegativeFloat = Field(
+        description="stored_bits / compressed_weights: codes, codebooks, scales, zero points, "
+        "indices and padding included. A model: bits of the dtype it is stored in."
+    )
+    compressed_weights: NonNegativeInt = Field(
+        description="Weights of the linear layers that are stored compressed; layers that a method "
+        "leaves dense do not count. A model: weights of the linear layers of its decoder blocks."
+    )
+    stored_bits: NonNegativeInt = Field(description="Bits stored for those layers.")
+    model_weights: NonNegativeInt = Field(
+        description="Weights of the whole original model, embeddings included, tied ones once."
+    )
+    model_bytes: NonNegativeInt = Field(
+        description="Bytes of all weight files on disk. Deltas: of the delta alone; the base is "
+        "stored once for all fine-tuned models."
+    )
+    ratio: NonNegativeFloat = Field(
+        description="Bytes of the whole model in bf16 / model_bytes. Deltas: bytes of the whole "
+        "delta (changed linear layers and exactly kept tensors) in bf16 / model_bytes."
+    )
+
+
+class Cost(Record):
+    """What making the artifact took; 0 where the step does not apply."""
+
+    compress_seconds: NonNegativeFloat = Field(
+        description="Wall time of the compress stage. Finetuned runs: the method's time, summed "
+        "over the layers of the run that was finetuned."
+    )
+    compress_peak_memory_bytes: NonNegativeInt = Field(
+        description="Largest resident memory plus largest GPU allocation while compressing. "
+        "Finetuned runs: 0, see the run that was finetuned."
+    )
+    finetune_seconds: NonNegativeFloat = Field(description="Wall time of the finetune stage.")
+    finetune_peak_memory_bytes: NonNegativeInt = Field(
+        description="Largest resident memory plus largest GPU allocation while finetuning."
+    )
+
+
+class Speed(Record):
+    """Speed of the model as it is stored, compressed layers packed; batch size 1."""
+
+    decode_tokens_per_second: NonNegativeFloat = Field(
+        description="One over the median time of generating one more token."
+    )
+    prefill_tokens_per_second: NonNegativeFloat = Field(
+        description="Tokens of the prompt over the time until the first new token."
+    )
+    peak_memory_bytes: NonNegativeInt = Field(
+        description="Largest resident memory of the process while it loads the packed model and "
+        "generates, interpreter and libraries included, plus the largest GPU allocation."
+    )
+
+
+class Metrics(Record):
+    """Numbers only, for ``dvc metrics show`` and ``dvc metrics diff``."""
+
+    quality: Quality = Field(description="Quality of the predictions.")
+    size: Size = Field(description="Size on disk.")
+    cost: Cost = Field(description="Cost of making it.")
+    speed: Speed = Field(description="Speed of using it.")
+
+
+class Sample(Record):
+    """A fixed prompt and what the model writes after it."""
+
+    prompt: str = Field(description="The prompt.")
+    text: str = Field(description="Its most probable continuation, token by token.")
+
+
+class EvaluationRecord(Record):
+    """How the numbers were measured; the same for all results that are compared."""
+
+    windows: int = Field(description="Token windows per corpus, from the start of the test text.")
+    length: int = Field(description="Tokens per window; the first of them is not predicted.")
+    tokens_scored: dict[str, int] = Field(description="By corpus: tokens predicted.")
+    dtype: str = Field(description="Precision of perplexity, divergence and agreement.")
+    task_dtype: str = Field(description="Precision of tasks, samples and speed.")
+    task_items: dict[str, int] = Field(description="By task: items asked.")
+    task_metrics: dict[str, str] = Field(description="By task: lm-eval's name of the accuracy.")
+    prefill_tokens: int = Field(description="Tokens of the prompt with which speed was measured.")
+    decode_tokens: int = Field(description="Tokens generated after the first to measure speed.")
+    device: str = Field(description="Where the model ran.")
+    num_threads: int = Field(description="Threads of the processor that were used.")
+
+
+class Provenance(Record):
+    """Where the result comes from."""
+
+    artifact: dict[str, Any] = Field(description="provenance.json of what was evaluated.")
+    source: dict[str, Any] | None = Field(
+        description="provenance.json of the original it is compared with; null for a model itself."
+    )
+    evaluation: dict[str, Any] = Field(
+        description="When, on which hardware and with which packages; seconds of each part."
+    )
+
+
+class Details(Record):
+    """Everything a reader of the report may ask about a result."""
+
+    name: str = Field(description="Name in params.yaml.")
+    kind: Literal["model", "compressed", "delta", "finetuned"] = Field(description="What it is.")
+    method: str | None = Field(description="Name of the compression method; null for a model.")
+    settings: dict[str, Any] = Field(description="Settings it was made with.")
+    original: str = Field(description="Model it is compared with; a model's own name.")
+    base: str | None = Field(description="Deltas: the model the delta is put on; null otherwise.")
+    evaluation: EvaluationRecord = Field(description="How it was measured.")
+    layers: dict[str, Any] | None = Field(
+        description="layers.json of the artifact: size and errors of every layer, losses of every "
+        "finetuned block; null for a model."
+    )
+    provenance: Provenance = Field(description="Origin of artifact, original and numbers.")
+    samples: list[Sample] = Field(description="Texts written for a few fixed prompts.")
+
+
+def document() -> str:
+    """Return docs/metrics.md."""
+    parts = [
+        "# Metrics and details\n",
+        "Written by `python -m llmpress.evaluation.metrics`; `<name>`: a corpus or a task.\n",
+    ]
+    for title, record in (
+        ("results/metrics/KEY.json", Metrics),
+        ("results/details/KEY.json", Details),
+    ):
+        parts += [
+            f"## {title}\n",
+            f"{record.__doc__}\n".replace("``", "`"),
+            "| key | type | meaning |\n| --- | --- | --- |",
+        ]
+        parts += [f"| `{key}` | {kind} | {text} |" for key, kind, text in _rows(record)]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _rows(record: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str]]:
+    """Return dotted key, type and description of every field, records in it taken apart."""
+    rows = []
+    for name, field in record.model_fields.items():
+        key, kind = f"{prefix}{name}", field.annotation
+        nested, inner = _nested(kind)
+        if nested is None:
+            rows.append((key + inner, _type_name(kind), field.description or ""))
+        else:
+            rows += _rows(nested, f"{key}{inner}.")
+    return rows
+
+
+def _nested(kind: Any) -> tuple[type[BaseModel] | None, str]:
+    """Return the record inside an annotation, and what stands between the key and its fields."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    inner = ""
+    if origin is dict and arguments[1] is not Any:
+        kind, inner = arguments[1], ".<name>"
+    elif origin is list:
+        kind, inner = arguments[0], "[]"
+    return (kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None), inner
+
+
+def _type_name(kind: Any) -> str:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is dict:
+        return "object" if arguments[1] is Any else _type_name(arguments[1])
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if origin is types.UnionType:
+        return " or ".join(_type_name(argument) for argument in arguments)
+    if hasattr(kind, "__metadata__"):  # such as NonNegativeFloat
+        return _type_name(arguments[0])
+    names = {str: "text", float: "number", int: "whole number", types.NoneType: "null"}
+    return names[kind]
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(document(), encoding="utf-8")

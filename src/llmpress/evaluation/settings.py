@@ -1,0 +1,45 @@
+"""How models and runs are evaluated: params.yaml's section ``evaluation`` without ``models``."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+DType = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """The same for every model and run, so that their numbers can be compared.
+
+    Attributes:
+        corpora: Names of the corpora on whose test text likelihood is measured.
+        windows: Token windows per corpus, the first ones of the test text.
+        length: Tokens per window.
+        dtype: Precision of likelihood and divergence. bfloat16 alone moves the predictions by some
+            1.5e-3 nats per token, more than a good compressed delta does.
+        tasks: Items per task, None for all.
+        task_dtype: Precision of tasks, samples and speed.
+        prefill_tokens: Length of the prompt with which speed is measured.
+        decode_tokens: Tokens generated, one at a time, to measure speed.
+        sample_tokens: Tokens of each sample text.
+    """
+
+    corpora: tuple[str, ...]
+    windows: int
+    length: int
+    dtype: DType
+    tasks: Mapping[str, int | None]
+    task_dtype: DType
+    prefill_tokens: int
+    decode_tokens: int
+    sample_tokens: int
+
+    def __post_init__(self) -> None:
+        for name in ("windows", "prefill_tokens", "decode_tokens", "sample_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.length < 2:
+            raise ValueError("length must be at least 2: a first token has no prediction")
+        for task, items in self.tasks.items():
+            if items is not None and items < 2:
+                raise ValueError(f"tasks.{task}: {items} items give no standard error")

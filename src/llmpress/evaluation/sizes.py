@@ -1,0 +1,76 @@
+"""True size of an artifact, and what it cost to make it, read from its folder."""
+
+from pathlib import Path
+from typing import Any
+
+from llmpress.artifacts import folder_bytes, read_json, read_provenance
+from llmpress.checkpoints import Checkpoint, block_linears, stored_dtype
+from llmpress.delta_files import DeltaFolder
+from llmpress.evaluation.metrics import Cost, Size
+
+LAYERS = "layers.json"
+BF16_BYTES = 2
+
+
+def model_size(folder: Path) -> Size:
+    """Return the size of a model that is stored as it is."""
+    checkpoint = Checkpoint(folder)
+    skeleton = checkpoint.skeleton()
+    linears = [linear for block in block_linears(skeleton) for linear in block.values()]
+    weights = sum(linear.weight.numel() for linear in linears)
+    bits = 8 * stored_dtype(checkpoint).itemsize
+    model_weights = skeleton.num_parameters()
+    return _size(folder, weights, bits * weights, model_weights, BF16_BYTES * model_weights)
+
+
+def compressed_size(folder: Path) -> Size:
+    """Return the size of a compressed model, measured against the whole model in bf16."""
+    totals = read_json(folder / LAYERS)["totals"]
+    model_weights = totals["model_weights"]
+    reference = BF16_BYTES * model_weights
+    weights, bits = totals["compressed_weights"], totals["stored_bits"]
+    return _size(folder, weights, bits, model_weights, reference)
+
+
+def delta_size(folder: Path) -> Size:
+    """Return the size of a compressed delta, measured against the same delta in bf16."""
+    totals = read_json(folder / LAYERS)["totals"]
+    delta = DeltaFolder(folder, "compressed_delta")
+    exact = sum(delta.header["exact"].values())  # weights of the tensors that are kept as they are
+    weights, bits = totals["compressed_weights"], totals["stored_bits"]
+    return _size(folder, weights, bits, totals["model_weights"], BF16_BYTES * (weights + exact))
+
+
+def cost(folder: Path) -> Cost:
+    """Return what making the artifact took; zeros for a model that was only fetched or trained."""
+    provenance = read_provenance(folder)
+    seconds = float(provenance["seconds"])
+    memory = int(provenance["peak_memory_bytes"])
+    if provenance["stage"] == "finetune":
+        layers: list[dict[str, Any]] = read_json(folder / LAYERS)["layers"]
+        return Cost(
+            compress_seconds=sum(float(layer["seconds"]) for layer in layers),
+            compress_peak_memory_bytes=0,
+            finetune_seconds=seconds,
+            finetune_peak_memory_bytes=memory,
+        )
+    if provenance["stage"] not in ("compress", "compress_delta"):
+        seconds, memory = 0.0, 0
+    return Cost(
+        compress_seconds=seconds,
+        compress_peak_memory_bytes=memory,
+        finetune_seconds=0.0,
+        finetune_peak_memory_bytes=0,
+    )
+
+
+def _size(folder: Path, weights: int, bits: int, model_weights: int, reference_bytes: int) -> Size:
+    stored = folder_bytes(folder)
+    return Size(
+        bits_per_weight=bits / weights if weights else 0.0,
+        compressed_weights=weights,
+        stored_bits=bits,
+        model_weights=model_weights,
+        model_bytes=stored,
+        ratio=reference_bytes / stored,
+    )

@@ -1,0 +1,95 @@
+"""What a name in params.yaml stands for, and how it is opened for evaluation."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmpress.artifacts import read_provenance
+from llmpress.config import section, suggestion
+from llmpress.deltas import load_delta
+from llmpress.errors import ConfigError
+from llmpress.hf import load_model, load_tokenizer
+
+Kind = Literal["model", "compressed", "delta", "finetuned"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, run, delta run or finetune.
+
+    Attributes:
+        name: In params.yaml.
+        kind: Which of the four.
+        folder: The artifact that is evaluated.
+        original: Name of the model it is compared with, its own for a model.
+        base: Delta runs: name of the model the delta is put on.
+    """
+
+    name: str
+    kind: Kind
+    folder: Path
+    original: str
+    base: str | None = None
+
+    @property
+    def original_folder(self) -> Path:
+        """Where the model lies that this is compared with."""
+        return model_folder(self.original)
+
+    def load(self, dtype: torch.dtype, device: str) -> PreTrainedModel:
+        """Load as it is stored: compressed layers and deltas stay packed.
+
+        Raises:
+            ArtifactError: The artifact is missing or damaged.
+        """
+        read_provenance(self.folder)
+        if self.base is None:
+            return load_model(self.folder, dtype=dtype, device=device)
+        base = load_model(model_folder(self.base), dtype=dtype, device=device)
+        return load_delta(base, self.folder)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer; a delta's is that of the fine-tuned model."""
+        return load_tokenizer(self.folder if self.base is None else self.original_folder)
+
+
+def model_folder(name: str) -> Path:
+    """Return where ``fetch_model`` and ``train_task`` put the model ``name``."""
+    return Path("data/models") / name
+
+
+def find_subject(params: Mapping[str, Any], name: str) -> Subject:
+    """Find out what ``name`` is.
+
+    Args:
+        params: Content of params.yaml.
+        name: Of one of ``evaluation.models``, ``runs``, ``delta_runs`` or ``finetunes``.
+
+    Raises:
+        ConfigError: It is none of them, or several.
+    """
+    models = list(section(params, "evaluation.models"))
+    groups = {key: list(params.get(key) or {}) for key in ("runs", "delta_runs", "finetunes")}
+    groups["evaluation.models"] = models
+    found = [group for group, names in groups.items() if name in names]
+    if not found:
+        known = [key for names in groups.values() for key in names]
+        raise ConfigError(f"{name!r} is no model or run to evaluate{suggestion(name, known)}")
+    if len(found) > 1:
+        raise ConfigError(f"{name!r} stands in {' and '.join(found)}: rename one of them")
+    group = found[0]
+    compressed = Path("data/compressed") / name
+    if group == "evaluation.models":
+        return Subject(name, "model", model_folder(name), name)
+    if group == "runs":
+        return Subject(name, "compressed", compressed, section(params, f"runs.{name}.model"))
+    if group == "finetunes":
+        original = section(params, f"finetunes.{name}.model")
+        return Subject(name, "finetuned", Path("data/finetuned") / name, original)
+    original = section(params, f"delta_runs.{name}.finetuned")
+    base = section(params, f"delta_runs.{name}.base")
+    return Subject(name, "delta", compressed, original, base)

@@ -1,0 +1,282 @@
+"""Compressed checkpoints as transformers sees them.
+
+Importing this module registers the quantization method ``llmpress`` with transformers by its public
+registries; from then on ``AutoModelForCausalLM.from_pretrained`` opens compressed folders. Layers are
+put in place on the meta device, so that no dense weight ever exists.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from llmpress.architectures import replace_module
+from llmpress.artifacts import read_json, write_json
+from llmpress.checkpoints import Checkpoint, CheckpointWriter, copy_companions
+from llmpress.compression import LayerRecord, totals
+from llmpress.errors import ArtifactError
+from llmpress.layers import AdaptedLinear, CompressedLinear, build_layer
+from llmpress.tuning import BlockRecord
+
+QUANT_METHOD = "llmpress"
+FORMAT_VERSION = 1
+
+
+@register_quantization_config(QUANT_METHOD)
+class LLMPressConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What config.json says under ``quantization_config``.
+
+    Args:
+        layers: For each compressed layer, by full name: its ``kind`` and ``spec``.
+        format_version: Version of the artifact format.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, Mapping[str, Any]] | None = None, format_version: int = 1, **_: Any
+    ) -> None:
+        self.quant_method = QUANT_METHOD
+        self.format_version = format_version
+        self.layers = dict(layers or {})
+
+
+@register_quantizer(QUANT_METHOD)
+class LLMPressQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts empty compressed layers in place before transformers loads the stored tensors."""
+
+    requires_calibration = True  # only checkpoints that are already compressed are loaded
+
+    def validate_environment(self, *_: Any, **__: Any) -> None:
+        """Refuse artifacts of a format this version does not know."""
+        check_format(self.quantization_config.format_version)
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        insert_layers(model, self.quantization_config.layers)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """Compressed models can be saved again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codebooks, factors and scales can be finetuned."""
+        return True
+
+
+def check_format(version: int) -> None:
+    """Raise `ArtifactError` for an artifact of another format version."""
+    if version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"artifact of format version {version}; this llmpress reads version {FORMAT_VERSION}: "
+            "compress again, or install the version that wrote it"
+        )
+
+
+def insert_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Replace linears by empty compressed layers on the meta device.
+
+    Args:
+        model: Has an ``nn.Linear`` under each of the names.
+        layers: ``{"kind": ..., "spec": {...}}`` by full name.
+
+    Raises:
+        ArtifactError: The model has no linear layer of a name.
+    """
+    for name, entry in layers.items():
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            linear = None
+        if not isinstance(linear, nn.Linear):
+            raise ArtifactError(f"{name}: compressed in the artifact, but the model has no such linear")
+        with torch.device("meta"):
+            layer = build_layer(
+                entry["kind"],
+                linear.in_features,
+                linear.out_features,
+                dict(entry["spec"]),
+                bias=linear.bias is not None,
+            )
+        replace_module(model, name, layer)
+
+
+def is_compressed(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint was written by llmpress."""
+    return bool(compressed_layers(checkpoint))
+
+
+def compressed_layers(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Return kind and spec of each compressed layer of a checkpoint, none for a plain one."""
+    quantization = getattr(checkpoint.config, "quantization_config", None) or {}
+    if not isinstance(quantization, dict):
+        quantization = quantization.to_dict()
+    if quantization.get("quant_method") != QUANT_METHOD:
+        return {}
+    check_format(quantization.get("format_version", 0))
+    return dict(quantization["layers"])
+
+
+def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Build a plain or compressed model with parameters on the meta device, nothing read."""
+    model = checkpoint.skeleton()
+    insert_layers(model, compressed_layers(checkpoint))
+    return model
+
+
+def load_model(
+    folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> PreTrainedModel:
+    """Load a plain or a compressed model.
+
+    Args:
+        folder: A Hugging Face folder, or one that ``compress`` or ``finetune`` wrote.
+        dtype: What floats are converted to; packed integers stay as they are.
+        device: Where the model goes.
+
+    Raises:
+        ArtifactError: The folder holds no model, or a damaged one.
+    """
+    Checkpoint(folder)  # names a missing or damaged file before transformers does
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=False, local_files_only=True
+    )
+    return model.to(device).eval()
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder.
+
+    Raises:
+        ArtifactError: The folder holds none.
+    """
+    if not any(folder.glob("tokenizer*")):
+        raise ArtifactError(f"{folder}: no tokenizer here; fetch or compress the model again")
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
+    return tokenizer
+
+
+@torch.no_grad()
+def dequantized(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace every compressed layer, in place, by a dense one with the weight it stands for.
+
+    An adapted layer (base and delta) becomes one dense layer with the sum of both.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AdaptedLinear):
+            replace_module(model, name, _dense_sum(module))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, CompressedLinear):
+            replace_module(model, name, _dense(module.dequantize(), module.bias, model.dtype))
+    return model
+
+
+def _dense(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.to(dtype).contiguous(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    return linear
+
+
+def _dense_sum(adapted: AdaptedLinear) -> nn.Linear:
+    base = adapted.base
+    weight = base.dequantize() if isinstance(base, CompressedLinear) else base.weight
+    delta = adapted.delta.dequantize().float()
+    return _dense(weight.float() + delta, base.bias, weight.dtype)
+
+
+REST_DTYPE = torch.bfloat16
+"""What the tensors that no method compresses (embeddings, norms, dense layers) are stored in."""
+
+
+def write_compressed_model(
+    source: Checkpoint,
+    layers: Iterable[tuple[str, CompressedLinear | None, LayerRecord]],
+    model_weights: int,
+    folder: Path,
+) -> None:
+    """Write a compressed model as a Hugging Face folder, holding one shard in memory.
+
+    Args:
+        source: The original model: configuration, tokenizer and everything that is not compressed.
+        layers: Compressed layers as `compress_layers` yields them; None leaves a layer dense.
+        model_weights: Number of weights of the original model.
+        folder: Where to write: config.json, safetensors, tokenizer files, layers.json.
+    """
+    writer = CheckpointWriter(folder)
+    entries: dict[str, dict[str, Any]] = {}
+    records: list[LayerRecord] = []
+    for name, layer, record in layers:
+        records.append(record)
+        if layer is not None:
+            entries[name] = {"kind": layer.kind, "spec": layer.spec()}
+            for key, tensor in layer.tensors().items():
+                writer.add(f"{name}.{key}", tensor)
+    replaced = {f"{name}.weight" for name in entries}
+    for name in source.names():
+        if name not in replaced:
+            tensor = source.tensor(name)
+            writer.add(name, tensor.to(REST_DTYPE) if tensor.is_floating_point() else tensor)
+    writer.close()
+    write_model_config(source, entries, folder)
+    copy_companions(source.folder, folder)
+    write_json(
+        folder / "layers.json",
+        {"layers": [asdict(r) for r in records], "totals": totals(records, model_weights)},
+    )
+
+
+def write_model_config(source: Checkpoint, entries: Mapping[str, Any], folder: Path) -> None:
+    """Write config.json with the list of compressed layers in it."""
+    config = source.config.to_diff_dict()
+    config["dtype"] = str(REST_DTYPE).removeprefix("torch.")
+    config["architectures"] = source.config.architectures
+    config["quantization_config"] = LLMPressConfig(entries, FORMAT_VERSION).to_dict()
+    write_json(folder / "config.json", config)
+
+
+def rewrite_model(
+    compressed: Checkpoint, blocks: Iterable[tuple[Mapping[str, Tensor], BlockRecord]], folder: Path
+) -> None:
+    """Write a compressed model again with some of its tensors changed by finetuning.
+
+    Args:
+        compressed: A folder that `write_compressed_model` wrote.
+        blocks: Trained tensors by full name in their stored dtype, and a record of each block.
+        folder: Where to write. Errors of single layers are left out of its layers.json: finetuning
+            lets layers drift from their originals to bring the block's output closer.
+    """
+    writer = CheckpointWriter(folder)
+    trained: set[str] = set()
+    block_records = []
+    for tensors, record in blocks:
+        block_records.append(asdict(record))
+        trained.update(tensors)
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+    for name in compressed.names():
+        if name not in trained:
+            writer.add(name, compressed.tensor(name))
+    writer.close()
+    shutil.copyfile(compressed.folder / "config.json", folder / "config.json")
+    copy_companions(compressed.folder, folder)
+    layers = read_json(compressed.folder / "layers.json")
+    unknown = {"relative_weight_error": None, "relative_output_error": None}
+    layers["layers"] = [{**layer, **unknown} for layer in layers["layers"]]
+    write_json(folder / "layers.json", {**layers, "blocks": block_records})

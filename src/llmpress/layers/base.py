@@ -1,0 +1,76 @@
+"""What every compressed linear layer has in common."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Spec = Mapping[str, Any]
+"""Constructor arguments of a layer, JSON-representable: what shapes and widths its tensors have."""
+
+
+class CompressedLinear(nn.Module, ABC):
+    """A linear layer ``y = x Wᵀ + b`` that stores something smaller than ``W [out, in]``.
+
+    A subclass registers its tensors under fixed names as buffers (integers) or parameters (floats
+    that may be trained) of shapes that follow from its constructor arguments alone, so that an empty
+    twin can be built on the meta device and filled from a file. ``state_dict()`` is exactly what is
+    stored.
+
+    Attributes:
+        kind: The layer's name in an artifact.
+        trainable: Names of the float tensors that finetuning may change.
+    """
+
+    kind: ClassVar[str]
+    trainable: ClassVar[tuple[str, ...]] = ()
+
+    bias: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
+        super().__init__()
+        if in_features < 1 or out_features < 1:
+            raise ValueError(f"shape [out={out_features}, in={in_features}] has an empty side")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.bias = frozen(torch.empty(out_features)) if bias else None
+
+    @abstractmethod
+    def spec(self) -> dict[str, Any]:
+        """Return the constructor arguments that build an empty twin, without shape and bias."""
+
+    @abstractmethod
+    def dequantize(self) -> Tensor:
+        """Return the weight this layer stands for, ``[out, in]``, in the dtype of its floats."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x [..., in]`` to ``[..., out]`` in the dtype of ``x``."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return functional.linear(x, self.dequantize().to(x.dtype), bias)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every stored tensor by name."""
+        return dict(self.state_dict())
+
+    def stored_bits(self) -> int:
+        """Return the size of all stored tensors in bits: the bytes they take on disk times eight."""
+        return sum(8 * t.numel() * t.element_size() for t in self.tensors().values())
+
+    @property
+    def num_weights(self) -> int:
+        """Number of weights this layer stands for."""
+        return self.in_features * self.out_features
+
+    def extra_repr(self) -> str:
+        """Show shape, settings and true size."""
+        bits = self.stored_bits() / self.num_weights
+        settings = ", ".join(f"{k}={v}" for k, v in self.spec().items())
+        return f"in={self.in_features}, out={self.out_features}, {settings}, bits/weight={bits:.3f}"
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """Wrap a float tensor as a parameter that does not train until asked to."""
+    return nn.Parameter(tensor, requires_grad=False)

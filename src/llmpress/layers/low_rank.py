@@ -1,0 +1,63 @@
+"""A weight stored as the product of two thin matrices: ``W ≈ A B``."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from llmpress.layers.base import CompressedLinear, frozen
+
+
+class LowRankLinear(CompressedLinear):
+    """Two plain linears in a row, ``y = (x Bᵀ) Aᵀ``, with ``A [out, rank]`` and ``B [rank, in]``.
+
+    Args:
+        rank: Width between the two factors.
+        dtype: Stored dtype of the factors.
+    """
+
+    kind = "low_rank"
+    trainable = ("A", "B")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int,
+        dtype: str = "bfloat16",
+        bias: bool = False,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        if not 1 <= rank <= min(in_features, out_features):
+            raise ValueError(
+                f"rank={rank}: allowed are 1 to {min(in_features, out_features)} "
+                f"for shape [{out_features}, {in_features}]"
+            )
+        self.rank = rank
+        self.dtype_name = dtype
+        stored = getattr(torch, dtype)
+        self.A = frozen(torch.empty(out_features, rank, dtype=stored))
+        self.B = frozen(torch.empty(rank, in_features, dtype=stored))
+
+    @classmethod
+    def from_factors(cls, A: Tensor, B: Tensor, dtype: str = "bfloat16") -> "LowRankLinear":
+        """Store ``A [out, rank]`` and ``B [rank, in]`` in ``dtype``."""
+        layer = cls(B.shape[1], A.shape[0], rank=A.shape[1], dtype=dtype)
+        layer.A.data = A.to(layer.A.dtype).contiguous()
+        layer.B.data = B.to(layer.B.dtype).contiguous()
+        return layer
+
+    def spec(self) -> dict[str, Any]:
+        """Return rank and stored dtype."""
+        return {"rank": self.rank, "dtype": self.dtype_name}
+
+    def dequantize(self) -> Tensor:
+        """Return ``A B`` as ``[out, in]``."""
+        return self.A @ self.B
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x [..., in]`` to ``[..., out]`` without forming the dense weight."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return functional.linear(functional.linear(x, self.B.to(x.dtype)), self.A.to(x.dtype), bias)

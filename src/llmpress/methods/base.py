@@ -1,0 +1,142 @@
+"""What a compression method is: settings, and a function from a weight to a smaller layer.
+
+A method is one file in this package that defines exactly one concrete subclass of `Method`, a frozen
+dataclass whose fields are its settings. Tensors in, modules out: it knows no model, file or device.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmpress.layers import CompressedLinear
+
+Chain = Literal["teacher", "student"]
+"""Whose hidden states enter a block: the original model's or the compressed model's."""
+
+
+class Shape(NamedTuple):
+    """Shape of a linear layer's weight."""
+
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """What calibration knows of a linear layer's input ``x [in]``.
+
+    Attributes:
+        second_moment: ``E[x xᵀ]``, fp32 ``[in, in]``, symmetric, positive semi-definite.
+        num_tokens: Tokens the mean was taken over.
+    """
+
+    second_moment: Tensor
+    num_tokens: int
+
+    @property
+    def diagonal(self) -> Tensor:
+        """``E[x²]`` per input channel, ``[in]``."""
+        return self.second_moment.diagonal()
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Settings of a method as fields, and `compress`.
+
+    Attributes:
+        uses_statistics: Whether `compress` does better with `InputStatistics`, or needs them.
+        requires_statistics: Whether `compress` raises without them.
+    """
+
+    uses_statistics: ClassVar[bool] = False
+    requires_statistics: ClassVar[bool] = False
+
+    def plan(self, shapes: Mapping[str, Shape], model_weights: int) -> dict[str, "Method | None"]:
+        """Spread a budget over all layers; by default every layer gets the same settings.
+
+        Args:
+            shapes: Every compressible linear layer, from the bottom of the model upwards.
+            model_weights: Number of weights of the whole model, embeddings included.
+
+        Returns:
+            For each layer the settings to compress it with, None where it is left as it is.
+        """
+        del model_weights
+        return dict.fromkeys(shapes, self)
+
+    @abstractmethod
+    def compress(
+        self, weight: Tensor, statistics: InputStatistics | None = None, *, seed: int = 0
+    ) -> CompressedLinear:
+        """Compress one weight or weight delta.
+
+        Args:
+            weight: ``[out, in]``, any float dtype; never modified.
+            statistics: What is known of the layer's input.
+            seed: Same seed, same bytes.
+
+        Returns:
+            A layer that computes with the compressed weight.
+
+        Raises:
+            ValueError: A weight of another shape, NaN or Inf, or settings it cannot take.
+        """
+
+
+class Term(NamedTuple):
+    """One term of a block's loss: student block on ``student_input`` against teacher block on
+    ``teacher_input``."""
+
+    student_input: Chain
+    teacher_input: Chain
+
+
+class Tunable(ABC):
+    """A method whose layers can be finetuned block by block against the original block."""
+
+    @abstractmethod
+    def loss_terms(self) -> tuple[Term, ...]:
+        """Which pairs of block outputs are compared; the loss is their sum."""
+
+    @abstractmethod
+    def block_loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Distance of two block outputs ``[..., hidden]``, a scalar."""
+
+
+def checked_weight(weight: Tensor) -> Tensor:
+    """Return ``weight`` as a detached fp32 copy-or-view after checking it.
+
+    Raises:
+        ValueError: Not a non-empty finite float matrix.
+    """
+    if weight.ndim != 2 or weight.numel() == 0 or not weight.is_floating_point():
+        raise ValueError(
+            f"weight: a non-empty float matrix [out, in] is needed, "
+            f"not {weight.dtype} of shape {list(weight.shape)}"
+        )
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"weight of shape {list(weight.shape)} holds NaN or Inf")
+    return weight.detach().float()
+
+
+def checked_statistics(statistics: InputStatistics | None, weight: Tensor) -> InputStatistics:
+    """Return ``statistics`` after checking that they are there and fit ``weight [out, in]``.
+
+    Raises:
+        ValueError: Missing, of another size, or not finite.
+    """
+    if statistics is None:
+        raise ValueError("statistics: this method needs calibration statistics of the layer's input")
+    expected = (weight.shape[1], weight.shape[1])
+    if tuple(statistics.second_moment.shape) != expected:
+        raise ValueError(
+            f"statistics: second moment of shape {list(statistics.second_moment.shape)} does not fit "
+            f"a weight with {weight.shape[1]} inputs"
+        )
+    if not bool(torch.isfinite(statistics.second_moment).all()):
+        raise ValueError("statistics: the second moment holds NaN or Inf")
+    return statistics

@@ -1,0 +1,1 @@
+"""Metrics and details of all runs -> tables, figures and one self-contained HTML file."""

@@ -1,0 +1,135 @@
+"""What stands around the numbers: when, on what, with which settings, from which sources."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from llmpress.report.measures import plain
+from llmpress.report.tables import Result, Results
+
+VARYING_KEYS = re.compile(r"second|memory|created|fingerprint|file", re.IGNORECASE)
+
+
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield ``(dotted key, text)`` for every leaf of nested mappings."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        for index, item in enumerate(value):
+            yield from flatten(item, f"{prefix}.{index}")
+    else:
+        yield prefix, plain(value)
+
+
+def date(results: Results) -> str:
+    """Return when the newest of the shown artifacts was made, so that same results give same bytes."""
+    dates = [
+        str(record["created"])
+        for result in results.found
+        for record in _records(result)
+        if record.get("created")
+    ]
+    return max(dates, default="date unknown").replace("T", " ").replace("+00:00", " UTC")
+
+
+def hardware(results: Results) -> list[str]:
+    """Return every machine the results were made on, as ``Xeon, 2 cores, 1 thread, no GPU``."""
+    machines = dict.fromkeys(
+        _machine(record["hardware"])
+        for result in results.found
+        for record in _records(result)
+        if isinstance(record.get("hardware"), Mapping)
+    )
+    return list(machines)
+
+
+def evaluation_settings(results: Results) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return how the runs were evaluated, and where they differ.
+
+    Returns:
+        ``(key, value)`` pairs, and for each key on which results disagree a sentence naming them:
+        such numbers must not be compared.
+    """
+    values: dict[str, dict[str, list[str]]] = {}
+    evaluated = [result for result in results.found if result.details.get("evaluation")]
+    for result in evaluated:
+        for key, text in flatten(result.details["evaluation"]):
+            if not VARYING_KEYS.search(key):
+                values.setdefault(key, {}).setdefault(text, []).append(result.name)
+    pairs, warnings = [], []
+    for key, names in values.items():
+        pairs.append((key, " | ".join(names)))
+        if len(names) > 1:
+            parts = (f"{text} for {', '.join(runs)}" for text, runs in names.items())
+            warnings.append(f"Not evaluated alike, {key}: {'; '.join(parts)}.")
+        elif (given := next(iter(names.values()))) != [result.name for result in evaluated]:
+            warnings.append(f"Only {', '.join(given)} tell their {key}.")
+    return pairs, warnings
+
+
+def low_bit_sources(results: Results, params: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for every model that was opened from an already quantized GGUF file."""
+    files = {
+        name: str(source["file"])
+        for name, source in (params.get("models") or {}).items()
+        if str(source.get("file", "")).lower().endswith(".gguf")
+    }
+    for result in results.found:
+        if result.kind == "model":
+            for record in _records(result):
+                for _, text in flatten(record.get("settings") or {}):
+                    if text.lower().endswith(".gguf"):
+                        files.setdefault(result.name, text)
+    sentences = []
+    for name, file in files.items():
+        bits = re.search(r"\bI?Q(\d)_", file, re.IGNORECASE)
+        form = f"{bits[1]}-bit" if bits else "possibly quantized"
+        sentences.append(
+            f"The source of {name} was a {form} GGUF file ({file.rpartition('/')[2]}): the original here "
+            "is that file in full precision, so quantizing back onto its grid can look lossless."
+        )
+    return sentences
+
+
+def sources(params: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return ``(what, name, description)`` of every model, corpus and task in params.yaml."""
+    sections = (
+        ("model", "models"),
+        ("fine-tuned model", "finetuned_models"),
+        ("corpus", "corpora"),
+        ("task", "tasks"),
+    )
+    return [
+        (what, name, "; ".join(f"{key}: {text}" for key, text in flatten(settings)))
+        for what, section in sections
+        for name, settings in (params.get(section) or {}).items()
+    ]
+
+
+def provenance(result: Result) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return headed groups of ``(key, value)``: settings, evaluation, artifact, source, ..."""
+    details = result.details
+    groups: dict[str, Any] = {
+        "Settings": details.get("settings"),
+        "Evaluation": details.get("evaluation"),
+        "Totals": result.layers.get("totals"),
+    }
+    for role, record in (details.get("provenance") or {}).items():
+        groups[f"Provenance of the {role}"] = record
+    return [(heading, list(flatten(value))) for heading, value in groups.items() if value]
+
+
+def _records(result: Result) -> list[Mapping[str, Any]]:
+    """Return the provenance records of a result: its artifact, its source, its evaluation."""
+    records = (result.details.get("provenance") or {}).values()
+    return [record for record in records if isinstance(record, Mapping)]
+
+
+def _machine(record: Mapping[str, Any]) -> str:
+    parts = [plain(record.get("processor") or "unknown processor")]
+    for key, unit in (("cores", "core"), ("threads", "thread")):
+        if record.get(key):
+            parts.append(f"{record[key]} {unit}{'' if record[key] == 1 else 's'}")
+    parts.append(plain(record.get("gpu") or "no GPU"))
+    return ", ".join(parts)

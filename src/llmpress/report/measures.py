@@ -1,0 +1,134 @@
+"""What each number is called, in which unit it is shown, and on which axis it is drawn."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+NO_VALUE = "–"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One numeric column of the summary.
+
+    Attributes:
+        column: Its name in the summary.
+        group: Heading it stands under.
+        label: Its heading, without the group's.
+        show: Number -> text with the unit's scale.
+        log: Whether it spans orders of magnitude.
+        scale: What the number is multiplied with on an axis.
+        stderr: Name of the column with its standard error.
+    """
+
+    column: str
+    group: str
+    label: str
+    show: Callable[[float], str]
+    log: bool = False
+    scale: float = 1.0
+    stderr: str | None = None
+
+    @property
+    def title(self) -> str:
+        """Heading that stands alone."""
+        return f"{self.group}: {self.label}" if self.group else self.label
+
+    def text(self, row: pd.Series) -> str:
+        """Return what the table shows for this column of ``row``."""
+        value = row[self.column]
+        if pd.isna(value):
+            return NO_VALUE
+        if not math.isfinite(value):
+            return "infinite"
+        if self.stderr and pd.notna(row[self.stderr]):
+            return f"{self.show(value)} ± {self.show(row[self.stderr])}"
+        return self.show(value)
+
+
+def significant(value: float) -> str:
+    """Return four significant digits, without an exponent from 0.001 up to a million."""
+    if value == 0:
+        return "0"
+    if not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.3g}"
+    return f"{value:.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
+
+
+def percent(value: float) -> str:
+    """Return a share as a percentage with one decimal, without the sign."""
+    return f"{100 * value:.1f}"
+
+
+def megabytes(value: float) -> str:
+    """Return bytes as MB (10⁶ bytes)."""
+    return f"{value / 1e6:,.1f}"
+
+
+def decimals(digits: int) -> Callable[[float], str]:
+    """Return a formatter with that many decimals."""
+    return lambda value: f"{value:,.{digits}f}"
+
+
+FIXED_FRONT = (
+    Measure("bits_per_weight", "Size", "bits per weight", decimals(3)),
+    Measure("model_bytes", "Size", "MB on disk", megabytes),
+    Measure("ratio", "Size", "bf16 bytes / bytes", decimals(2)),
+)
+FIXED_BACK = (
+    Measure("compress_seconds", "Cost", "compress, s", decimals(1)),
+    Measure("compress_peak_memory_bytes", "Cost", "compress, peak MB", megabytes),
+    Measure("finetune_seconds", "Cost", "finetune, s", decimals(1)),
+    Measure("finetune_peak_memory_bytes", "Cost", "finetune, peak MB", megabytes),
+    Measure("decode_tokens_per_second", "Speed", "decode, tokens/s", decimals(1)),
+    Measure("prefill_tokens_per_second", "Speed", "prefill, tokens/s", decimals(0)),
+    Measure("peak_memory_bytes", "Speed", "peak MB", megabytes),
+)
+SIZE_AXES = FIXED_FRONT[:1] + FIXED_FRONT[2:]
+
+
+def quality_measures(columns: Iterable[str]) -> list[Measure]:
+    """Return the quality columns that a summary holds, in the order of the table.
+
+    Args:
+        columns: The summary's columns.
+    """
+    columns = list(columns)
+    per_corpus = (
+        ("perplexity_", "Perplexity", significant, True, 1.0),
+        ("kl_", "KL divergence, nats", significant, True, 1.0),
+        ("top1_agreement_", "Top-1 agreement, %", percent, False, 100.0),
+    )
+    measures = [
+        Measure(column, group, column.removeprefix(prefix), show, log, scale)
+        for prefix, group, show, log, scale in per_corpus
+        for column in columns
+        if column.startswith(prefix)
+    ]
+    group = "Task accuracy, %"
+    for column in columns:
+        if column.startswith("accuracy_"):
+            task = column.removeprefix("accuracy_")
+            stderr = f"stderr_{task}"
+            measures.append(Measure(column, group, task, percent, scale=100.0, stderr=stderr))
+    return [*measures, Measure("mean_accuracy", group, "mean", percent, scale=100.0)]
+
+
+def table_measures(columns: Iterable[str]) -> list[Measure]:
+    """Return every numeric column of the run table, in its order."""
+    recovery = Measure("recovery", "Task accuracy, %", "recovery", percent, scale=100.0)
+    return [*FIXED_FRONT, *quality_measures(columns), recovery, *FIXED_BACK]
+
+
+def plain(value: Any) -> str:
+    """Return a setting or a provenance value as text."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(plain(item) for item in value) or "none"
+    return str(value)

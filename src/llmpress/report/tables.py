@@ -1,0 +1,275 @@
+"""Results on disk -> records and pandas frames; nothing is computed but ratios of shown numbers.
+
+One result is a metrics file and a details file of the same name. Names in params.yaml without a
+metrics file are missing; metrics files that params.yaml does not name are left out, and both are said.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from llmpress.artifacts import read_json
+from llmpress.errors import ArtifactError
+
+KIND_OF_SECTION = {"runs": "compressed", "finetunes": "finetuned", "delta_runs": "delta"}
+KIND_ORDER = ("model", "compressed", "finetuned", "delta")
+SIZE_COLUMNS = (
+    "bits_per_weight",
+    "compressed_weights",
+    "stored_bits",
+    "model_weights",
+    "model_bytes",
+    "ratio",
+)
+COST_COLUMNS = (
+    "compress_seconds",
+    "compress_peak_memory_bytes",
+    "finetune_seconds",
+    "finetune_peak_memory_bytes",
+)
+SPEED_COLUMNS = ("decode_tokens_per_second", "prefill_tokens_per_second", "peak_memory_bytes")
+INTEGER_SUFFIXES = ("_weights", "_bits", "_bytes")
+CORPUS_METRICS = {  # key in the metrics file -> prefix of the column
+    "perplexity": "perplexity",
+    "kl_divergence_nats": "kl",
+    "top1_agreement": "top1_agreement",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is known of one model or run.
+
+    Attributes:
+        name: Its name in params.yaml.
+        kind: ``model``, ``compressed``, ``finetuned`` or ``delta``.
+        original: Name of the model it is compared with; None for a model itself.
+        base: Delta runs: name of the base model.
+        tuned_from: Finetuned runs: name of the run before finetuning.
+        metrics: Content of the metrics file.
+        details: Content of the details file; empty when there is none.
+    """
+
+    name: str
+    kind: str
+    original: str | None
+    base: str | None
+    tuned_from: str | None
+    metrics: Mapping[str, Any]
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str | None:
+        """Name of the method; None for an uncompressed model."""
+        return self.details.get("method")
+
+    @property
+    def layers(self) -> Mapping[str, Any]:
+        """Content of the artifact's layers.json; empty when there is none."""
+        return self.details.get("layers") or {}
+
+
+@dataclass(frozen=True)
+class Results:
+    """All results, and what keeps them from being complete.
+
+    Attributes:
+        found: Results in the order of `KIND_ORDER`, then of params.yaml.
+        missing: Name -> why there is no result.
+        remarks: Further sentences a reader must see, such as a missing details file.
+    """
+
+    found: tuple[Result, ...]
+    missing: Mapping[str, str]
+    remarks: tuple[str, ...]
+
+    def get(self, name: str | None) -> Result | None:
+        """Return the result of that name, None when there is none."""
+        return next((result for result in self.found if result.name == name), None)
+
+
+def read_results(metrics: Path, details: Path, params: Mapping[str, Any]) -> Results:
+    """Read every result that params.yaml names.
+
+    Args:
+        metrics: Folder of ``<name>.json`` with numbers.
+        details: Folder of ``<name>.json`` with settings, layers, provenance and samples.
+        params: Content of params.yaml.
+
+    Raises:
+        ArtifactError: A file is damaged; a missing one is a gap in the report, not an error.
+    """
+    named = _named(params)
+    found: list[Result] = []
+    missing: dict[str, str] = {}
+    remarks: list[str] = []
+    for name, (kind, settings) in named.items():
+        path = metrics / f"{name}.json"
+        if not path.is_file():
+            missing[name] = f"no metrics file {path.name}: its evaluation has not run or has failed"
+            continue
+        record: Mapping[str, Any] = {}
+        if (details / path.name).is_file():
+            record = _mapping(details / path.name)
+        else:
+            remarks.append(f"{name} has no details file: settings, layers and samples are missing.")
+        original = record.get("original") or settings.get("finetuned") or settings.get("model")
+        found.append(
+            Result(
+                name=name,
+                kind=kind,
+                original=original if kind != "model" else None,
+                base=record.get("base") or settings.get("base"),
+                tuned_from=settings.get("run"),
+                metrics=_mapping(path),
+                details=record,
+            )
+        )
+    strangers = sorted({path.stem for path in metrics.glob("*.json")} - set(named))
+    if strangers:
+        remarks.append(f"Left out, as params.yaml no longer names them: {', '.join(strangers)}.")
+    found.sort(key=lambda result: KIND_ORDER.index(result.kind))
+    return Results(tuple(found), missing, tuple(remarks))
+
+
+def summary_frame(results: Results) -> pd.DataFrame:
+    """Return one row per result; columns for absent numbers are NaN or NA.
+
+    `mean_accuracy` is the mean over the result's tasks; `recovery` is its ratio to the original's and
+    is given only when both were measured on the same items of the same tasks.
+    """
+    rows = [_row(result) for result in results.found]
+    accuracy = {row["name"]: (row["mean_accuracy"], _items(row)) for row in rows}
+    for row in rows:
+        reference, items = accuracy.get(row["original"], (None, None))
+        if reference and row["mean_accuracy"] is not None and items == _items(row):
+            row["recovery"] = row["mean_accuracy"] / reference
+    frame = pd.DataFrame(rows, columns=_columns(rows))
+    for column in frame.columns:
+        if column.endswith(INTEGER_SUFFIXES) or column.startswith("num_items_"):
+            frame[column] = pd.to_numeric(frame[column]).astype("Int64")
+        elif column not in TEXT_COLUMNS:
+            frame[column] = pd.to_numeric(frame[column]).astype("float64")
+    return frame
+
+
+def layers_frame(results: Results) -> pd.DataFrame:
+    """Return one row per compressed linear layer of every run.
+
+    `block` is the index of the decoder block, -1 for a layer outside of the blocks; `module` is the
+    rest of the layer's name.
+    """
+    rows = []
+    for result in results.found:
+        for layer in result.layers.get("layers", []):
+            block, module = split_layer_name(layer["name"])
+            numbers = {key: layer.get(key) for key in LAYER_NUMBERS}
+            rows.append({"run": result.name, "block": block, "module": module, **layer, **numbers})
+    frame = pd.DataFrame(rows, columns=LAYER_COLUMNS)
+    frame[list(LAYER_NUMBERS)] = frame[list(LAYER_NUMBERS)].astype("float64")
+    return frame
+
+
+def blocks_frame(results: Results) -> pd.DataFrame:
+    """Return one row per finetuned decoder block; the two curves stay lists."""
+    rows = [
+        {"run": result.name, **block}
+        for result in results.found
+        for block in result.layers.get("blocks", [])
+    ]
+    return pd.DataFrame(rows, columns=BLOCK_COLUMNS)
+
+
+def split_layer_name(name: str) -> tuple[int, str]:
+    """Split ``model.layers.3.self_attn.q_proj`` into its block index 3 and ``self_attn.q_proj``."""
+    match = re.search(r"\.(\d+)\.(.+)$", name)
+    return (int(match[1]), match[2]) if match else (-1, name)
+
+
+TEXT_COLUMNS = ("name", "kind", "method", "original", "base", "tuned_from")
+LAYER_NUMBERS = (
+    "bits_per_weight",
+    "relative_weight_error",
+    "relative_output_error",
+    "seconds",
+)
+LAYER_COLUMNS = ["run", "name", "block", "module", "kind", "method", "shape", *LAYER_NUMBERS]
+BLOCK_COLUMNS = [
+    "run",
+    "index",
+    "loss_before",
+    "loss_after",
+    "kept",
+    "train_loss",
+    "validation_loss",
+    "seconds",
+]
+
+
+def _named(params: Mapping[str, Any]) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """Return name -> (kind, what params.yaml says of it) for everything that is evaluated."""
+    evaluation = params.get("evaluation") or {}
+    named: dict[str, tuple[str, Mapping[str, Any]]] = {
+        name: ("model", {}) for name in evaluation.get("models") or []
+    }
+    for section, kind in KIND_OF_SECTION.items():
+        for name, settings in (params.get(section) or {}).items():
+            named[name] = (kind, settings)
+    return named
+
+
+def _mapping(path: Path) -> Mapping[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path}: must hold a JSON object; evaluate {path.stem} again")
+    return value
+
+
+def _row(result: Result) -> dict[str, Any]:
+    metrics = result.metrics
+    quality = metrics.get("quality") or {}
+    row: dict[str, Any] = {column: getattr(result, column) for column in TEXT_COLUMNS}
+    for section, columns in (
+        ("size", SIZE_COLUMNS),
+        ("cost", COST_COLUMNS),
+        ("speed", SPEED_COLUMNS),
+    ):
+        values = metrics.get(section) or {}
+        row |= {column: values.get(column) for column in columns}
+    for key, prefix in CORPUS_METRICS.items():
+        row |= {f"{prefix}_{corpus}": v for corpus, v in (quality.get(key) or {}).items()}
+    tasks = quality.get("tasks") or {}
+    for task, scores in tasks.items():
+        for key in ("accuracy", "stderr", "num_items"):
+            row[f"{key}_{task}"] = scores.get(key)
+    accuracies = [scores["accuracy"] for scores in tasks.values()]
+    row["mean_accuracy"] = sum(accuracies) / len(accuracies) if accuracies else None
+    return row
+
+
+def _items(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key.startswith("num_items_")}
+
+
+def _columns(rows: list[dict[str, Any]]) -> list[str]:
+    """Return all columns in the order of the table: what it is, size, quality, cost, speed."""
+    seen = list(dict.fromkeys(key for row in rows for key in row))
+    quality = [
+        column
+        for prefix in (*CORPUS_METRICS.values(), "accuracy", "stderr", "num_items")
+        for column in seen
+        if column.startswith(f"{prefix}_")
+    ]
+    return [
+        *TEXT_COLUMNS,
+        *SIZE_COLUMNS,
+        *quality,
+        "mean_accuracy",
+        "recovery",
+        *COST_COLUMNS,
+        *SPEED_COLUMNS,
+    ]

@@ -1,0 +1,67 @@
+"""Per-block checkpoints of a long computation: killed at any moment, a rerun continues.
+
+Checkpoints lie in a scratch folder whose name holds a fingerprint of everything that decides the
+result (inputs, settings, code), so work of other weights, settings or code is never picked up.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llmpress.artifacts import read_json, write_json
+
+SCRATCH = Path("scratch")
+
+
+class BlockStore:
+    """Finished blocks of one computation.
+
+    Args:
+        task: What is computed, for example ``compress-rtn-4bit``.
+        decided_by: Everything that decides the result, JSON-representable; the code of the loaded
+            llmpress modules is added.
+        root: Folder for all scratch data.
+    """
+
+    def __init__(self, task: str, decided_by: Mapping[str, Any], root: Path = SCRATCH) -> None:
+        state = json.dumps({**decided_by, "code": _code_fingerprint()}, sort_keys=True, default=str)
+        self._pattern = f"{task}@*"
+        self._root = root
+        self.folder = root / f"{task}@{hashlib.sha256(state.encode()).hexdigest()[:16]}"
+
+    def load(self, index: int) -> tuple[dict[str, Tensor], Any] | None:
+        """Return tensors and record of a finished block, None when it has to be computed."""
+        record = self.folder / f"{index:04d}.json"
+        if not record.is_file():
+            return None
+        return load_file(self.folder / f"{index:04d}.safetensors"), read_json(record)
+
+    def save(self, index: int, tensors: Mapping[str, Tensor], record: Any) -> None:
+        """Keep a finished block; the record is written last and makes it valid."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, self.folder / f"{index:04d}.safetensors")
+        temporary = self.folder / f"{index:04d}.tmp"
+        write_json(temporary, record)
+        temporary.rename(self.folder / f"{index:04d}.json")
+
+    def clear(self) -> None:
+        """Remove all checkpoints of this task, of older settings too."""
+        for folder in self._root.glob(self._pattern):
+            shutil.rmtree(folder)
+
+
+def _code_fingerprint() -> str:
+    files = sorted(
+        module.__file__
+        for name, module in list(sys.modules.items())
+        if name.partition(".")[0] == "llmpress" and getattr(module, "__file__", None)
+    )
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()

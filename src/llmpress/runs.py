@@ -1,0 +1,100 @@
+"""What params.yaml says of a run: a model or delta, a method, the method's settings."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmpress.config import build, section
+from llmpress.errors import ConfigError
+from llmpress.methods import method_class
+from llmpress.methods.base import Method
+from llmpress.tuning import TuningSettings
+
+
+@dataclass(frozen=True)
+class Run:
+    """One entry of ``runs``.
+
+    Attributes:
+        model: Name of the model whose weights are compressed.
+        method: Name of a file in ``llmpress.methods``.
+        settings: The method's settings.
+    """
+
+    model: str
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DeltaRun:
+    """One entry of ``delta_runs``.
+
+    Attributes:
+        base: Name of the model the fine-tuned one started from.
+        finetuned: Name of the fine-tuned model; the delta has the same name.
+        method: Name of a file in ``llmpress.methods``.
+        settings: The method's settings.
+    """
+
+    base: str
+    finetuned: str
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_run(params: Mapping[str, Any], key: str) -> Run:
+    """Return run ``key`` of params.yaml, checked."""
+    return build(Run, section(params, f"runs.{key}"), f"runs.{key}")
+
+
+def read_delta_run(params: Mapping[str, Any], key: str) -> DeltaRun:
+    """Return delta run ``key`` of params.yaml, checked."""
+    return build(DeltaRun, section(params, f"delta_runs.{key}"), f"delta_runs.{key}")
+
+
+def build_method(name: str, settings: Mapping[str, Any], where: str) -> Method:
+    """Return the method ``name`` with its settings checked.
+
+    Raises:
+        ConfigError: An unknown method, or settings it does not take.
+    """
+    try:
+        cls = method_class(name)
+    except ValueError as error:
+        raise ConfigError(f"{where}.method: {error}") from None
+    return build(cls, settings, f"{where}.settings")
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """One entry of ``finetunes``.
+
+    Attributes:
+        run: The run whose compressed model is finetuned.
+        model: The model that run compressed: the teacher.
+        method: The method of that run; dvc.yaml needs it here, to depend on the method's file.
+        settings: Optimiser settings.
+    """
+
+    run: str
+    model: str
+    method: str
+    settings: TuningSettings
+
+
+def read_finetune(params: Mapping[str, Any], key: str) -> Finetune:
+    """Return finetune ``key`` of params.yaml, checked.
+
+    Raises:
+        ConfigError: Its model or method is not that of its run.
+    """
+    finetune = build(Finetune, section(params, f"finetunes.{key}"), f"finetunes.{key}")
+    run = read_run(params, finetune.run)
+    for name in ("model", "method"):
+        ours, theirs = getattr(finetune, name), getattr(run, name)
+        if ours != theirs:
+            raise ConfigError(
+                f"finetunes.{key}.{name} is {ours!r}, but that of run {finetune.run!r} is {theirs!r}"
+            )
+    return finetune

@@ -1,0 +1,243 @@
+"""Finetune a compressed model block by block against the original, with two chains of hidden states.
+
+Block ``i`` of the original gets the original's hidden states, block ``i`` of the compressed model
+gets the compressed model's, so that errors of earlier blocks are seen and can be made good. Peak
+memory is two blocks and a few buffers of hidden states, whatever the depth. Gradients never cross a
+block boundary: both chains are stored as plain tensors between blocks.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from llmpress.blocks import BlockWalk, progress
+from llmpress.errors import NumericalError
+from llmpress.layers import CodebookLinear, CompressedLinear
+from llmpress.methods.base import Chain, Tunable
+from llmpress.resume import BlockStore
+
+
+@dataclass(frozen=True)
+class TuningSettings:
+    """How each block is finetuned.
+
+    Attributes:
+        epochs: Passes over the calibration windows.
+        learning_rate: Peak rate of AdamW; rises over the first steps, then falls linearly to zero.
+        batch_size: Windows of a step.
+        weight_decay: Decoupled weight decay.
+        clip_norm: Gradients of a block are scaled down to this norm.
+        autocast: Compute in bf16 where a matrix product allows it.
+    """
+
+    epochs: int
+    learning_rate: float
+    batch_size: int = 4
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    autocast: bool = True
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1 or not self.learning_rate > 0:
+            raise ValueError("finetune: epochs, batch_size and learning_rate must be positive")
+
+
+@dataclass
+class BlockRecord:
+    """What finetuning did to one block.
+
+    Attributes:
+        index: Which block.
+        loss_before: Loss on the held-out windows with the block as it was compressed.
+        loss_after: The same with the block as it is stored now.
+        kept: Whether finetuning lowered it; otherwise the block stayed as it was.
+        train_loss: Mean training loss of each epoch.
+        validation_loss: Held-out loss after each epoch.
+        seconds: Time for this block.
+    """
+
+    index: int
+    loss_before: float
+    loss_after: float = 0.0
+    kept: bool = False
+    train_loss: list[float] = field(default_factory=list)
+    validation_loss: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def tune_blocks(
+    teacher: BlockWalk,
+    student: BlockWalk,
+    method: Tunable,
+    windows: Tensor,
+    validation: Tensor,
+    settings: TuningSettings,
+    *,
+    seed: int,
+    store: BlockStore,
+) -> Iterator[tuple[dict[str, Tensor], BlockRecord]]:
+    """Finetune block after block; finished blocks are taken from the store.
+
+    The best state by held-out loss is kept, rounded to the dtype it is stored in; a block that
+    finetuning does not improve keeps its start.
+
+    Args:
+        teacher: The original model.
+        student: The compressed model.
+        method: Says which block outputs are compared, and how.
+        windows: Token ids to train on, ``[windows, tokens]``.
+        validation: Held-out token ids, ``[windows, tokens]``.
+        settings: Optimiser settings.
+        seed: Same seed, same bytes.
+        store: Keeps finished blocks for a rerun.
+
+    Yields:
+        The block's trained tensors by full name in their stored dtype, and its record.
+
+    Raises:
+        NumericalError: A loss or a hidden state is NaN or Inf.
+    """
+    tokens = torch.cat([windows, validation])
+    chains: dict[Chain, Tensor] = {"teacher": teacher.embed(tokens), "student": student.embed(tokens)}
+    count = len(windows)
+    for index in progress(range(len(teacher)), "finetune blocks"):
+        started = time.perf_counter()
+        original, block = teacher.load(index), student.load(index)
+        targets: dict[Chain, Tensor] = {
+            chain: teacher.propagate(original, index, chains[chain])
+            for chain in {term.teacher_input for term in method.loss_terms()} | {"teacher"}
+        }
+        finished = store.load(index)
+        if finished is None:
+            problem = _BlockProblem(student, block, index, method, chains, targets)
+            record = _tune_block(problem, count, settings, seed + index)
+            record.seconds = round(time.perf_counter() - started, 3)
+            trained = {
+                f"{student.prefix}.{index}.{name}": parameter.detach().cpu()
+                for name, parameter in _trainable(block).items()
+            }
+            store.save(index, trained, asdict(record))
+        else:
+            trained, record = finished[0], BlockRecord(**finished[1])
+            for name, parameter in _trainable(block).items():
+                parameter.data = trained[f"{student.prefix}.{index}.{name}"].to(parameter.device)
+        chains = {"teacher": targets["teacher"], "student": student.propagate(block, index, chains["student"])}
+        yield trained, record
+
+
+@dataclass
+class _BlockProblem:
+    """One block to finetune: where its inputs come from and what its outputs should be."""
+
+    walk: BlockWalk
+    block: nn.Module
+    index: int
+    method: Tunable
+    chains: Mapping[Chain, Tensor]
+    targets: Mapping[Chain, Tensor]
+
+    def loss(self, rows: Tensor) -> Tensor:
+        """Sum of the method's loss terms over some windows."""
+        outputs = {
+            chain: self.walk.forward(self.block, self.index, self.chains[chain][rows])
+            for chain in {term.student_input for term in self.method.loss_terms()}
+        }
+        terms = [
+            self.method.block_loss(
+                outputs[term.student_input], self.targets[term.teacher_input][rows].to(self.walk.device)
+            )
+            for term in self.method.loss_terms()
+        ]
+        return torch.stack(terms).sum()
+
+    @torch.no_grad()
+    def mean_loss(self, rows: Tensor, batch_size: int) -> float:
+        """Mean loss over all of ``rows``."""
+        losses = [float(self.loss(batch)) * len(batch) for batch in rows.split(batch_size)]
+        return sum(losses) / len(rows)
+
+
+def _tune_block(problem: _BlockProblem, count: int, settings: TuningSettings, seed: int) -> BlockRecord:
+    """Train one block in place; the first ``count`` windows train, the rest are held out."""
+    total = len(problem.chains["teacher"])
+    train_rows, held_out = torch.arange(count), torch.arange(count, total)
+    parameters = _trainable(problem.block)
+    stored = {name: p.detach().clone() for name, p in parameters.items()}
+    record = BlockRecord(problem.index, problem.mean_loss(held_out, settings.batch_size))
+    record.loss_after = record.loss_before
+    best = stored
+    if parameters:
+        _prepare(problem.block, training=True)
+        for epoch_loss in _epochs(problem, train_rows, list(parameters.values()), settings, seed):
+            state = {name: p.detach().to(stored[name].dtype) for name, p in parameters.items()}
+            masters = {name: p.detach().clone() for name, p in parameters.items()}
+            _assign(parameters, {n: t.float() for n, t in state.items()})  # judged as it will be stored
+            held_out_loss = problem.mean_loss(held_out, settings.batch_size)
+            _assign(parameters, masters)
+            record.train_loss.append(epoch_loss)
+            record.validation_loss.append(held_out_loss)
+            if held_out_loss < record.loss_after:
+                best, record.loss_after, record.kept = state, held_out_loss, True
+        _prepare(problem.block, training=False)
+    _assign(parameters, best)
+    return record
+
+
+def _epochs(
+    problem: _BlockProblem, rows: Tensor, parameters: list[nn.Parameter], settings: TuningSettings, seed: int
+) -> Iterator[float]:
+    """Run AdamW and yield the mean training loss after each epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
+    )
+    steps = settings.epochs * -(-len(rows) // settings.batch_size)
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+    )
+    for _ in range(settings.epochs):
+        losses = []
+        for batch in rows[torch.randperm(len(rows), generator=generator)].split(settings.batch_size):
+            loss = problem.loss(batch)
+            if not bool(torch.isfinite(loss)):
+                raise NumericalError(
+                    f"{problem.walk.prefix}.{problem.index}: finetuning loss is {float(loss)}; "
+                    "lower learning_rate"
+                )
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(float(loss.detach()) * len(batch))
+        yield sum(losses) / len(rows)
+
+
+def _trainable(block: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a block that its layers allow to train."""
+    return {
+        f"{name}.{key}": getattr(layer, key)
+        for name, layer in block.named_modules()
+        if isinstance(layer, CompressedLinear)
+        for key in layer.trainable
+    }
+
+
+def _prepare(block: nn.Module, *, training: bool) -> None:
+    """Switch a block's trainable tensors to fp32 with gradients, or gradients off again."""
+    for layer in block.modules():
+        if isinstance(layer, CodebookLinear):
+            layer.keep_indices(training)
+    for parameter in _trainable(block).values():
+        if training:
+            parameter.data = parameter.data.float()
+        parameter.requires_grad_(training)
+
+
+def _assign(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.data = values[name].clone()

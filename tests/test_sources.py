@@ -1,0 +1,242 @@
+"""Wheels, hub repositories and folders, opened without installing, importing or unpickling."""
+
+import hashlib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from llmpress.config import build
+from llmpress.errors import ConfigError, SourceError
+from llmpress.pretrained import ModelSource, write_model
+from llmpress.sources import Location, Opened, matches, opened
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def package_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with one wheel that is the only thing pip can find."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    info = "toy_data-1.0.dist-info"
+    with zipfile.ZipFile(folder / "toy_data-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("toy_data/__init__.py", "raise SystemExit('imported')")
+        wheel.writestr("toy_data/sets/a/part.txt", "alpha")
+        wheel.writestr("toy_data/sets/b/deep/part.txt", "beta")
+        wheel.writestr("toy_data/sets/c.bin", "other")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: toy-data\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({}, "exactly one of package, hub and path .given: none."),
+        ({"package": "a==1", "path": "x"}, "given: package, path"),
+        ({"package": "a"}, "is not pinned: write name==version"),
+        ({"package": "a>=1"}, "is not pinned"),
+        ({"package": "--index-url==1"}, "is not pinned"),
+        ({"hub": "owner/name"}, "is not pinned: write owner/name@revision"),
+    ],
+    ids=["none", "two", "no-version", "range", "an-option", "no-revision"],
+)
+def test_location_must_be_one_and_pinned(values: dict[str, str], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Location(**values)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "expected"),
+    [
+        ("a/b/c.arrow", "a/**/*.arrow", True),
+        ("a/c.arrow", "a/**/*.arrow", True),
+        ("a/b/c.arrow", "a/*.arrow", False),
+        ("c.txt", "**/*.txt", True),
+        ("xa/c.arrow", "a/**/*.arrow", False),
+        ("a/c.arrowx", "a/*.arrow", False),
+        ("a/cXarrow", "a/c.arrow", False),
+    ],
+)
+def test_matches(name: str, pattern: str, expected: bool) -> None:
+    assert matches(name, [pattern]) is expected
+
+
+def test_package_is_read_as_a_zip(package_index: Path) -> None:
+    location = Location(package="toy-data==1.0")
+    with opened(location, ["toy_data/sets/**/part.txt"]) as source:
+        assert [file.read_text() for file in source.files] == ["alpha", "beta"]
+        everything = [file for file in source.folder.rglob("*") if file.is_file()]
+        assert len(everything) == 2, "files that do not match are not unpacked"
+        folder = source.folder
+    wheel = next(package_index.iterdir())
+    assert source.origin == {
+        "package": "toy-data==1.0",
+        "wheel": wheel.name,
+        "wheel_sha256": hashlib.sha256(wheel.read_bytes()).hexdigest(),
+    }
+    assert not folder.exists()
+
+
+@pytest.mark.usefixtures("package_index")
+@pytest.mark.parametrize(
+    ("package", "pattern", "says"),
+    [
+        ("toy-data==2.0", "*", "package toy-data==2.0: .*; check the version, the network"),
+        ("toy-data==1.0", "*.gguf", "package toy-data==1.0 has no file that matches .*gguf"),
+    ],
+    ids=["no-such-version", "no-such-file"],
+)
+def test_package_errors_name_it(package: str, pattern: str, says: str) -> None:
+    with (
+        pytest.raises(SourceError, match=says) as caught,
+        opened(Location(package=package), [pattern]),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
+
+
+def test_path_is_read_in_place(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("b")
+    (tmp_path / "a.txt").write_text("a")
+    with opened(Location(path=str(tmp_path)), ["*.txt"]) as source:
+        assert [file.name for file in source.files] == ["a.txt", "b.txt"]
+    assert (tmp_path / "a.txt").exists()
+
+
+def test_missing_path_is_named(tmp_path: Path) -> None:
+    with (
+        pytest.raises(SourceError, match=r"gone is no folder: correct `path:`"),
+        opened(Location(path=str(tmp_path / "gone")), ["*"]),
+    ):
+        pass
+
+
+def test_hub_takes_safetensors_only_and_records_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / COMMIT
+    snapshot.mkdir()
+    for name in ("model.safetensors", "config.json", "pytorch_model.bin", "modeling_own.py"):
+        (snapshot / name).write_text("{}")
+    asked: dict[str, Any] = {}
+
+    def download(repository: str, **options: Any) -> str:
+        asked.update(options, repository=repository)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    source = ModelSource(license="MIT", hub="owner/name@v1.0")
+    with opened(source.location(), source.patterns()) as fetched:
+        assert [file.name for file in fetched.files] == ["config.json", "model.safetensors"]
+    assert fetched.origin == {"hub": "owner/name@v1.0", "commit": COMMIT}
+    assert asked["repository"] == "owner/name"
+    assert asked["revision"] == "v1.0"
+    assert not any(pattern.endswith(("bin", "py", "*")) for pattern in asked["allow_patterns"])
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (LocalEntryNotFoundError("no network\nat all"), "cannot be downloaded .no network."),
+        (ConnectionError("refused"), "cannot be downloaded .refused.; check the network"),
+    ],
+    ids=["offline", "refused"],
+)
+def test_hub_errors_name_the_way_out(
+    error: Exception, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with (
+        pytest.raises(SourceError, match=says) as caught,
+        opened(Location(hub="owner/name@main"), ["*.json"]),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"package": "a==1"}, "needs `file:`"),
+        ({"package": "a==1", "file": "model.bin"}, "is no GGUF file"),
+        ({"package": "a==1", "file": "m.gguf", "sha256": "b179"}, "full digest"),
+        ({"path": "x", "sha": "y"}, "no setting 'sha': did you mean 'path'|'sha256'"),
+        ({"path": "x", "hub": "a/b@c"}, "exactly one of"),
+    ],
+    ids=["no-file", "pickle", "short-digest", "unknown-key", "two-sources"],
+)
+def test_model_source_is_validated(values: dict[str, str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        build(ModelSource, {"license": "MIT", **values}, "models.m")
+
+
+def copied(source: Path, out: Path) -> None:
+    spec = ModelSource(license="MIT", path=str(source))
+    out.mkdir(exist_ok=True)
+    with opened(spec.location(), spec.patterns()) as fetched:
+        write_model(spec, fetched, out)
+
+
+def test_local_model_is_copied_byte_for_byte(tiny_model_folder: Path, tmp_path: Path) -> None:
+    copied(tiny_model_folder, tmp_path / "out")
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= names
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (tiny_model_folder / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"config.json": "{}", "pytorch_model.bin": ""}, "no model.*safetensors .pickled weights"),
+        ({"model.safetensors": ""}, "no config.json"),
+        (
+            {
+                "config.json": '{"model_type": "odd", "auto_map": {"AutoConfig": "own.Config"}}',
+                "own.py": "raise SystemExit('run')",
+                "model.safetensors": "",
+            },
+            "code that comes with a model is never run",
+        ),
+        (
+            {
+                "config.json": '{"model_type": "llama"}',
+                "model-00001-of-00002.safetensors": "",
+                "model.safetensors.index.json": '{"weight_map": {"a": '
+                '"model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}',
+            },
+            "1 weight files are missing, first model-00002-of-00002.safetensors",
+        ),
+    ],
+    ids=["pickle-only", "no-config", "remote-code", "missing-shard"],
+)
+def test_unusable_model_folders_are_refused(
+    tmp_path: Path, files: dict[str, str], says: str
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    with pytest.raises(SourceError, match=says) as caught:
+        copied(folder, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+def test_changed_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"other")
+    source = ModelSource(license="MIT", path=str(tmp_path), file="m.gguf", sha256="0" * 64)
+    with pytest.raises(SourceError, match=r"m.gguf: its SHA-256 is d9298a10.* expects 000"):
+        write_model(source, Opened(tmp_path, [file]), tmp_path)

@@ -1,0 +1,164 @@
+"""Each stage's code dependencies are its script's imports, and imports go one way only."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "workflow"))
+
+import code_deps  # noqa: E402
+
+SOURCES = sorted((ROOT / "src/llmpress").rglob("*.py"))
+# From the bottom up; what is not named here lies between blocks and report.
+LEVELS = (
+    {"errors", "packing", "linalg", "uniform", "error_feedback"},
+    {"kernels"},
+    {"layers"},
+    {"methods"},
+    {"architectures", "artifacts", "blocks", "compression", "resume", "tuning"},
+    {"report", "cli"},
+)
+ABOVE_BLOCKS = len(LEVELS) - 1
+TENSORS_ONLY = ("kernels", "layers", "methods")
+
+
+def level(part: str) -> int:
+    """Return how high a module or package of llmpress stands."""
+    known = [height for height, parts in enumerate(LEVELS) if part in parts]
+    height = known[0] if known else ABOVE_BLOCKS
+    return height + (height == ABOVE_BLOCKS and part in LEVELS[-1])
+
+
+def part_of(file: Path) -> str:
+    """Return the module or package directly below llmpress that a file belongs to."""
+    return file.relative_to(ROOT / "src/llmpress").parts[0].removesuffix(".py")
+
+
+def imports(file: Path) -> set[str]:
+    """Return the full names of all modules that a file imports anywhere."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def write(root: Path, files: dict[str, str]) -> None:
+    """Write a small project."""
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+SMALL = {
+    "src/llmpress/__init__.py": "",
+    "src/llmpress/a.py": "from llmpress.sub import b\n",
+    "src/llmpress/c.py": "",
+    "src/llmpress/unused.py": "",
+    "src/llmpress/typed.py": "",
+    "src/llmpress/late.py": "from . import c\n",
+    "src/llmpress/sub/__init__.py": "NAME = 1\n",
+    "src/llmpress/sub/b.py": "def f():\n    import llmpress.late\n",
+    "src/llmpress/sub/templates/page.html": "",
+    "workflow/script.py": (
+        "import json\nfrom typing import TYPE_CHECKING\nfrom llmpress.a import thing\n"
+        "if TYPE_CHECKING:\n    from llmpress.typed import T\n"
+    ),
+}
+
+
+def test_dvc_yaml_names_exactly_the_code_of_each_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text = Path("dvc.yaml").read_text(encoding="utf-8")
+    assert text == code_deps.rewrite(text), "run python workflow/code_deps.py --write"
+
+
+def test_closure_follows_packages_functions_relative_imports_and_data(tmp_path: Path) -> None:
+    write(tmp_path, SMALL)
+    assert code_deps.closure(Path("workflow/script.py"), tmp_path) == {
+        "src/llmpress/__init__.py",
+        "src/llmpress/a.py",
+        "src/llmpress/c.py",
+        "src/llmpress/late.py",
+        "src/llmpress/sub/__init__.py",
+        "src/llmpress/sub/b.py",
+        "src/llmpress/sub/templates/page.html",
+    }
+
+
+def test_import_of_a_missing_module_is_named(tmp_path: Path) -> None:
+    write(tmp_path, {**SMALL, "workflow/script.py": "import llmpress.gone\n"})
+    with pytest.raises(ValueError, match=r"llmpress\.gone"):
+        code_deps.closure(Path("workflow/script.py"), tmp_path)
+
+
+METHODS = {
+    "src/llmpress/methods/__init__.py": "",
+    "src/llmpress/methods/base.py": "",
+    "src/llmpress/methods/one.py": "from llmpress import c\nfrom llmpress.methods import base\n",
+    "src/llmpress/methods/two.py": "from llmpress.methods.base import Method\n",
+}
+
+
+def test_rewriting_corrects_the_code_and_keeps_the_rest(tmp_path: Path) -> None:
+    write(tmp_path, {**SMALL, **METHODS, "workflow/script.py": "import llmpress.methods\n"})
+    text = """\
+# what this is
+stages:
+  make:
+    foreach: ${runs}
+    do:
+      cmd: python workflow/script.py ${key} # a remark
+      deps:
+        - workflow/script.py
+        - src/llmpress/gone.py
+        - data/models/${item.model}
+        - src/llmpress/methods/${item.method}.py
+      params:
+        - runs.${key}
+
+  after:
+    cmd: python workflow/script.py
+    deps:
+      - data/x
+    outs:
+      - data/y
+"""
+    expected = text.replace("        - src/llmpress/gone.py\n", "").replace(
+        "        - src/llmpress/methods/${item.method}.py\n",
+        "        - src/llmpress/__init__.py\n        - src/llmpress/c.py\n"
+        "        - src/llmpress/methods/${item.method}.py\n"
+        "        - src/llmpress/methods/__init__.py\n        - src/llmpress/methods/base.py\n",
+    )
+    expected = expected.replace(
+        "      - data/x\n",
+        "      - workflow/script.py\n      - data/x\n"
+        "      - src/llmpress/__init__.py\n      - src/llmpress/methods/__init__.py\n",
+    )
+    assert code_deps.rewrite(text, tmp_path) == expected
+
+
+def test_a_method_that_imports_another_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, {**SMALL, **METHODS, "workflow/script.py": ""})
+    write(tmp_path, {"src/llmpress/methods/two.py": "from llmpress.methods.one import helper\n"})
+    template = {"cmd": "python workflow/script.py x", "deps": [code_deps.METHOD_TEMPLATE]}
+    with pytest.raises(ValueError, match=r"two\.py imports .*one\.py"):
+        code_deps.code_dependencies(template, tmp_path)
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda f: f.relative_to(ROOT / "src").as_posix())
+def test_imports_go_downwards_only(file: Path) -> None:
+    ours = part_of(file)
+    theirs = {name.split(".")[1] for name in imports(file) if name.startswith("llmpress.")}
+    higher = {part for part in theirs if part != ours and level(part) > level(ours)}
+    assert not higher, f"{ours} (level {level(ours)}) imports {higher}"
+    packages = {name.split(".")[0] for name in imports(file)}
+    assert not packages & {"snakemake", "dvc"}
+    if ours in TENSORS_ONLY:
+        assert not packages & {"transformers", "yaml", "json", "pathlib"}

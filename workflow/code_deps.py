@@ -1,0 +1,190 @@
+"""Keep the code dependencies in dvc.yaml equal to what each stage's script really imports.
+
+A stage depends on its script and on the modules of ``llmpress`` that the script imports, directly
+or through others, at the top of a file or inside a function, with the ``__init__`` of every package
+on the way and the packages' data files. Imports for type checking alone do not count. A stage that
+loads the method named in params.yaml depends on ``methods/${item.method}.py`` and on what any of
+the methods imports.
+
+    python workflow/code_deps.py --check    # exit status 1 when dvc.yaml differs
+    python workflow/code_deps.py --write    # correct dvc.yaml
+"""
+
+import argparse
+import ast
+import difflib
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+SOURCE = Path("src")
+METHODS = SOURCE / "llmpress" / "methods"
+METHOD_TEMPLATE = "src/llmpress/methods/${item.method}.py"
+CODE_FOLDERS = ("src/", "workflow/")
+NOT_DATA = {".py", ".pyc", ".typed"}
+
+
+def closure(script: Path, root: Path = Path()) -> set[str]:
+    """Return the files in ``src`` that importing or running ``script`` may execute or read.
+
+    Args:
+        script: A Python file, relative to ``root``.
+        root: The project's folder.
+
+    Returns:
+        Paths relative to ``root``, without the script itself.
+
+    Raises:
+        ValueError: A module of ``llmpress`` is imported that does not exist.
+    """
+    todo, seen = [script], set()
+    while todo:
+        file = todo.pop()
+        if file not in seen:
+            seen.add(file)
+            todo += _imported_files(file, root)
+    packages = {f.parent for f in seen if f.name == "__init__.py"}
+    data = {
+        f.relative_to(root)
+        for package in packages
+        for f in (root / package).rglob("*")
+        if f.is_file() and f.suffix not in NOT_DATA and _package_of(f) == root / package
+    }
+    return {f.as_posix() for f in (seen | data) - {script}}
+
+
+def code_dependencies(template: dict[str, Any], root: Path = Path()) -> list[str]:
+    """Return the code that a stage of dvc.yaml should depend on, its script first.
+
+    Args:
+        template: A stage's definition, of a ``foreach`` group what stands below ``do``.
+        root: The project's folder.
+
+    Raises:
+        ValueError: A method imports another one.
+    """
+    script = next(word for word in template["cmd"].split() if word.endswith(".py"))
+    files = closure(Path(script), root)
+    if METHOD_TEMPLATE in template["deps"]:
+        names = {m.relative_to(root).as_posix() for m in (root / METHODS).glob("[!_]*.py")}
+        names.discard((METHODS / "base.py").as_posix())
+        for name in sorted(names):
+            imported = closure(Path(name), root)
+            if others := imported & names:
+                raise ValueError(
+                    f"{name} imports {', '.join(sorted(others))}: a run depends on the file of its "
+                    "own method alone, so move what they share into a module outside methods/"
+                )
+            files |= imported
+        files.add(METHOD_TEMPLATE)
+    return [script, *sorted(files)]
+
+
+def rewrite(text: str, root: Path = Path()) -> str:
+    """Return dvc.yaml's ``text`` with the code dependencies put right and all else kept."""
+    yaml = YAML()
+    yaml.width = 200
+    yaml.preserve_quotes = True
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    content = yaml.load(text)
+    for definition in content["stages"].values():
+        template = definition.get("do", definition)
+        data = [path for path in template["deps"] if not path.startswith(CODE_FOLDERS)]
+        script, *library = code_dependencies(template, root)
+        # Changed in place: the comments and the blank line after the list hang on it.
+        template["deps"][:] = [script, *data, *library]
+    out = io.StringIO()
+    yaml.dump(content, out)
+    return out.getvalue()
+
+
+def _imported_files(file: Path, root: Path) -> list[Path]:
+    tree = ast.parse((root / file).read_text(encoding="utf-8"), filename=str(file))
+    found: list[Path] = []
+    for node in _executed(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                found += _files_of(alias.name, root)
+        elif isinstance(node, ast.ImportFrom):
+            module = _absolute(node, file)
+            found += _files_of(module, root)
+            for alias in node.names:
+                if module.split(".")[0] == "llmpress" and _module_file(
+                    f"{module}.{alias.name}", root
+                ):
+                    found += _files_of(f"{module}.{alias.name}", root)
+    return found
+
+
+def _executed(node: ast.AST) -> Iterator[ast.AST]:
+    """Walk the tree, leaving out the bodies of ``if TYPE_CHECKING``."""
+    yield node
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        children: list[ast.AST] = list(node.orelse)
+    else:
+        children = list(ast.iter_child_nodes(node))
+    for child in children:
+        yield from _executed(child)
+
+
+def _absolute(node: ast.ImportFrom, file: Path) -> str:
+    """Return the module of a ``from ... import``, relative ones resolved against ``file``."""
+    if not node.level:
+        return node.module or ""
+    package = file.relative_to(SOURCE).parts[: -node.level]
+    return ".".join([*package, *([node.module] if node.module else [])])
+
+
+def _files_of(module: str, root: Path) -> list[Path]:
+    """Return the file of a module of llmpress and those of the packages it lies in."""
+    parts = module.split(".")
+    if parts[0] != "llmpress":
+        return []
+    names = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    files = [_module_file(name, root) for name in names]
+    if None in files:
+        raise ValueError(f"module {names[files.index(None)]} is imported and does not exist")
+    return [file for file in files if file]
+
+
+def _module_file(module: str, root: Path) -> Path | None:
+    base = SOURCE.joinpath(*module.split("."))
+    for file in (base.with_suffix(".py"), base / "__init__.py"):
+        if (root / file).is_file():
+            return file
+    return None
+
+
+def _package_of(file: Path) -> Path:
+    return next(p for p in file.parents if (p / "__init__.py").is_file() or p == p.parent)
+
+
+def main() -> int:
+    """Check or correct ./dvc.yaml and return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--check", action="store_true", help="only tell whether dvc.yaml is right")
+    what.add_argument("--write", action="store_true", help="correct dvc.yaml")
+    arguments = parser.parse_args()
+    file = Path("dvc.yaml")
+    old = file.read_text(encoding="utf-8")
+    new = rewrite(old)
+    if arguments.write:
+        file.write_text(new, encoding="utf-8")
+        return 0
+    if old != new:
+        sys.stdout.writelines(
+            difflib.unified_diff(old.splitlines(True), new.splitlines(True), "dvc.yaml", "right")
+        )
+        print("dvc.yaml: code dependencies differ; run python workflow/code_deps.py --write")
+    return int(old != new)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

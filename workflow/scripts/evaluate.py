@@ -1,0 +1,44 @@
+"""Evaluate one model, run, delta run or finetune of params.yaml."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the packages are imported: nothing goes online here
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
+import torch
+import transformers
+import typer
+
+from llmpress.artifacts import write_json
+from llmpress.config import build, read_params, script_errors, section
+from llmpress.evaluation.evaluate import evaluate
+from llmpress.evaluation.settings import EvaluationSettings
+from llmpress.evaluation.subjects import find_subject
+
+METRICS, DETAILS = Path("results/metrics"), Path("results/details")
+
+
+def main(
+    key: str = typer.Argument(
+        help="One of `evaluation.models`, or a key of `runs`, `delta_runs` or `finetunes`."
+    ),
+    params: Path = typer.Option(Path("params.yaml"), help="The file of settings."),
+) -> None:
+    """Write results/metrics/KEY.json (numbers) and results/details/KEY.json (all about them)."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with script_errors():
+        config = read_params(params)
+        values = {k: v for k, v in section(config, "evaluation").items() if k != "models"}
+        settings = build(EvaluationSettings, values, "evaluation")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        metrics, details = evaluate(find_subject(config, key), settings, device)
+        for folder, record in ((METRICS, metrics), (DETAILS, details)):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / f"{key}.json", record.model_dump())
+
+
+if __name__ == "__main__":
+    typer.run(main)

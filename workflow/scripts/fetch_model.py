@@ -1,0 +1,32 @@
+"""Fetch one model of params.yaml's `models` into data/models/<name>/."""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from llmpress.artifacts import artifact_folder, write_json
+from llmpress.config import build, read_params, script_errors, section
+from llmpress.pretrained import ModelSource, write_model
+from llmpress.sources import opened
+
+
+def main() -> None:
+    """Fetch the model named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", help="a key of `models`, such as smollm2")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    arguments = parser.parse_args()
+    with script_errors():
+        where = f"models.{arguments.name}"
+        source = build(ModelSource, section(read_params(arguments.params), where), where)
+        out = Path("data/models") / arguments.name
+        with (
+            artifact_folder(out, stage="fetch_model", settings=asdict(source), inputs={}) as folder,
+            opened(source.location(), source.patterns()) as fetched,
+        ):
+            write_model(source, fetched, folder)
+            write_json(folder / "source.json", fetched.origin | {"license": source.license})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Fetch or generate one task of params.yaml's `tasks` into data/tasks/<name>/ for lm-eval."""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from llmpress.artifacts import artifact_folder, write_json
+from llmpress.config import build, read_params, script_errors, section
+from llmpress.documents import read_rows
+from llmpress.sources import opened
+from llmpress.tasks import arithmetic, multiple_choice
+from llmpress.tasks.files import write_task
+from llmpress.tasks.source import TaskSource
+
+
+def main() -> None:
+    """Fetch or generate the task named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", help="a key of `tasks`, such as arithmetic")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    arguments = parser.parse_args()
+    with script_errors():
+        params = read_params(arguments.params)
+        where = f"tasks.{arguments.name}"
+        source = build(TaskSource, section(params, where), where)
+        settings = {**asdict(source), "seed": section(params, "seed")}
+        out = Path("data/tasks") / arguments.name
+        with artifact_folder(out, stage="fetch_task", settings=settings, inputs={}) as folder:
+            origin: dict[str, Any] = {"generator": source.generator}
+            if source.generator:
+                config = arithmetic.task_config(arguments.name)
+                items = arithmetic.generate(source.train_items, source.test_items, settings["seed"])
+            else:
+                with opened(source.location(), [source.files or ""], hub_type="dataset") as fetched:
+                    rows = [row for file in fetched.files for row in read_rows(file)]
+                    origin = fetched.origin
+                config = multiple_choice.task_config(arguments.name)
+                items = {
+                    "test": multiple_choice.convert(rows, source.template or "", settings["seed"])
+                }
+            write_task(folder, config, items)
+            sizes = {split: len(records) for split, records in items.items()}
+            write_json(
+                folder / "info.json",
+                {"source": origin, "license": source.license, "items": sizes},
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Finetune a compressed model block by block against the original one."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+import typer
+
+from llmpress.artifacts import artifact_folder, read_provenance
+from llmpress.blocks import BlockWalk
+from llmpress.calibration import load_windows
+from llmpress.checkpoints import Checkpoint
+from llmpress.config import read_params, script_errors, section
+from llmpress.hf import rewrite_model, skeleton
+from llmpress.resume import BlockStore
+from llmpress.runs import build_method, read_finetune, read_run
+from llmpress.tuning import tune_blocks
+
+
+def main(
+    key: str = typer.Argument(help="A key of `finetunes` in params.yaml."),
+    params: Path = typer.Option(Path("params.yaml"), help="The file of settings."),
+) -> None:
+    """Write data/finetuned/KEY: the compressed model with trained codebooks or factors."""
+    with script_errors():
+        config = read_params(params)
+        finetune = read_finetune(config, key)
+        run = read_run(config, finetune.run)
+        method = build_method(run.method, run.settings, f"runs.{finetune.run}")
+        seed = section(config, "seed")
+        inputs = {
+            "compressed": Path("data/compressed") / finetune.run,
+            "model": Path("data/models") / run.model,
+            "calibration": Path("data/calibration") / run.model,
+        }
+        settings = {
+            "run": finetune.run,
+            **dataclasses.asdict(finetune.settings),
+            "method": run.method,
+            "method_settings": dataclasses.asdict(method),
+            "seed": seed,
+        }
+        with artifact_folder(
+            Path("data/finetuned") / key, stage="finetune", settings=settings, inputs=inputs
+        ) as folder:
+            fingerprints = {role: read_provenance(path)["fingerprint"] for role, path in inputs.items()}
+            store = BlockStore(f"finetune-{key}", {**settings, **fingerprints})
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            original, compressed = Checkpoint(inputs["model"]), Checkpoint(inputs["compressed"])
+            teacher, student = (
+                BlockWalk(skeleton(c), c, device=device, autocast=finetune.settings.autocast)
+                for c in (original, compressed)
+            )
+            windows, validation = load_windows(inputs["calibration"])
+            blocks = tune_blocks(
+                teacher, student, method, windows, validation, finetune.settings, seed=seed, store=store
+            )
+            rewrite_model(compressed, blocks, folder)
+        store.clear()
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,28 @@
+"""Write the report and the table of all runs from the metrics and details that exist."""
+
+from pathlib import Path
+
+import typer
+
+from llmpress.config import read_params, script_errors
+from llmpress.report.html import write_report
+from llmpress.report.tables import read_results
+
+
+def main(
+    params: Path = typer.Option(Path("params.yaml"), help="The file of settings."),
+    metrics: Path = typer.Option(Path("results/metrics"), help="Folder of <name>.json: numbers."),
+    details: Path = typer.Option(
+        Path("results/details"), help="Folder of <name>.json: settings, layers, samples."
+    ),
+    out: Path = typer.Option(Path("results/report.html"), help="The report."),
+    summary: Path = typer.Option(Path("results/summary.csv"), help="One row per model and run."),
+) -> None:
+    """Write results/report.html and results/summary.csv; results that are missing are named there."""
+    with script_errors():
+        config = read_params(params)
+        write_report(read_results(metrics, details, config), config, out, summary)
+
+
+if __name__ == "__main__":
+    typer.run(main)

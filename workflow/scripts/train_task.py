@@ -1,0 +1,49 @@
+"""Fine-tune one model of params.yaml's `finetuned_models` into data/models/<name>/."""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmpress.artifacts import artifact_folder, write_json
+from llmpress.config import build, read_params, script_errors, section
+from llmpress.tasks.files import read_items
+from llmpress.training import TrainingSettings, encode, finetune
+
+
+def main() -> None:
+    """Train the model named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", help="a key of `finetuned_models`, such as smollm2-arithmetic")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    arguments = parser.parse_args()
+    with script_errors():
+        params = read_params(arguments.params)
+        where = f"finetuned_models.{arguments.name}"
+        settings = build(TrainingSettings, section(params, where), where)
+        seed = section(params, "seed")
+        base = Path("data/models") / settings.base
+        task = Path("data/tasks") / settings.task
+        with artifact_folder(
+            Path("data/models") / arguments.name,
+            stage="train_task",
+            settings={**asdict(settings), "seed": seed},
+            inputs={"base": base, "task": task},
+        ) as folder:
+            tokenizer = AutoTokenizer.from_pretrained(base)
+            # for sequences this short, plain matrix products beat the fused attention's backward
+            model = AutoModelForCausalLM.from_pretrained(
+                base, dtype=torch.float32, attn_implementation="eager"
+            ).to("cuda" if torch.cuda.is_available() else "cpu")
+            examples = encode(read_items(task / "train.jsonl"), tokenizer)
+            losses = finetune(model, examples, settings, seed)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            record = {"settings": asdict(settings), "seed": seed, "losses": losses}
+            write_json(folder / "training.json", record)
+
+
+if __name__ == "__main__":
+    main()
