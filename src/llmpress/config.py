@@ -126,16 +126,15 @@ def _refuse_unknown_keys(hint: Any, value: Any, where: str) -> None:
                 raise ConfigError(f"{where} has no setting {key!r}{suggestion(str(key), known)}")
             _refuse_unknown_keys(known[key], item, f"{where}.{key}")
         return
-    arguments = typing.get_args(hint)
-    if isinstance(value, Mapping):
-        inside = arguments[-1:] if issubclass(_origin(hint), Mapping) else arguments
-        items = list(value.items()) if issubclass(_origin(hint), Mapping) else [("", value)]
-    else:
-        inside = arguments
-        items = list(enumerate(value)) if isinstance(value, list) else []
-    for argument in inside:
-        for key, item in items:
-            _refuse_unknown_keys(argument, item, f"{where}.{key}".rstrip("."))
+    if isinstance(value, list):  # tuple[X, ...] or list[X]
+        children = [(f"{where}.{index}", item) for index, item in enumerate(value)]
+    elif isinstance(value, Mapping) and typing.get_origin(hint) in (dict, Mapping):
+        children = [(f"{where}.{key}", item) for key, item in value.items()]
+    else:  # X | None
+        children = [(where, value)]
+    for argument in typing.get_args(hint):
+        for place, child in children:
+            _refuse_unknown_keys(argument, child, place)
 
 
 def _problem(item: Any, where: str) -> str:

@@ -110,7 +110,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def relative_output_error(weight: Tensor, approximation: Tensor, second_moment: Tensor) -> float:
-    """Return ``tr(E H Eᵀ) / tr(W H Wᵀ)`` with ``E = W − Ŵ``: the error of the layer's outputs.
+    """Return ``tr(E H Eᵀ) / tr(W H Wᵀ)`` with ``E = W - Ŵ``: the error of the layer's outputs.
 
     Args:
         weight: ``W [out, in]``.
@@ -120,13 +120,18 @@ def relative_output_error(weight: Tensor, approximation: Tensor, second_moment: 
     Returns:
         Mean squared error of ``W x`` over its mean square, without unit; 0 where both are zero.
     """
-    moment = second_moment.double()
-    error = weight.double() - approximation.double()
-    return _ratio(((error @ moment) * error).sum(), ((weight.double() @ moment) * weight).sum())
+    weight = weight.float()
+    error = weight - approximation.float()
+    return _ratio(_energy(error, second_moment), _energy(weight, second_moment))
+
+
+def _energy(matrix: Tensor, second_moment: Tensor) -> Tensor:
+    """Return ``tr(M H Mᵀ)``: products in fp32, the sum in fp64."""
+    return ((matrix @ second_moment.float()) * matrix).sum(dtype=torch.float64)
 
 
 def relative_weight_error(weight: Tensor, approximation: Tensor) -> float:
-    """Return ``‖W − Ŵ‖² / ‖W‖²``, without unit; 0 where both are zero."""
+    """Return ``‖W - Ŵ‖² / ‖W‖²``, without unit; 0 where both are zero."""
     error = weight.double() - approximation.double()
     return _ratio(error.square().sum(), weight.double().square().sum())
 

@@ -205,7 +205,7 @@ def _epochs(
             loss = problem.loss(batch)
             if not bool(torch.isfinite(loss)):
                 raise NumericalError(
-                    f"{problem.walk.prefix}.{problem.index}: finetuning loss is {float(loss)}; "
+                    f"{problem.walk.prefix}.{problem.index}: finetuning loss is {float(loss.detach())}; "
                     "lower learning_rate"
                 )
             loss.backward()

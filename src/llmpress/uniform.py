@@ -1,7 +1,7 @@
 """Uniform grids for groups of weights: where they lie, and the nearest point on them.
 
 A group is ``group_size`` consecutive columns of one row, ``G = ceil(columns / group_size)`` groups
-a row. Its grid is ``scale · (code − zero_point)`` with ``code`` and ``zero_point`` in
+a row. Its grid is ``scale · (code - zero_point)`` with ``code`` and ``zero_point`` in
 ``[0, 2**num_bits)``: zero always lies on it. Scales are rounded to fp16 before they are used, so
 that what is computed here is what is stored.
 """
@@ -97,7 +97,7 @@ def _span(low: Tensor, high: Tensor, num_bits: int) -> Grid:
 
 
 def _rounded(groups: Tensor, grid: Grid, num_bits: int) -> Tensor:
-    """Return ``code − zero_point`` of the nearest grid points of ``groups [rows, G, group]``."""
+    """Return ``code - zero_point`` of the nearest grid points of ``groups [rows, G, group]``."""
     zeros = grid.zero_points.unsqueeze(-1).float()
     steps = (groups * _reciprocal(grid.scales).unsqueeze(-1)).round_()
     return steps.clamp_(min=-zeros).clamp_(max=(1 << num_bits) - 1 - zeros)

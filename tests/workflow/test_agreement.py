@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import EVERY_STAGE, Project
+from toy_project import EVERY_STAGE, Project
 
 ENGINES = ["snakemake", "dvc"]
 AFTER_X = ["compress@x", "evaluate@x", "report"]

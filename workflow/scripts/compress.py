@@ -1,6 +1,7 @@
 """Compress a model's linear layers by one method."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ def main(
         ) as folder:
             checkpoint = Checkpoint(model)
             empty = skeleton(checkpoint)
-            model_weights = empty.num_parameters()
+            model_weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
             store = BlockStore(
                 f"compress-{key}",
                 {

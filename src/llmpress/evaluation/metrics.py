@@ -138,7 +138,9 @@ class EvaluationRecord(Record):
     task_items: dict[str, int] = Field(description="By task: items asked.")
     task_metrics: dict[str, str] = Field(description="By task: lm-eval's name of the accuracy.")
     prefill_tokens: int = Field(description="Tokens of the prompt with which speed was measured.")
-    decode_tokens: int = Field(description="Tokens generated after the first to measure speed.")
+    decode_tokens: int = Field(
+        description="Tokens generated after the first one to measure speed; 2 where they are slow."
+    )
     device: str = Field(description="Where the model ran.")
     num_threads: int = Field(description="Threads of the processor that were used.")
 

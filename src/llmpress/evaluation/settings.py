@@ -20,7 +20,7 @@ class EvaluationSettings:
         tasks: Items per task, None for all.
         task_dtype: Precision of tasks, samples and speed.
         prefill_tokens: Length of the prompt with which speed is measured.
-        decode_tokens: Tokens generated, one at a time, to measure speed.
+        decode_tokens: Tokens generated, one at a time, to measure speed; two where they are slow.
         sample_tokens: Tokens of each sample text.
     """
 
@@ -35,11 +35,10 @@ class EvaluationSettings:
     sample_tokens: int
 
     def __post_init__(self) -> None:
-        for name in ("windows", "prefill_tokens", "decode_tokens", "sample_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.length < 2:
-            raise ValueError("length must be at least 2: a first token has no prediction")
+        least = {"windows": 1, "length": 2, "prefill_tokens": 1, "decode_tokens": 2}
+        for name, minimum in {**least, "sample_tokens": 1}.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name} is {getattr(self, name)}, at least {minimum} is needed")
         for task, items in self.tasks.items():
             if items is not None and items < 2:
                 raise ValueError(f"tasks.{task}: {items} items give no standard error")

@@ -1,5 +1,6 @@
 """True size of an artifact, and what it cost to make it, read from its folder."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def model_size(folder: Path) -> Size:
     linears = [linear for block in block_linears(skeleton) for linear in block.values()]
     weights = sum(linear.weight.numel() for linear in linears)
     bits = 8 * stored_dtype(checkpoint).itemsize
-    model_weights = skeleton.num_parameters()
+    model_weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
     return _size(folder, weights, bits * weights, model_weights, BF16_BYTES * model_weights)
 
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from llmpress.artifacts import peak_memory_bytes
 
-WARM_UP_TOKENS = 8
+MIN_STEPS = 2
+MAX_SECONDS = 2.0  # packed layers can take seconds per token on a CPU
 
 
 @dataclass(frozen=True)
@@ -32,55 +33,74 @@ class Speed:
 
 
 class _Clock(StoppingCriteria):
-    """Notes the time after each generated token and never stops."""
+    """Notes when each token was there; ends generation when that has taken long enough."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.times = [self.now()]
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         del scores
-        if input_ids.is_cuda:
-            torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        self.times.append(self.now())
+        enough = len(self.times) >= MIN_STEPS + 2 and self.elapsed > MAX_SECONDS
+        return torch.full((len(input_ids),), enough, device=input_ids.device)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds between the beginning and the last token."""
+        return self.times[-1] - self.times[0]
+
+    def now(self) -> float:
+        """Return the time when all work queued on the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
 @torch.inference_mode()
 def measure_speed(model: PreTrainedModel, prompt: Tensor, decode_tokens: int) -> Speed:
     """Time one prompt and the tokens generated after it.
 
+    Measured twice, the second time counts, unless the first one already took longer than
+    ``MAX_SECONDS``: what only a first call has to do hardly matters then. A measurement that takes
+    longer ends after two further tokens.
+
     Args:
         model: As it is stored: compressed layers stay packed.
         prompt: Token ids, int64 ``[tokens]``.
-        decode_tokens: Tokens to generate after the first one.
+        decode_tokens: Tokens to generate after the first one, at least 2.
 
     Returns:
         Speeds and peak memory.
+
+    Raises:
+        ValueError: Too few tokens to measure.
     """
-    prompt = prompt[None].to(model.device)
-    _generate(model, prompt[:, :WARM_UP_TOKENS], 1)
-    start, times = _generate(model, prompt, decode_tokens + 1)
-    steps = [after - before for before, after in pairwise(times)]
+    if decode_tokens < MIN_STEPS or len(prompt) < 1:
+        raise ValueError(f"{decode_tokens} tokens after {len(prompt)} are too few to measure speed")
+    clock = _generate(model, prompt, decode_tokens)
+    if clock.elapsed <= MAX_SECONDS:
+        clock = _generate(model, prompt, decode_tokens)
+    start, first, *further = clock.times
+    steps = [after - before for before, after in pairwise([first, *further])]
     return Speed(
-        prefill_tokens_per_second=prompt.shape[1] / (times[0] - start),
+        prefill_tokens_per_second=len(prompt) / (first - start),
         decode_tokens_per_second=1 / median(steps),
         peak_memory_bytes=peak_memory_bytes(),
     )
 
 
-def _generate(model: PreTrainedModel, prompt: Tensor, count: int) -> tuple[float, list[float]]:
-    """Generate exactly ``count`` tokens; return when it began and when each of them was there."""
-    clock = _Clock()
-    if prompt.is_cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+def _generate(model: PreTrainedModel, prompt: Tensor, decode_tokens: int) -> _Clock:
+    """Generate up to ``decode_tokens`` tokens after the first and return when each was there."""
+    batch = prompt[None].to(model.device)
+    clock = _Clock(model.device)
     model.generate(  # type: ignore[operator]
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=count,
-        min_new_tokens=count,
+        batch,
+        attention_mask=torch.ones_like(batch),
+        max_new_tokens=decode_tokens + 1,
+        min_new_tokens=decode_tokens + 1,
         do_sample=False,
         pad_token_id=0,
         stopping_criteria=StoppingCriteriaList([clock]),
     )
-    return start, clock.times
+    return clock

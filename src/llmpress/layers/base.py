@@ -44,7 +44,7 @@ class CompressedLinear(nn.Module, ABC):
 
     @abstractmethod
     def dequantize(self) -> Tensor:
-        """Return the weight this layer stands for, ``[out, in]``, in the dtype of its floats."""
+        """Return the weight this layer stands for, fp32 ``[out, in]``."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., in]`` to ``[..., out]`` in the dtype of ``x``."""

@@ -80,10 +80,10 @@ class CodebookLinear(CompressedLinear):
         self._indices = self._unpack() if keep else None
 
     def dequantize(self) -> Tensor:
-        """Look every vector up, cut the padding and transpose: ``[out, in]``."""
+        """Look every vector up, cut the padding and transpose: fp32 ``[out, in]``."""
         indices = self._unpack() if self._indices is None else self._indices
         # embedding, not indexing: its backward is the scatter-add dL/dcodebook[k] = Σ dL/dv_n
-        vectors = functional.embedding(indices, self.codebook)  # [N, d]
+        vectors = functional.embedding(indices, self.codebook.float())  # [N, d]
         return vectors.view(self.in_features, -1)[:, : self.out_features].t()
 
     def _unpack(self) -> Tensor:

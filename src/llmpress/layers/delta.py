@@ -10,7 +10,7 @@ class AdaptedLinear(nn.Module):
 
     Args:
         base: Any module that maps ``[..., in]`` to ``[..., out]``.
-        delta: The compressed ``W_finetuned − W_base``.
+        delta: The compressed ``W_finetuned - W_base``.
     """
 
     def __init__(self, base: nn.Module, delta: CompressedLinear) -> None:

@@ -54,8 +54,8 @@ class LowRankLinear(CompressedLinear):
         return {"rank": self.rank, "dtype": self.dtype_name}
 
     def dequantize(self) -> Tensor:
-        """Return ``A B`` as ``[out, in]``."""
-        return self.A @ self.B
+        """Return ``A B`` as fp32 ``[out, in]``."""
+        return self.A.float() @ self.B.float()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., in]`` to ``[..., out]`` without forming the dense weight."""

@@ -22,7 +22,7 @@ SCALE_BITS = 32
 
 
 class Vectors(NamedTuple):
-    """Quantized vectors, one per row: ``scale · (code − zero_point)``.
+    """Quantized vectors, one per row: ``scale · (code - zero_point)``.
 
     Attributes:
         codes: Integers ``[r, n]``; at 16 bits the vectors themselves, float ``[r, n]``.

@@ -1,4 +1,4 @@
-"""Group-wise uniform quantization: ``W ≈ scale · (code − zero_point)``.
+"""Group-wise uniform quantization: ``W ≈ scale · (code - zero_point)``.
 
 Shapes: ``G = ceil(in / group_size)`` groups per output row, the last one shorter where the group
 size does not divide ``in``.
@@ -61,7 +61,7 @@ class QuantizedLinear(CompressedLinear):
         return {"num_bits": self.num_bits, "group_size": self.group_size}
 
     def dequantize(self) -> Tensor:
-        """Return ``scale · (code − zero_point)`` as ``[out, in]``."""
+        """Return ``scale · (code - zero_point)`` as fp32 ``[out, in]``."""
         codes = unpack(self.codes, self.num_bits, self.num_weights)
         zeros = unpack(self.zero_points, self.num_bits, self.scales.numel())
         return dequantize_groups(
@@ -73,7 +73,7 @@ class QuantizedLinear(CompressedLinear):
 
 
 def dequantize_groups(codes: Tensor, scales: Tensor, zero_points: Tensor, group_size: int) -> Tensor:
-    """Return ``scale · (code − zero_point)``.
+    """Return ``scale · (code - zero_point)``.
 
     Args:
         codes: Integers ``[rows, columns]``.
@@ -82,9 +82,9 @@ def dequantize_groups(codes: Tensor, scales: Tensor, zero_points: Tensor, group_
         group_size: Consecutive columns that share a scale.
 
     Returns:
-        ``[rows, columns]`` in the dtype of ``scales``.
+        fp32 ``[rows, columns]``.
     """
     rows, columns = codes.shape
     padded = torch.nn.functional.pad(codes, (0, -columns % group_size))
     centred = padded.view(rows, -1, group_size) - zero_points.unsqueeze(-1)  # [rows, G, group]
-    return (centred * scales.unsqueeze(-1)).view(rows, -1)[:, :columns]
+    return (centred * scales.float().unsqueeze(-1)).view(rows, -1)[:, :columns]

@@ -25,7 +25,7 @@ class SignLinear(CompressedLinear):
 
     @classmethod
     def from_signs(cls, positive: Tensor, scale: Tensor) -> "SignLinear":
-        """Pack the mask ``positive [out, in]`` (True: ``+1``, False: ``−1``) with one ``scale``."""
+        """Pack the mask ``positive [out, in]`` (True: ``+1``, False: ``-1``) with one ``scale``."""
         out_features, in_features = positive.shape
         layer = cls(in_features, out_features)
         layer.signs = pack(positive, 1)

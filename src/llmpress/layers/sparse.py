@@ -4,7 +4,7 @@ Where the entries stand is written in one of two ways, row by row:
 
 * ``bitmap``: one bit per weight;
 * ``columns``: the number of entries of each row at ``bits(in)`` bits and the column of each entry
-  at ``bits(in − 1)`` bits, where ``bits(n)`` is the length of ``n`` in binary.
+  at ``bits(in - 1)`` bits, where ``bits(n)`` is the length of ``n`` in binary.
 """
 
 from typing import Any, Literal
@@ -115,7 +115,7 @@ class SparseLinear(CompressedLinear):
 
 
 def _widths(in_features: int) -> tuple[int, int]:
-    """Return the bits of a row's count, which is 0 to ``in``, and of a column, 0 to ``in − 1``."""
+    """Return the bits of a row's count, which is 0 to ``in``, and of a column, 0 to ``in - 1``."""
     return in_features.bit_length(), max(1, (in_features - 1).bit_length())
 
 

@@ -49,7 +49,7 @@ class BitDelta(Method):
 
 
 def _output_scale(weight: Tensor, positive: Tensor, moment: Tensor, otherwise: Tensor) -> Tensor:
-    """Return ``argmin_a tr((a S − Δ) H (a S − Δ)ᵀ) = tr(S H Δᵀ) / tr(S H Sᵀ)``, ``S = ±1``.
+    """Return ``argmin_a tr((a S - Δ) H (a S - Δ)ᵀ) = tr(S H Δᵀ) / tr(S H Sᵀ)``, ``S = ±1``.
 
     ``otherwise`` is returned where no input tells one scale from another (``S H Sᵀ = 0``).
     """

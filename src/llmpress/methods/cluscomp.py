@@ -137,7 +137,7 @@ def choose_codebook_size(shape: Shape, bits: float) -> CodebookSize:
     """Choose the codebook with the smallest expected error among those within ``bits``.
 
     The expected error of an optimal quantizer with K points in d dimensions is Zador's
-    ``G_d · 2π · ((d + 2) / d)^((d + 2) / 2) · K^(−2/d)`` for a unit Gaussian; longer vectors win until
+    ``G_d · 2π · ((d + 2) / d)^((d + 2) / 2) · K^(-2/d)`` for a unit Gaussian; longer vectors win until
     the codebook itself eats the budget, which on small matrices is early.
 
     Raises:

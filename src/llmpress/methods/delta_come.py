@@ -277,7 +277,7 @@ def principal_outputs(delta: Tensor, moment: Tensor | None) -> tuple[Tensor, Ten
 def expected_best_ranks(values: Tensor, budget: int, costs: dict[int, int]) -> list[int]:
     """Return how many triplets to store at each precision for the least expected error.
 
-    A triplet of variance ``λ`` stored at ``b`` bits is expected to leave ``λ (1 − (1 − d_b)²)``,
+    A triplet of variance ``λ`` stored at ``b`` bits is expected to leave ``λ (1 - (1 - d_b)²)``,
     ``d_b`` the distortion of a normal variable, and ``λ`` when it is dropped. The budget is met by
     the multiplier ``μ`` of ``error + μ · cost``.
 

@@ -116,7 +116,7 @@ def quantize_gptq(
 ) -> Quantized:
     """Quantize a matrix so that its product with typical inputs changes little.
 
-    Minimises ``tr(E H Eᵀ)``, ``E = W − Ŵ``, greedily: a column is rounded, and the columns still
+    Minimises ``tr(E H Eᵀ)``, ``E = W - Ŵ``, greedily: a column is rounded, and the columns still
     to come absorb its error as well as they can. Columns that never saw an input have no error to
     pass on and are simply rounded.
 
@@ -167,7 +167,7 @@ def round_with_feedback(
     dampening: float = 0.01,
     act_order: bool = True,
 ) -> Rounded:
-    """Round a matrix onto given grids, ``scale · (code − zero_point)``, with error feedback.
+    """Round a matrix onto given grids, ``scale · (code - zero_point)``, with error feedback.
 
     Args:
         weight: ``W [rows, columns]``, finite; not modified.

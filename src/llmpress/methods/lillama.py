@@ -159,7 +159,7 @@ def svd_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def activation_factors(weight: Tensor, second_moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the factors that minimise ``E‖(W − A B) x‖²``.
+    """Return the factors that minimise ``E‖(W - A B) x‖²``.
 
     The optimum projects the outputs onto the leading eigenvectors of ``E[y yᵀ] = W H Wᵀ``:
     ``A = U_r``, ``B = U_rᵀ W``. It equals whitening by any ``S`` with ``S Sᵀ = H`` followed by a

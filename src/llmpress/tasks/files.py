@@ -23,7 +23,9 @@ def read_items(file: Path) -> list[dict[str, Any]]:
         ArtifactError: Missing, or damaged.
     """
     try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        # not splitlines(): it also splits at the line separators of other scripts
+        lines = file.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines if line]
     except FileNotFoundError:
         raise ArtifactError(f"{file}: no such file; fetch a task that has this part") from None
     except ValueError as error:

@@ -1,0 +1,180 @@
+import pytest
+import torch
+from torch import Tensor
+
+from llmpress.layers import MixedLowRankLinear
+from llmpress.layers.mixed_low_rank import SCALE_BITS, group_bits
+from llmpress.linalg import relative_output_error, relative_weight_error
+from llmpress.methods.base import InputStatistics, Method
+from llmpress.methods.bitdelta import BitDelta
+from llmpress.methods.delta_come import DeltaCoMe, expected_best_ranks, principal_outputs
+from llmpress.methods.rtn import RTN
+from llmpress.methods.svd import SVD
+
+PAPER = {
+    "precisions": (8, 3, 2),
+    "ranks": (2, 32),
+    "search_range": False,
+    "basis": "weight",
+    "correct_left": False,
+}
+
+
+def sample(out_features: int = 160, in_features: int = 192) -> tuple[Tensor, InputStatistics]:
+    """A delta with a falling spectrum, and inputs with a few large channels, as real ones."""
+    rank = min(out_features, in_features)
+    left, _ = torch.linalg.qr(torch.randn(out_features, rank))
+    right, _ = torch.linalg.qr(torch.randn(in_features, rank))
+    spectrum = 1e-2 * torch.arange(1, rank + 1) ** -0.7
+    mixing = torch.randn(in_features, in_features) / in_features**0.5
+    inputs = torch.randn(1000, in_features) @ mixing * torch.logspace(0.7, -0.3, in_features)
+    return (left * spectrum) @ right.T, InputStatistics(inputs.T @ inputs / 1000, 1000)
+
+
+def output_error(method: Method, delta: Tensor, statistics: InputStatistics) -> float:
+    approximation = method.compress(delta, statistics).dequantize()
+    return relative_output_error(delta, approximation, statistics.second_moment)
+
+
+@pytest.mark.parametrize("bits", [0.15, 0.25, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("shape", [(160, 192), (192, 64), (130, 130)], ids=str)
+@pytest.mark.parametrize("settings", [{}, PAPER], ids=["default", "paper"])
+def test_the_budget_is_met_and_used_up(
+    shape: tuple[int, int], bits: float, settings: dict[str, object]
+) -> None:
+    delta, statistics = sample(*shape)
+    method = DeltaCoMe(bits=bits, **settings)  # type: ignore[arg-type]
+    layer = method.compress(delta, statistics)
+    budget = bits * delta.numel()
+    assert layer.stored_bits() <= budget
+    cheapest = group_bits(shape[1], shape[0], 1, method.precisions[-1], method.group_size)
+    assert layer.stored_bits() > budget - cheapest - 64
+
+
+@pytest.mark.parametrize(
+    ("bits", "others"),
+    [
+        (1.0, [SVD(bits=1.0), SVD(bits=1.0, whiten=True), BitDelta(), RTN(num_bits=1)]),
+        (0.5, [SVD(bits=0.5), SVD(bits=0.5, whiten=True), BitDelta()]),
+        (0.3, [SVD(bits=0.3), SVD(bits=0.3, whiten=True), BitDelta()]),
+    ],
+)
+def test_it_beats_the_baselines_at_no_more_bits(bits: float, others: list[Method]) -> None:
+    delta, statistics = sample()
+    mine = output_error(DeltaCoMe(bits=bits), delta, statistics)
+    for other in others:
+        assert mine < 0.8 * output_error(other, delta, statistics), other
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [PAPER, {"basis": "weight"}, {"search_range": False}, {"correct_left": False}],
+    ids=["paper", "basis", "search_range", "correct_left"],
+)
+def test_each_default_is_the_winner(settings: dict[str, object]) -> None:
+    changed = DeltaCoMe(bits=0.6, **settings)  # type: ignore[arg-type]
+    best, other = 0.0, 0.0
+    for _ in range(4):
+        delta, statistics = sample()
+        best += output_error(DeltaCoMe(bits=0.6), delta, statistics)
+        other += output_error(changed, delta, statistics)
+    assert best < other
+
+
+def test_statistics_are_what_the_outputs_gain_from() -> None:
+    delta, statistics = sample()
+    blind = DeltaCoMe().compress(delta).dequantize()
+    aware = output_error(DeltaCoMe(), delta, statistics)
+    assert aware < 0.9 * relative_output_error(delta, blind, statistics.second_moment)
+    seen = DeltaCoMe().compress(delta, statistics).dequantize()
+    assert relative_weight_error(delta, blind) < relative_weight_error(delta, seen)
+
+
+def test_leading_ranks_follow_the_width_of_the_matrix() -> None:
+    delta, statistics = sample(512, 512)
+    layer = DeltaCoMe(bits=1.0, precisions=(8, 3, 2), ranks=(16, 32)).compress(delta, statistics)
+    assert layer.groups[:2] == [(2, 8), (4, 3)]
+    assert layer.groups[2][1] == 2
+
+
+def test_a_delta_of_low_rank_is_stored_with_its_rank_alone() -> None:
+    delta = torch.randn(96, 3) @ torch.randn(3, 128)
+    layer = DeltaCoMe(bits=4.0).compress(delta)
+    assert layer.rank <= 3 * 2  # three triplets, and at most as many again for rounding errors
+    assert relative_weight_error(delta, layer.dequantize()) < 1e-3
+
+
+def test_a_delta_of_zeros_stays_zero() -> None:
+    layer = DeltaCoMe().compress(torch.zeros(96, 128))
+    assert layer.rank == 0
+    torch.testing.assert_close(layer.dequantize(), torch.zeros(96, 128))
+
+
+@pytest.mark.parametrize("factor", [1e-12, 1e-6, 1e6])
+def test_the_size_of_a_delta_does_not_matter(factor: float) -> None:
+    delta, statistics = sample()
+    expected = output_error(DeltaCoMe(), delta, statistics)
+    scaled = output_error(DeltaCoMe(), delta * factor, statistics)
+    assert scaled == pytest.approx(expected, rel=0.02)
+
+
+def test_an_unreachable_budget_names_the_smallest_one() -> None:
+    delta, statistics = sample()
+    with pytest.raises(ValueError, match="smallest possible budget is") as error:
+        DeltaCoMe(bits=0.01).compress(delta, statistics)
+    smallest = float(str(error.value).split()[-1])
+    layer = DeltaCoMe(bits=smallest).compress(delta, statistics)
+    assert isinstance(layer, MixedLowRankLinear)
+    assert layer.rank == 1
+    with pytest.raises(ValueError, match="smallest possible"):
+        DeltaCoMe(bits=smallest - 2e-4).compress(delta, statistics)
+
+
+@pytest.mark.parametrize("shape", [(30, 50), (50, 30), (1, 9), (9, 1)], ids=str)
+def test_principal_outputs_are_those_of_the_covariance(shape: tuple[int, int]) -> None:
+    delta = torch.randn(shape)
+    root = torch.randn(shape[1], shape[1])
+    moment = root @ root.T + 0.1 * torch.eye(shape[1])
+    values, vectors = principal_outputs(delta, moment)
+    rank = min(shape)
+    covariance = delta.double() @ moment.double() @ delta.double().T
+    rebuilt = (vectors * values) @ vectors.T
+    torch.testing.assert_close(rebuilt, covariance, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        vectors.T @ vectors, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-5
+    )
+    assert (values.diff() <= 0).all()
+
+
+def test_more_important_triplets_never_get_fewer_bits() -> None:
+    values = torch.arange(1, 101, dtype=torch.float64) ** -1.5
+    costs = {8: 800, 4: 420, 2: 230}
+    ranks = expected_best_ranks(values, 10_000, costs)
+    spent = sum(rank * cost for rank, cost in zip(ranks, costs.values(), strict=True))
+    assert 9_000 < spent <= 10_000
+    assert all(ranks)
+    assert expected_best_ranks(values, 10**9, costs) == [100, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 0.0}, "bits=0.0"),
+        ({"precisions": (2, 3)}, r"precisions=\[2, 3\]"),
+        ({"precisions": (9,)}, r"precisions=\[9\]"),
+        ({"precisions": ()}, r"precisions=\[\]"),
+        ({"precisions": (8, 2), "ranks": (1, 2)}, r"ranks=\[1, 2\]"),
+        ({"precisions": (8, 2), "ranks": (0,)}, r"ranks=\[0\]"),
+        ({"group_size": 0}, "group_size=0"),
+        ({"basis": "input"}, "basis='input'"),
+        ({"dampening": 1.0}, "dampening=1.0"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DeltaCoMe(**settings)  # type: ignore[arg-type]
+
+
+def test_scale_bits_is_the_size_of_the_scale() -> None:
+    layer = DeltaCoMe().compress(torch.randn(64, 64))
+    assert 8 * layer.scale.numel() * layer.scale.element_size() == SCALE_BITS

@@ -1,0 +1,152 @@
+"""Task items and the task.yaml that lm-eval reads, offline."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llmpress.config import build
+from llmpress.errors import ArtifactError, ConfigError, SourceError
+from llmpress.tasks import arithmetic, multiple_choice
+from llmpress.tasks.files import read_items, write_items, write_task
+from llmpress.tasks.source import TaskSource
+
+ARC_ROW = {
+    "question": "Which is hot?",
+    "choices": {"text": ["ice", "fire", "snow"], "label": ["1", "2", "3"]},
+    "answerKey": "2",
+}
+PIQA_ROW = {"goal": "Open a jar.", "sol1": "Twist the lid.", "sol2": "Sing.", "label": 0}
+
+
+def test_arc_rows_become_query_choices_gold() -> None:
+    assert multiple_choice.convert([ARC_ROW], "arc", seed=0) == [
+        {
+            "query": "Question: Which is hot?\nAnswer:",
+            "choices": ["ice", "fire", "snow"],
+            "gold": 1,
+        }
+    ]
+
+
+def test_piqa_rows_become_query_choices_gold() -> None:
+    assert multiple_choice.convert([PIQA_ROW], "piqa", seed=0) == [
+        {
+            "query": "Question: Open a jar.\nAnswer:",
+            "choices": ["Twist the lid.", "Sing."],
+            "gold": 0,
+        }
+    ]
+
+
+def test_items_come_in_a_seeded_random_order() -> None:
+    rows = [{**PIQA_ROW, "goal": str(number)} for number in range(20)]
+    first, again, other = (multiple_choice.convert(rows, "piqa", seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+    assert sorted(item["query"] for item in first) == sorted(item["query"] for item in other)
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "says"),
+    [
+        (PIQA_ROW, "arc", "row 0 does not fit template 'arc' .*columns: goal, sol1, sol2, label"),
+        ({**ARC_ROW, "answerKey": "9"}, "arc", "row 0 does not fit template 'arc'"),
+        ({**PIQA_ROW, "label": -1}, "piqa", "row 0 has no right answer: use a split with labels"),
+    ],
+    ids=["other-set", "no-such-label", "hidden-label"],
+)
+def test_rows_that_do_not_fit_are_named(row: dict[str, Any], template: str, says: str) -> None:
+    with pytest.raises(SourceError, match=says):
+        multiple_choice.convert([row], template, seed=0)
+
+
+@pytest.fixture(scope="module")
+def problems() -> dict[str, list[dict[str, Any]]]:
+    return arithmetic.generate(train=600, test=100, seed=0)
+
+
+def test_worked_answers_are_right(problems: dict[str, list[dict[str, Any]]]) -> None:
+    for item in problems["train"] + problems["test"]:
+        first, second = item["target"].strip().split(", ")
+        a, b, between = re.fullmatch(r"(\d+)[-+*](\d+)=(\d+)", first).groups()  # type: ignore[union-attr]
+        left, c, result = re.fullmatch(r"(\d+)[-+*](\d+)=(\d+)", second).groups()  # type: ignore[union-attr]
+        for step in (first, second):
+            calculation, _, claimed = step.partition("=")
+            operator = re.search(r"[-+*]", calculation).group()  # type: ignore[union-attr]
+            x, y = (int(number) for number in calculation.split(operator))
+            assert {"+": x + y, "-": x - y, "*": x * y}[operator] == int(claimed)
+        assert left == between
+        assert result == item["answer"]
+        assert {a, b, c} <= set(re.findall(r"\d+", item["query"]))
+        assert item["query"].startswith("Question: ")
+        assert item["query"].endswith("\nAnswer:")
+
+
+def test_test_calculations_do_not_occur_in_training(
+    problems: dict[str, list[dict[str, Any]]],
+) -> None:
+    assert len(problems["train"]) == 600
+    assert len(problems["test"]) == 100
+    trained = {item["target"] for item in problems["train"]}
+    assert trained.isdisjoint(item["target"] for item in problems["test"])
+    assert len(trained) == 600
+
+
+def test_generator_depends_on_its_seed_alone(problems: dict[str, list[dict[str, Any]]]) -> None:
+    assert arithmetic.generate(train=600, test=100, seed=0) == problems
+    assert arithmetic.generate(train=600, test=100, seed=1) != problems
+
+
+def test_all_nine_pairs_of_operations_occur(problems: dict[str, list[dict[str, Any]]]) -> None:
+    pairs = {"".join(re.findall(r"[-+*]", item["target"])) for item in problems["train"]}
+    assert len(pairs) == 9
+
+
+def test_task_folder_holds_items_and_configuration(
+    tmp_path: Path, problems: dict[str, list[dict[str, Any]]]
+) -> None:
+    write_task(tmp_path, arithmetic.task_config("sums"), problems)
+    assert read_items(tmp_path / "train.jsonl") == problems["train"]
+    assert read_items(tmp_path / "test.jsonl") == problems["test"]
+    config = yaml.safe_load((tmp_path / "task.yaml").read_text(encoding="utf-8"))
+    assert config == arithmetic.task_config("sums")
+    assert config["dataset_kwargs"] == {"data_files": {"test": "test.jsonl"}}
+
+
+def test_items_survive_odd_characters(tmp_path: Path) -> None:
+    items = [{"query": 'a\u2028b\n"c" é', "gold": 1}]
+    write_items(tmp_path / "x.jsonl", items)
+    assert read_items(tmp_path / "x.jsonl") == items
+
+
+def test_missing_and_damaged_items_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"train.jsonl: no such file"):
+        read_items(tmp_path / "train.jsonl")
+    (tmp_path / "test.jsonl").write_text('{"query"', encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"test.jsonl: damaged"):
+        read_items(tmp_path / "test.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"generator": "arithmetic", "files": "x"}, "a generator takes no package"),
+        ({"generator": "algebra"}, "generator: .*'arithmetic'.*got 'algebra'"),
+        ({"path": "x"}, "needs `files:` and `template:`"),
+        ({"path": "x", "files": "y", "template": "boolq"}, "template: .*got 'boolq'"),
+        ({"files": "y", "template": "arc"}, "exactly one of package, hub and path"),
+    ],
+    ids=["both", "unknown-generator", "no-template", "unknown-template", "no-source"],
+)
+def test_task_source_is_validated(values: dict[str, str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        build(TaskSource, {"license": "MIT", **values}, "tasks.t")
+
+
+def test_every_template_can_be_named_in_params() -> None:
+    for template in multiple_choice.TEMPLATES:
+        values = {"license": "MIT", "path": "x", "files": "y", "template": template}
+        assert build(TaskSource, values, "tasks.t").template == template

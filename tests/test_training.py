@@ -1,0 +1,157 @@
+"""Fine-tuning on worked answers: what trains, what is learnt, and that it repeats."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from llmpress.architectures import block_linears
+from llmpress.config import build
+from llmpress.errors import ConfigError, NumericalError, SourceError
+from llmpress.tasks.arithmetic import generate
+from llmpress.training import (
+    Example,
+    TrainingSettings,
+    answer_loss,
+    collate,
+    draw_batches,
+    encode,
+    finetune,
+)
+
+SETTINGS = TrainingSettings(
+    base="b", task="t", steps=12, batch_size=4, learning_rate=2e-3, warmup=2, precision="float32"
+)
+
+
+@pytest.fixture
+def tokenizer(tiny_model_folder: Path) -> Tokenizer:
+    return AutoTokenizer.from_pretrained(tiny_model_folder)
+
+
+@pytest.fixture
+def model(tiny_model_folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+
+
+@pytest.fixture
+def examples(tokenizer: Tokenizer) -> list[Example]:
+    return encode(generate(train=32, test=1, seed=0)["train"], tokenizer)
+
+
+def test_encode_marks_the_query_and_ends_the_answer(tokenizer: Tokenizer) -> None:
+    [example] = encode([{"query": "Q: 1\nA:", "target": " 2=2"}], tokenizer)
+    assert tokenizer.decode(example.tokens[: example.num_query_tokens]) == "Q: 1\nA:"
+    assert tokenizer.decode(example.tokens[example.num_query_tokens :]) == " 2=2\n"
+
+
+def test_items_without_worked_answers_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(SourceError, match="training items need `query` and `target`"):
+        encode([{"query": "Q", "gold": 1}], tokenizer)
+
+
+def test_batches_go_through_everything_before_repeating() -> None:
+    examples = [Example([number], 0) for number in range(7)]
+    batches = list(draw_batches(examples, steps=7, batch_size=3, seed=0))
+    order = [example.tokens[0] for batch in batches for example in batch]
+    assert [len(batch) for batch in batches] == [3] * 7
+    rounds = [order[start : start + 7] for start in (0, 7, 14)]
+    assert all(sorted(one) == list(range(7)) for one in rounds)
+    assert rounds[0] != rounds[1]
+    assert batches == list(draw_batches(examples, steps=7, batch_size=3, seed=0))
+    assert batches != list(draw_batches(examples, steps=7, batch_size=3, seed=1))
+
+
+def test_a_batch_larger_than_the_data_repeats_it() -> None:
+    examples = [Example([number], 0) for number in range(2)]
+    [batch] = draw_batches(examples, steps=1, batch_size=5, seed=0)
+    assert len(batch) == 5
+
+
+def test_collate_labels_answers_only() -> None:
+    tokens, labels = collate([Example([5, 6, 7], 1), Example([8, 9], 1)])
+    assert tokens.tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert labels.tolist() == [[-100, 6, 7], [-100, 9, -100]]
+
+
+def test_loss_is_that_of_the_whole_model_at_the_answers(
+    model: PreTrainedModel, examples: list[Example]
+) -> None:
+    tokens, labels = collate(examples[:5])
+    mask = (tokens != 0).long()
+    expected = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
+    torch.testing.assert_close(answer_loss(model, tokens, labels), expected)
+
+
+def test_finetuning_learns_and_changes_block_linears_only(
+    model: PreTrainedModel, examples: list[Example]
+) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    losses = finetune(model, examples, SETTINGS, seed=0)
+    assert len(losses) == 12
+    assert losses[-1] < 0.8 * losses[0]
+    changed = {
+        name for name, tensor in model.state_dict().items() if (tensor != before[name]).any()
+    }
+    assert changed == {f"{name}.weight" for block in block_linears(model) for name in block}
+    assert not model.training
+
+
+def test_finetuning_repeats_bit_for_bit(tiny_model_folder: Path, examples: list[Example]) -> None:
+    def run(seed: int) -> list[float]:
+        model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+        return finetune(model, examples, SETTINGS, seed)
+
+    first = run(0)
+    assert first == run(0)
+    assert first != run(1)
+
+
+def test_bfloat16_keeps_weights_in_fp32(model: PreTrainedModel, examples: list[Example]) -> None:
+    settings = TrainingSettings("b", "t", steps=2, batch_size=4, precision="bfloat16")
+    losses = finetune(model, examples, settings, seed=0)
+    assert all(math.isfinite(loss) for loss in losses)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_learning_rate_rises_then_falls(
+    model: PreTrainedModel, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def recorded(self: torch.optim.AdamW, *arguments: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    settings = TrainingSettings("b", "t", steps=6, batch_size=1, learning_rate=1.0, warmup=2)
+    finetune(model, examples, settings, seed=0)
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1.0, 3 / 4, 2 / 4, 1 / 4])
+
+
+def test_a_loss_that_is_not_finite_stops(model: PreTrainedModel, examples: list[Example]) -> None:
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+    with pytest.raises(NumericalError, match="the loss is nan at step 1: lower `learning_rate`"):
+        finetune(model, examples, SETTINGS, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"steps": 0}, "steps must be positive, got 0"),
+        ({"steps": 1, "learning_rate": -1.0}, "learning_rate must be positive"),
+        ({"steps": 1, "warmup": -1}, "warmup must not be negative"),
+        ({"steps": 1, "precision": "int8"}, "precision: .*got 'int8'"),
+        ({}, "finetuned_models.x.steps is missing"),
+    ],
+    ids=["steps", "learning-rate", "warmup", "precision", "missing"],
+)
+def test_settings_are_validated(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        build(TrainingSettings, {"base": "b", "task": "t", **values}, "finetuned_models.x")
