@@ -1,4 +1,4 @@
-"""What params.yaml says of a run: a model or delta, a method, the method's settings."""
+"""What params.yaml says of runs: a model or delta, a method, the method's settings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -73,6 +73,7 @@ class Finetune:
     Attributes:
         run: The run whose compressed model is finetuned.
         model: The model that run compressed: the teacher.
+        method: The method that run compressed it by.
         method: The method of that run; dvc.yaml needs it here, to depend on the method's file.
         settings: Optimiser settings.
     """

@@ -36,11 +36,17 @@ def test_rows_too_long_to_pack_their_columns_get_a_bitmap() -> None:
     assert smaller_index(65536, 1, 1) == "bitmap"
 
 
-@pytest.mark.parametrize("factor", [1e-38, 1e-30, 1e-6, 1.0, 1e6, 3e37])
+@pytest.mark.parametrize("factor", [1e-38, 1e-30, 1e-6, 1.0, 1e6, 2.2e38])
 def test_digits_survive_any_size_of_the_weights(factor: float) -> None:
     weight = torch.rand(6, 10) + 0.5
     layer = SparseLinear.from_dense(weight * factor, torch.ones(6, 10, dtype=torch.bool))
     torch.testing.assert_close(layer.dequantize() / factor, weight, rtol=6e-4, atol=0)
+
+
+def test_numbers_below_the_normal_ones_stay_finite() -> None:
+    weight = torch.tensor([[1e-42, -2e-42, 0.0]])
+    dequantized = SparseLinear.from_dense(weight, weight != 0).dequantize()
+    torch.testing.assert_close(dequantized, weight, rtol=0, atol=1e-41)
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,8 @@ def test_the_size_of_a_delta_does_not_matter(factor: float) -> None:
     expected = output_error(DeltaCoMe(), delta, statistics)
     scaled = output_error(DeltaCoMe(), delta * factor, statistics)
     assert scaled == pytest.approx(expected, rel=0.02)
+    sigma = DeltaCoMe().compress(delta * factor, statistics).sigma
+    assert 2**10 < float(sigma.max()) < 2**15  # well inside fp16, whatever the delta's size
 
 
 def test_an_unreachable_budget_names_the_smallest_one() -> None:

@@ -60,7 +60,8 @@ def test_the_budget_is_met_and_hardly_exceeded(strategy: str, reduction: float) 
     method = Lillama(reduction=reduction, strategy=strategy, rank_step=2)
     plan = method.plan(SHAPES, MODEL_WEIGHTS)
     kept = sum(
-        s[0] * s[1] if m is None else m.rank * (s[0] + s[1]) for s, m in zip(SHAPES.values(), plan.values(), strict=True)
+        s[0] * s[1] if m is None else m.rank * (s[0] + s[1])
+        for s, m in zip(SHAPES.values(), plan.values(), strict=True)
     )
     assert reduction <= (BLOCK_WEIGHTS - kept) / MODEL_WEIGHTS < reduction + 0.03
 

@@ -36,6 +36,14 @@ def test_constant_groups_are_kept(num_bits: int, value: float) -> None:
     torch.testing.assert_close(dequantized, weight, rtol=1e-3, atol=1e-7)
 
 
+def test_weights_too_small_for_fp16_scales_are_rounded_not_lost() -> None:
+    weight = torch.tensor([[4e-8, -4e-8, 9e-8, 0.0]])
+    dequantized = RTN(4, 4).compress(weight).dequantize().float()
+    step = 2.0**-24
+    expected = torch.tensor([[step, -step, 2 * step, 0.0]])
+    torch.testing.assert_close(dequantized, expected, rtol=0, atol=0)
+
+
 def test_two_groups_do_not_share_a_scale() -> None:
     weight = torch.cat([torch.randn(4, 8), 100 * torch.randn(4, 8)], dim=1)
     alone = RTN(3, 8).compress(weight[:, :8].contiguous()).dequantize()
@@ -75,7 +83,8 @@ def test_searched_range_is_never_worse_and_heeds_importance(num_bits: int) -> No
     if num_bits < 8:  # with 256 levels no clipping pays
         assert float(searched.sum()) < float(plain.sum())
     weighted = errors(search=True, importance=importance)
-    assert float((weighted * importance).sum()) <= float((searched * importance).sum())
+    if num_bits < 8:
+        assert float((weighted * importance).sum()) < float((searched * importance).sum())
     for group in range(4):
         columns = slice(16 * group, 16 * group + 16)
         better = searched[:, columns].sum(1) <= plain[:, columns].sum(1) * (1 + 1e-5)

@@ -1,26 +1,27 @@
-"""lm-eval's view of a model in memory, scoring only the positions that count.
+"""lm-eval's view of a model in memory, which reads each question once for all of its answers.
 
-B: sequences of a batch; T: its longest sequence; V: size of the vocabulary. Most of a
-multiple-choice request is its question, for which lm-eval's own class computes V logits per token
-that nobody reads: with a small model and a large vocabulary they cost a third of the time.
+C: questions (contexts) of a batch; B: their answers; T: tokens of the longest of them; V: size of
+the vocabulary. A multiple-choice item asks for the probability of several answers after the same
+context. The context goes through the model once; the answers share what attention keeps of it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 Request = tuple[tuple[str, str], list[int], list[int]]
-"""Context and continuation as text, the tokens of both."""
+"""Context and answer as text, the tokens of both."""
 
-BATCH_TOKENS = 2048  # padded tokens of a batch of requests
+BATCH_TOKENS = {"cpu": 256, "cuda": 8192}  # padded tokens of the answers scored at the same time
 GENERATION_BATCH = 64  # texts generated at the same time
 
 
-class BatchedLM(HFLM):  # type: ignore[misc]
+class SharedContextLM(HFLM):  # type: ignore[misc]
     """An lm-eval language model around a causal model.
 
     Args:
@@ -40,57 +41,94 @@ class BatchedLM(HFLM):  # type: ignore[misc]
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """Return each answer's log-probability in nats, and whether it is the greedy one."""
-        del override_bs
-        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        if not self._can_share(requests):
+            answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(
+                requests, disable_tqdm, override_bs
+            )
+            return answers
+        found: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(requests), desc="score answers", disable=disable_tqdm) as bar:
-            for batch in batched(requests, BATCH_TOKENS):
+            for batch in batched(requests, BATCH_TOKENS[self.device.type]):
                 scores = self._score([requests[i] for i in batch])
-                for index, answer in zip(batch, scores, strict=True):
-                    answers[index] = answer
+                found.update(zip(batch, scores, strict=True))
                 bar.update(len(batch))
-        return answers
+        return [found[i] for i in range(len(requests))]
+
+    def _can_share(self, requests: Sequence[Request]) -> bool:
+        """Whether every context has a part to share, fits, and the model keeps all of it."""
+        lengths = [len(context) for _, context, _ in requests]
+        totals = [len(context) + len(answer) for _, context, answer in requests]
+        if not requests or min(lengths) < 2 or max(totals) > self.max_length + 1:
+            return False
+        with torch.inference_mode():
+            tokens = torch.tensor([requests[0][1][:1]], device=self.device)
+            cache = getattr(self.model(input_ids=tokens, use_cache=True), "past_key_values", None)
+        return isinstance(cache, DynamicCache) and not any(cache.is_sliding)
 
     @torch.inference_mode()
-    def _score(self, requests: list[Request]) -> list[tuple[float, bool]]:
-        limit = self.max_length + 1
-        rows = [(context + answer)[-limit:][:-1] for _, context, answer in requests]
-        width = max(len(row) for row in rows)
-        firsts = [len(row) - len(request[2]) for row, request in zip(rows, requests, strict=True)]
-        if min(firsts) < 0:
-            raise ValueError(f"an answer is longer than the model's context of {limit - 1} tokens")
-        padded = torch.tensor([row + [0] * (width - len(row)) for row in rows])  # [B, T]
-        kept = width - min(firsts)
-        logits = self._last_logits(padded.to(self.device), kept)  # [B, kept, V]
+    def _score(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
+        """Score answers; the last token of a context, which predicts the answer, goes with them."""
+        contexts = list(dict.fromkeys(tuple(context) for _, context, _ in requests))
+        owner = torch.tensor([contexts.index(tuple(context)) for _, context, _ in requests])
+        prefix, prefix_mask = padded([context[:-1] for context in contexts])  # [C, T]
+        rows, mask = padded(
+            [(context + answer[:-1])[len(context) - 1 :] for _, context, answer in requests]
+        )
+        device = self.device
+        cache = self.model(
+            input_ids=prefix.to(device),
+            attention_mask=prefix_mask.to(device),
+            use_cache=True,
+            logits_to_keep=1,
+        ).past_key_values
+        cache.batch_select_indices(owner.to(device))
+        starts = prefix_mask.sum(dim=1)[owner]  # [B]
+        logits: Tensor = self.model(
+            input_ids=rows.to(device),
+            attention_mask=torch.cat([prefix_mask[owner], mask], dim=1).to(device),
+            position_ids=(starts[:, None] + torch.arange(rows.shape[1])).to(device),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits  # [B, T, V]
         answers = []
-        for row, first, (_, _, answer) in zip(logits, firsts, requests, strict=True):
-            start = first - min(firsts)
-            log_p = torch.log_softmax(row[start : start + len(answer)].float(), dim=-1)
-            tokens = torch.tensor(answer, device=log_p.device)
+        for row, (_, _, answer) in zip(logits, requests, strict=True):
+            log_p = torch.log_softmax(row[: len(answer)].float(), dim=-1)
+            tokens = torch.tensor(answer, device=device)
             greedy = bool((log_p.argmax(dim=-1) == tokens).all())
             answers.append((float(log_p.gather(-1, tokens[:, None]).sum()), greedy))
         return answers
 
-    def _last_logits(self, tokens: Tensor, count: int) -> Tensor:
-        """Return the logits of the last ``count`` positions, ``[B, count, V]``."""
-        output: Any = self.model(input_ids=tokens, use_cache=False, logits_to_keep=count)
-        return output.logits[:, -count:]  # type: ignore[no-any-return]
+
+def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return rows of tokens padded at the right, and 1 for each token, both int64 ``[rows, T]``."""
+    width = max(len(row) for row in rows)
+    tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return tokens, mask
 
 
-def batched(requests: list[Request], max_tokens: int) -> list[list[int]]:
-    """Group requests of similar length, long ones first.
+def batched(requests: Sequence[Any], max_tokens: int) -> list[list[int]]:
+    """Group requests so that those with the same context stay together.
 
     Args:
         requests: What is scored.
-        max_tokens: Bound on requests times longest request of a batch; a longer one stands alone.
+        max_tokens: Bound on the padded tokens of a batch's answers; the answers of one context stay
+            together even where they exceed it.
 
     Returns:
-        Indices of requests by batch.
+        Indices of requests by batch, batches with long answers first.
     """
-    lengths = [len(context) + len(answer) for _, context, answer in requests]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, (_, context, _) in enumerate(requests):
+        groups.setdefault(tuple(context), []).append(index)
+    longest = {key: max(len(requests[i][2]) for i in group) for key, group in groups.items()}
+    order = sorted(groups, key=lambda key: (longest[key], len(key)), reverse=True)
     batches: list[list[int]] = []
-    for index in sorted(range(len(requests)), key=lambda i: -lengths[i]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
-            batches[-1].append(index)
+    width = 0
+    for key in order:
+        if batches and (len(batches[-1]) + len(groups[key])) * width <= max_tokens:
+            batches[-1] += groups[key]
         else:
-            batches.append([index])
+            width = longest[key]
+            batches.append(list(groups[key]))
     return batches

@@ -67,12 +67,12 @@ def evaluate_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval.evaluator import evaluate
 
-    from llmpress.evaluation.language_model import BatchedLM
+    from llmpress.evaluation.language_model import SharedContextLM
 
     with tempfile.TemporaryDirectory(prefix="llmpress-tasks-") as cache:
         tasks = {name: _open_task(config, cache) for name, config in configs.items()}
         results = evaluate(
-            BatchedLM(model, tokenizer),
+            SharedContextLM(model, tokenizer),
             {"tasks": tasks},
             samples={
                 name: _items(task, limits[name], folders[name]) for name, task in tasks.items()

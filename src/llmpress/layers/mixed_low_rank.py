@@ -119,7 +119,7 @@ class MixedLowRankLinear(CompressedLinear):
 
     def _store(self, name: str, vectors: Vectors, num_bits: int) -> None:
         if num_bits == UNQUANTIZED:
-            self.get_parameter(name).data = vectors.codes.detach().to(torch.float16).contiguous().contiguous()
+            self.get_parameter(name).data = vectors.codes.detach().to(torch.float16).contiguous()
             return
         if vectors.scales is None or vectors.zero_points is None:
             raise ValueError(f"{name}: vectors of {num_bits} bits need scales and zero points")

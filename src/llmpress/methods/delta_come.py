@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from llmpress.error_feedback import feed_errors_back
 from llmpress.layers import MixedLowRankLinear
 from llmpress.layers.mixed_low_rank import (
     SCALE_BITS,
@@ -24,8 +25,7 @@ from llmpress.layers.mixed_low_rank import (
 )
 from llmpress.linalg import damped_inverse_cholesky
 from llmpress.methods.base import InputStatistics, Method, checked_statistics, checked_weight
-from llmpress.methods.gptq import feed_errors_back
-from llmpress.uniform import SMALLEST_SCALE, fit_grid
+from llmpress.uniform import SMALLEST_SCALE, Grid, fit_grid
 
 GAUSSIAN_DISTORTION = (1, 0.648, 0.136, 0.0349, 0.00913, 0.00229, 0.000575, 0.000142, 0.0000352)
 """Mean squared rounding error of standard normal numbers at 0 to 8 bits, 128 to a searched grid."""
@@ -128,11 +128,11 @@ class DeltaCoMe(Method):
         seen = moment if self.basis == "output" else None
         values, basis = principal_outputs(residual, seen)
         groups = self._plan_groups(values, *delta.shape)
+        channels = _Feedback(moment)
         done: list[tuple[Vectors, Vectors, Tensor]] = []
         for rank, num_bits in groups:
-            if done:  # what earlier groups left, their rounding errors included
-                _, basis = principal_outputs(residual, seen)
-            V, U, sigma = self._quantize_group(residual, moment, basis[:, :rank], num_bits)
+            directions, basis = basis[:, :rank], basis[:, rank:]
+            V, U, sigma = self._quantize_group(residual, moment, channels, directions, num_bits)
             A = dequantize_vectors(U, self.group_size) * sigma.float()[:, None]  # [r, out]
             residual = residual - A.T @ dequantize_vectors(V, self.group_size)
             done.append((V, U, sigma))
@@ -192,13 +192,14 @@ class DeltaCoMe(Method):
         return groups
 
     def _quantize_group(
-        self, delta: Tensor, moment: Tensor, basis: Tensor, num_bits: int
+        self, delta: Tensor, moment: Tensor, channels: "_Feedback", basis: Tensor, num_bits: int
     ) -> tuple[Vectors, Vectors, Tensor]:
         """Round the triplets of one group.
 
         Args:
             delta: What is left of the delta, ``[out, in]``.
             moment: Dampened ``H [in, in]``.
+            channels: Error feedback with this moment.
             basis: Left vectors of the group, orthonormal, fp64 ``[out, r]``.
             num_bits: The group's precision.
 
@@ -207,7 +208,7 @@ class DeltaCoMe(Method):
         """
         right = (basis.T @ delta.double()).float()  # [r, in]
         norms = _root_mean_square(right)
-        V = self._round(right / norms, moment, num_bits, over_channels=True)
+        V = self._round_right(right / norms, channels, num_bits)
         stored = dequantize_vectors(V, self.group_size)
         seen = stored @ moment  # [r, in]
         gram = seen @ stored.T  # [r, r]
@@ -218,34 +219,56 @@ class DeltaCoMe(Method):
             left = torch.linalg.solve(damped, (seen @ delta.T).double()).float()
         sigma = _root_mean_square(left)[:, 0].clamp(SMALLEST_SCALE, LARGEST_SIGMA).to(torch.float16)
         weights = sigma.float()[:, None]  # [r, 1]
-        U = self._round(left / weights, gram * weights * weights.T, num_bits, over_channels=False)
+        U = self._round_left(left / weights, gram * weights * weights.T, num_bits)
         return V, U, sigma
 
-    def _round(
-        self, vectors: Tensor, moment: Tensor, num_bits: int, *, over_channels: bool
-    ) -> Vectors:
-        """Round ``vectors [r, n]``, feeding errors forward over what ``moment`` is the moment of.
+    def _round_right(self, vectors: Tensor, channels: "_Feedback", num_bits: int) -> Vectors:
+        """Round ``V [r, in]``; the error of a channel goes into the channels still to come."""
+        if num_bits == UNQUANTIZED:
+            return Vectors(vectors.to(torch.float16))
+        grid, scales, zeros = self._grid(vectors, num_bits)
+        codes = channels.round(vectors.T, scales.T, zeros.T, num_bits).T.contiguous()
+        return Vectors(codes, grid.scales, grid.zero_points)
 
-        For right vectors these are the ``n`` channels. The inputs of the left ones are the ``r``
-        triplets: entries of one channel wait for each other, while scales still run along ``n``.
+    def _round_left(self, vectors: Tensor, moment: Tensor, num_bits: int) -> Vectors:
+        """Round ``U [r, out]``; the error of a triplet goes into the triplets still to come.
+
+        The triplets are the inputs of ``Uᵀ [out, r]`` and ``moment [r, r]`` is theirs, while scales
+        run along ``out``, each within one triplet.
         """
         if num_bits == UNQUANTIZED:
             return Vectors(vectors.to(torch.float16))
+        grid, scales, zeros = self._grid(vectors, num_bits)
+        codes = _Feedback(moment).round(vectors, scales, zeros, num_bits)
+        return Vectors(codes, grid.scales, grid.zero_points)
+
+    def _grid(self, vectors: Tensor, num_bits: int) -> tuple[Grid, Tensor, Tensor]:
+        """Return the grids of ``vectors [r, n]``, and scale and zero point of each entry."""
         grid = fit_grid(vectors, num_bits, self.group_size, search=self.search_range)
         scales, zeros = (
             part.float().repeat_interleave(self.group_size, dim=1)[:, : vectors.shape[1]]
             for part in grid
         )
-        order = moment.diagonal().argsort(descending=True, stable=True)
-        factor = damped_inverse_cholesky(moment[order][:, order], SYSTEM_DAMPENING).factor
-        columns = [
-            (t.T if over_channels else t)[order].contiguous() for t in (vectors, scales, zeros)
-        ]
-        codes = feed_errors_back(columns[0], factor, columns[1], columns[2], num_bits)
-        codes = torch.empty_like(codes).index_copy_(0, order, codes)
-        return Vectors(
-            codes.T.contiguous() if over_channels else codes, grid.scales, grid.zero_points
-        )
+        return grid, scales, zeros
+
+
+class _Feedback:
+    """Rounding with error feedback over inputs whose moment is factorized once.
+
+    Args:
+        moment: ``[n, n]``, positive semi-definite.
+    """
+
+    def __init__(self, moment: Tensor) -> None:
+        self.order = moment.diagonal().argsort(descending=True, stable=True)
+        ordered = moment[self.order][:, self.order]
+        self.factor = damped_inverse_cholesky(ordered, SYSTEM_DAMPENING).factor
+
+    def round(self, inputs: Tensor, scales: Tensor, zeros: Tensor, num_bits: int) -> Tensor:
+        """Return the int32 codes of ``inputs [n, rows]``, row by row."""
+        columns = [tensor[self.order].contiguous() for tensor in (inputs, scales, zeros)]
+        codes = feed_errors_back(columns[0], self.factor, columns[1], columns[2], num_bits)
+        return torch.empty_like(codes).index_copy_(0, self.order, codes)
 
 
 def principal_outputs(delta: Tensor, moment: Tensor | None) -> tuple[Tensor, Tensor]:

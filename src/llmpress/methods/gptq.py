@@ -10,12 +10,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from llmpress.error_feedback import feed_errors_back
 from llmpress.layers import QuantizedLinear
 from llmpress.linalg import damped_inverse_cholesky
 from llmpress.methods.base import InputStatistics, Method, checked_statistics, checked_weight
 from llmpress.uniform import fit_grid
-
-BLOCK_COLUMNS = 128
 
 logger = logging.getLogger(__name__)
 
@@ -209,36 +208,3 @@ def _with_positive_diagonal(second_moment: Tensor) -> Tensor:
     live = moment.diagonal()[~dead]
     moment.diagonal()[dead] = live.mean() if live.numel() else 1.0
     return moment
-
-
-def feed_errors_back(
-    columns: Tensor, factor: Tensor, scales: Tensor, zero_points: Tensor, num_bits: int
-) -> Tensor:
-    """Round column after column; ``columns [n, rows]`` (overwritten) has a column per row.
-
-    Args:
-        columns: ``Wᵀ [n, rows]`` in the order of rounding.
-        factor: Upper ``C [n, n]`` with ``Cᵀ C = H⁻¹``.
-        scales: Grid of each weight, ``[n, rows]``.
-        zero_points: The same.
-        num_bits: Bits of one code.
-
-    Returns:
-        int32 codes ``[n, rows]``.
-    """
-    count = columns.shape[0]
-    largest_code = (1 << num_bits) - 1
-    inverse_scales = torch.where(scales > 0, 1 / scales, 0.0)
-    pivots = factor.diagonal().tolist()
-    codes = torch.empty(columns.shape, dtype=torch.int32, device=columns.device)
-    for start in range(0, count, BLOCK_COLUMNS):
-        stop = min(start + BLOCK_COLUMNS, count)
-        errors = torch.empty_like(columns[start:stop])
-        for i in range(start, stop):
-            code = (columns[i] * inverse_scales[i]).add_(zero_points[i]).round_()
-            codes[i] = code.clamp_(0, largest_code)
-            error = columns[i].sub(code.sub_(zero_points[i]).mul_(scales[i])).div_(pivots[i])
-            columns[i + 1 : stop].addr_(factor[i, i + 1 : stop], error, alpha=-1)
-            errors[i - start] = error
-        columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    return codes

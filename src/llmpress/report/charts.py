@@ -126,21 +126,25 @@ def finetuning_charts(blocks: pd.DataFrame) -> list[Chart]:
         str(run): _json(figures.block_losses_figure(rows.sort_values("index")))
         for run, rows in blocks.groupby("run")
     }
-    curves = {f"{b['run']}|{b['index']}": _json(figures.training_figure(b)) for _, b in blocks.iterrows()}
+    curves = {
+        f"{block['run']}|{block['index']}": _json(figures.training_figure(block))
+        for _, block in blocks.iterrows()
+        if block["train_loss"]
+    }
     indices = [str(index) for index in sorted(blocks["index"].unique())]
     return [
         Chart(
             key="finetuning-blocks",
             title="Before and after, block by block",
-            caption="Loss of every decoder block against the original model's block before and after "
-            "its finetuning.",
+            caption="Held-out loss of every decoder block against the original model's block, before and "
+            "after its finetuning; blocks in order, each on the outputs of the finished ones.",
             choices=[Choice("Run", _plain_options(runs))],
             variants=before_after,
         ),
         Chart(
             key="finetuning-curves",
             title="Training of one block",
-            caption="Training and validation loss while one block was finetuned, from start to end.",
+            caption="Mean training loss and held-out loss of one block, epoch by epoch.",
             choices=[Choice("Run", _plain_options(runs)), Choice("Block", _plain_options(indices))],
             variants=curves,
         ),

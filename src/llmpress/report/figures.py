@@ -22,7 +22,6 @@ COLORS = ("#2f7de1", "#d9700a", "#0c9a6c", "#a65be8", "#e0405e", "#0891a5", "#a0
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "pentagon", "x")
 GREY = "#808080"
 GRID = "rgba(128,128,128,0.25)"
-MAX_CURVE_POINTS = 200
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ def layer_lines(layers: pd.DataFrame, runs: Sequence[str], measure: LayerMeasure
 
 def block_losses_figure(blocks: pd.DataFrame) -> go.Figure:
     """Draw the loss of every finetuned block of one run before and after, and which were kept."""
-    figure = _figure("decoder block", "validation loss of the block", log_y=True, height=380)
+    figure = _figure("decoder block", "held-out loss of the block", log_y=True, height=380)
     for column, name, color in (("loss_before", "before", COLORS[1]), ("loss_after", "after", COLORS[0])):
         figure.add_scatter(
             x=_array(blocks["index"]),
@@ -157,28 +156,24 @@ def block_losses_figure(blocks: pd.DataFrame) -> go.Figure:
 
 
 def training_figure(block: pd.Series) -> go.Figure:
-    """Draw the training and validation loss of one finetuned block over its training."""
-    figure = _figure("share of the block's training, %", "loss", log_y=True, height=380)
-    notes = []
-    for column, name, color in (
-        ("train_loss", "training", COLORS[1]),
-        ("validation_loss", "validation", COLORS[0]),
-    ):
-        curve = block[column] if isinstance(block[column], list) else []
-        step = math.ceil(len(curve) / MAX_CURVE_POINTS) or 1
-        if step > 1:
-            notes.append(f"Every {step}th of the {len(curve)} {name} losses is drawn.")
-        last = max(1, len(curve) - 1)
-        shown = range(0, len(curve), step)
+    """Draw the losses of one finetuned block by epoch; the held-out loss starts before training."""
+    figure = _figure("epoch", "loss", log_y=True, height=380)
+    held_out = [block["loss_before"], *block["validation_loss"]]
+    curves = (
+        ("training", COLORS[1], range(1, len(block["train_loss"]) + 1), block["train_loss"]),
+        ("held out", COLORS[0], range(len(held_out)), held_out),
+    )
+    for name, color, epochs, losses in curves:
         figure.add_scatter(
-            x=_array([100 * index / last for index in shown]),
-            y=_array([curve[index] for index in shown]),
+            x=_array(epochs),
+            y=_array(losses),
             name=name,
-            mode="lines+markers" if len(shown) <= 30 else "lines",
+            mode="lines+markers",
             line={"color": color, "width": 2},
-            hovertemplate="%{y:.4g}<extra>" + name + "</extra>",
+            marker={"size": 7},
+            hovertemplate="epoch %{x}: %{y:.4g}<extra>" + name + "</extra>",
         )
-    return _say(figure, f"Training and validation loss of block {block['index']}.", " ".join(notes))
+    return _say(figure, f"Training and held-out loss of block {block['index']} by epoch.", "")
 
 
 def bars_figure(summary: pd.DataFrame, columns: dict[str, str], label: str, scale: float) -> go.Figure:
@@ -221,7 +216,7 @@ def _figure(x: str, y: str, *, height: int, log_y: bool = False) -> go.Figure:
             "hoverlabel": {"bgcolor": "#1f2733", "bordercolor": "#1f2733", "font": {"color": "#fff"}},
             "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
             "xaxis": {**axis, "title": {"text": _text(x)}},
-            "yaxis": {**axis, "title": {"text": _text(y)}, "type": "log" if log_y else "linear"},
+            "yaxis": {**axis, "title": {"text": _text(y)}, **({"type": "log"} if log_y else {})},
         }
     )
 
