@@ -79,7 +79,7 @@ def test_text_must_be_utf8(tmp_path: Path) -> None:
 
 def test_distinct_drops_empty_repeated_and_what_is_too_much() -> None:
     assert distinct([" a ", "", "b", "a", "\x1e", "c\x1ed", "e"], None) == ["a", "b", "c d", "e"]
-    assert distinct(["aaaa", "bbbb", "c"], 8) == ["aaaa", "bbbb"]
+    assert distinct(["aaaa", "aaaa", "bbbb", "c"], 8) == ["aaaa", "bbbb"]
 
 
 def test_standard_library_is_bounded_python_in_a_fixed_order() -> None:
@@ -146,6 +146,21 @@ def test_fewer_windows_are_the_first_ones(
     many = token_windows(documents, tokenizer, length=16, count=24)
     few = token_windows(documents, tokenizer, length=16, count=count)
     torch.testing.assert_close(few, many[:count], rtol=0, atol=0)
+
+
+class WordTokenizer:
+    """One token per word: the word's length."""
+
+    bos_token_id = None
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [len(word) for word in text.split()]}
+
+
+def test_text_of_long_tokens_is_taken_until_it_suffices() -> None:
+    documents = ["x" * 49] * 400
+    windows = token_windows(documents, WordTokenizer(), length=10, count=10)  # type: ignore[arg-type]
+    assert windows.tolist() == [[49] * 10] * 10
 
 
 def test_seed_shuffles_documents_reproducibly(

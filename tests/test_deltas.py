@@ -16,6 +16,7 @@ from llmpress.delta_extraction import extract_delta
 from llmpress.delta_files import DeltaFolder
 from llmpress.deltas import load_delta, remove_delta
 from llmpress.errors import ArtifactError, ConfigError, NumericalError
+from llmpress.hf import dequantized
 from llmpress.layers import AdaptedLinear
 from llmpress.methods.base import Method
 from llmpress.methods.delta_come import DeltaCoMe
@@ -269,6 +270,8 @@ def test_a_second_delta_is_refused_until_the_first_is_removed(
     load_delta(remove_delta(adapted), folder)
     with pytest.raises(ArtifactError, match="carries no delta"):
         remove_delta(model(base))
+    with pytest.raises(ArtifactError, match=r"q_proj: its delta was merged"):
+        remove_delta(dequantized(adapted))
 
 
 def test_damaged_folders_are_named(base: Path, finetuned: Path, tmp_path: Path) -> None:

@@ -14,7 +14,11 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         ValueError: The model has no list of blocks, so it cannot be walked block by block.
     """
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    ]
     outer = [
         (name, module)
         for name, module in lists

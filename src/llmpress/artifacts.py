@@ -25,7 +25,15 @@ import torch
 from llmpress.errors import ArtifactError
 
 PROVENANCE = "provenance.json"
-RECORDED_PACKAGES = ("llmpress", "torch", "transformers", "safetensors", "numpy", "faiss-cpu", "triton")
+RECORDED_PACKAGES = (
+    "llmpress",
+    "torch",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "faiss-cpu",
+    "triton",
+)
 
 
 @contextmanager
@@ -41,7 +49,8 @@ def artifact_folder(
         inputs: Folders it is made from, by role; their fingerprints are recorded.
 
     Yields:
-        An empty temporary folder to write into. On an error it is removed and ``out`` is left alone.
+        An empty temporary folder to write into. On an error it is removed and ``out`` is left
+        alone.
 
     Raises:
         ArtifactError: An input is missing or has no readable provenance.
@@ -109,7 +118,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such file; make the artifact again") from None
     except ValueError as error:
-        raise ArtifactError(f"{path}: damaged, no JSON ({error}); make the artifact again") from None
+        raise ArtifactError(
+            f"{path}: damaged, no JSON ({error}); make the artifact again"
+        ) from None
 
 
 def sha256(path: Path) -> str:

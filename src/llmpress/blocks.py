@@ -94,7 +94,9 @@ class BlockWalk:
         prefix = f"{self.prefix}.{index}."
         names = [name for name in self.source.names() if name.startswith(prefix)]
         block = copy.deepcopy(self.blocks[index])
-        block.load_state_dict({n.removeprefix(prefix): self.source.tensor(n) for n in names}, assign=True)
+        block.load_state_dict(
+            {n.removeprefix(prefix): self.source.tensor(n) for n in names}, assign=True
+        )
         for module in block.modules():
             if not isinstance(module, CompressedLinear):
                 for parameter in module.parameters(recurse=False):

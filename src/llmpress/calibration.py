@@ -39,7 +39,8 @@ class CalibrationSettings:
     def __post_init__(self) -> None:
         if not self.corpora or min(self.windows, self.validation_windows) < 1 or self.length < 2:
             raise ValueError(
-                "calibration: at least one corpus, one window, one validation window and two tokens are needed"
+                "calibration: at least one corpus, one window, one validation window "
+                "and two tokens are needed"
             )
 
 
@@ -66,7 +67,9 @@ class Statistics(Mapping[str, InputStatistics]):
             with safe_open(self.folder / file, framework="pt") as moments:
                 return InputStatistics(moments.get_tensor(key), self._num_tokens)
         except (FileNotFoundError, SafetensorError) as error:
-            raise ArtifactError(f"{self.folder / file}: damaged ({error}); calibrate again") from None
+            raise ArtifactError(
+                f"{self.folder / file}: damaged ({error}); calibrate again"
+            ) from None
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names of all layers."""

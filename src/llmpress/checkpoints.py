@@ -42,7 +42,9 @@ class Checkpoint:
         )
         self._shards = {name: self._open(path) for name, path in self._files().items()}
         self._where: dict[str, str] = {
-            tensor: name for name, shard in self._shards.items() for tensor in shard.keys()  # noqa: SIM118
+            tensor: name
+            for name, shard in self._shards.items()
+            for tensor in shard.keys()  # noqa: SIM118 - no dictionary, it cannot be iterated over
         }
 
     def _files(self) -> dict[str, Path]:
@@ -90,7 +92,9 @@ class Checkpoint:
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Read all tensors whose name starts with ``prefix``, which is cut off."""
-        return {n.removeprefix(prefix): self.tensor(n) for n in self.names() if n.startswith(prefix)}
+        return {
+            n.removeprefix(prefix): self.tensor(n) for n in self.names() if n.startswith(prefix)
+        }
 
     def _shard(self, name: str) -> Any:
         if name not in self._where:
@@ -138,7 +142,7 @@ class CheckpointWriter:
         self._total_bytes += size
 
     def close(self) -> None:
-        """Write what is left, give the shards their names, and write the index if there are several."""
+        """Write what is left, name the shards, and write the index if there are several."""
         self._flush()
         count = len(self._shards)
         weight_map = {}
@@ -162,6 +166,13 @@ class CheckpointWriter:
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy tokenizer, generation and chat-template files from one model folder to another."""
-    for pattern in ("tokenizer*", "vocab*", "merges*", "special_tokens*", "*.jinja", "generation_config*"):
+    for pattern in (
+        "tokenizer*",
+        "vocab*",
+        "merges*",
+        "special_tokens*",
+        "*.jinja",
+        "generation_config*",
+    ):
         for file in source.glob(pattern):
             shutil.copyfile(file, target / file.name)

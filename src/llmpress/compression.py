@@ -30,7 +30,8 @@ class LayerRecord:
         stored_bits: Every stored bit.
         bits_per_weight: ``stored_bits`` over the number of weights.
         relative_weight_error: ``‖W - Ŵ‖² / ‖W‖²``.
-        relative_output_error: ``E‖(W - Ŵ) x‖² / E‖W x‖²`` over the calibration text; None without one.
+        relative_output_error: ``E‖(W - Ŵ) x‖² / E‖W x‖²`` over the calibration text; None without
+            one.
         seconds: Time the method took.
     """
 
@@ -89,7 +90,8 @@ def compress_layers(
         finished = store.load(index)
         if finished is None:
             done = {
-                name: _compress_one(name, source, plan[name], statistics, seed, device) for name in block
+                name: _compress_one(name, source, plan[name], statistics, seed, device)
+                for name in block
             }
             store.save(
                 index,
@@ -141,18 +143,28 @@ def _compress_one(
         except ValueError as error:
             raise NumericalError(f"{name}: {error}") from error
     seconds = time.perf_counter() - started
-    moment = statistics[name].second_moment if statistics is not None and name in statistics else None
+    moment = (
+        statistics[name].second_moment if statistics is not None and name in statistics else None
+    )
     return layer, layer_record(name, weight.cpu(), layer, moment, seconds)
 
 
 def layer_record(
     name: str, weight: Tensor, layer: CompressedLinear | None, moment: Tensor | None, seconds: float
 ) -> LayerRecord:
-    """Measure a compressed layer against its weight ``[out, in]``; ``layer`` None means left dense."""
+    """Measure a layer against its weight ``[out, in]``; ``layer`` None means left dense."""
     if layer is None:
         bits = weight.numel() * 16
         return LayerRecord(
-            name, "dense", {}, _pair(weight), bits, 16.0, 0.0, None if moment is None else 0.0, seconds
+            name,
+            "dense",
+            {},
+            _pair(weight),
+            bits,
+            16.0,
+            0.0,
+            None if moment is None else 0.0,
+            seconds,
         )
     approximation = layer.dequantize().detach()
     return LayerRecord(

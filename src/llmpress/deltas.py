@@ -81,15 +81,19 @@ def remove_delta(model: PreTrainedModel) -> PreTrainedModel:
     """Take a delta off again, in place: the model holds its base's own tensors afterwards.
 
     Raises:
-        ArtifactError: The model carries none.
+        ArtifactError: The model carries none, or it was merged into the weights.
     """
     applied = getattr(model, APPLIED, None)
     if applied is None:
         raise ArtifactError(f"{type(model).__name__}: carries no delta that could be removed")
+    bases: dict[str, nn.Module] = {}
     for name in applied.adapted:
         adapted = model.get_submodule(name)
-        if isinstance(adapted, AdaptedLinear):
-            replace_module(model, name, adapted.base)
+        if not isinstance(adapted, AdaptedLinear):
+            raise ArtifactError(f"{name}: its delta was merged into it; load the base model again")
+        bases[name] = adapted.base
+    for name, base in bases.items():
+        replace_module(model, name, base)
     for module, name, parameter in reversed(applied.parameters):
         setattr(module, name, parameter)
     for owner, name, value in reversed(applied.sizes):

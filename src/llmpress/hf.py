@@ -1,13 +1,13 @@
 """Compressed checkpoints as transformers sees them.
 
 Importing this module registers the quantization method ``llmpress`` with transformers by its public
-registries; from then on ``AutoModelForCausalLM.from_pretrained`` opens compressed folders. Layers are
-put in place on the meta device, so that no dense weight ever exists.
+registries; from then on ``AutoModelForCausalLM.from_pretrained`` opens compressed folders. Layers
+are put in place on the meta device, so that no dense weight ever exists.
 """
 
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ FORMAT_VERSION = 1
 
 
 @register_quantization_config(QUANT_METHOD)
-class LLMPressConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class LLMPressConfig(QuantizationConfigMixin):
     """What config.json says under ``quantization_config``.
 
     Args:
@@ -44,18 +44,22 @@ class LLMPressConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(
-        self, layers: Mapping[str, Mapping[str, Any]] | None = None, format_version: int = 1, **_: Any
+        self,
+        layers: Mapping[str, Mapping[str, Any]] | None = None,
+        format_version: int = 1,
+        **_: Any,
     ) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers lists its own only
         self.format_version = format_version
         self.layers = dict(layers or {})
 
 
 @register_quantizer(QUANT_METHOD)
-class LLMPressQuantizer(HfQuantizer):  # type: ignore[misc]
+class LLMPressQuantizer(HfQuantizer):
     """Puts empty compressed layers in place before transformers loads the stored tensors."""
 
     requires_calibration = True  # only checkpoints that are already compressed are loaded
+    quantization_config: LLMPressConfig
 
     def validate_environment(self, *_: Any, **__: Any) -> None:
         """Refuse artifacts of a format this version does not know."""
@@ -64,7 +68,9 @@ class LLMPressQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         insert_layers(model, self.quantization_config.layers)
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **_: Any
+    ) -> PreTrainedModel:
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -102,7 +108,9 @@ def insert_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> 
         except AttributeError:
             linear = None
         if not isinstance(linear, nn.Linear):
-            raise ArtifactError(f"{name}: compressed in the artifact, but the model has no such linear")
+            raise ArtifactError(
+                f"{name}: compressed in the artifact, but the model has no such linear"
+            )
         with torch.device("meta"):
             layer = build_layer(
                 entry["kind"],
@@ -154,7 +162,8 @@ def load_model(
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, trust_remote_code=False, local_files_only=True
     )
-    return model.to(device).eval()
+    model.to(torch.device(device))  # type: ignore[arg-type]  # a decorator hides the signature
+    return model.eval()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -195,10 +204,12 @@ def _dense(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) 
 
 
 def _dense_sum(adapted: AdaptedLinear) -> nn.Linear:
-    base = adapted.base
-    weight = base.dequantize() if isinstance(base, CompressedLinear) else base.weight
-    delta = adapted.delta.dequantize().float()
-    return _dense(weight.float() + delta, base.bias, weight.dtype)
+    base, delta = adapted.base, adapted.delta.dequantize()
+    if isinstance(base, CompressedLinear):
+        return _dense(base.dequantize() + delta, base.bias, delta.dtype)
+    if not isinstance(base, nn.Linear):
+        raise ArtifactError(f"a delta lies on a {type(base).__name__}, which has no weight")
+    return _dense(base.weight.float() + delta, base.bias, base.weight.dtype)
 
 
 REST_DTYPE = torch.bfloat16

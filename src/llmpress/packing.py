@@ -32,7 +32,9 @@ def pack(values: Tensor, num_bits: int) -> Tensor:
     _check_width(num_bits)
     flat = values.reshape(-1).to(torch.int32)
     if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 1 << num_bits):
-        raise ValueError(f"values in [{int(flat.min())}, {int(flat.max())}] do not fit {num_bits} bits")
+        raise ValueError(
+            f"values in [{int(flat.min())}, {int(flat.max())}] do not fit {num_bits} bits"
+        )
     count = flat.numel()
     octets = torch.nn.functional.pad(flat, (0, -count % 8)).view(-1, 8)  # [G, 8]
     packed = torch.zeros(octets.shape[0], num_bits + 2, dtype=torch.int32, device=flat.device)
@@ -41,7 +43,12 @@ def pack(values: Tensor, num_bits: int) -> Tensor:
         shifted = octets[:, lane] << shift
         for extra in range(3):
             packed[:, byte + extra] |= (shifted >> (8 * extra)) & 0xFF
-    return packed[:, :num_bits].reshape(-1).to(torch.uint8)[: packed_size(count, num_bits)].contiguous()
+    return (
+        packed[:, :num_bits]
+        .reshape(-1)
+        .to(torch.uint8)[: packed_size(count, num_bits)]
+        .contiguous()
+    )
 
 
 def unpack(packed: Tensor, num_bits: int, count: int) -> Tensor:

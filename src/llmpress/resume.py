@@ -59,9 +59,6 @@ class BlockStore:
 
 
 def _code_fingerprint() -> str:
-    files = sorted(
-        module.__file__
-        for name, module in list(sys.modules.items())
-        if name.partition(".")[0] == "llmpress" and getattr(module, "__file__", None)
-    )
+    modules = [m for n, m in list(sys.modules.items()) if n.partition(".")[0] == "llmpress"]
+    files = sorted(module.__file__ for module in modules if module.__file__)
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()

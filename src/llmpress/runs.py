@@ -96,6 +96,6 @@ def read_finetune(params: Mapping[str, Any], key: str) -> Finetune:
         ours, theirs = getattr(finetune, name), getattr(run, name)
         if ours != theirs:
             raise ConfigError(
-                f"finetunes.{key}.{name} is {ours!r}, but that of run {finetune.run!r} is {theirs!r}"
+                f"finetunes.{key}.{name} is {ours!r}, but run {finetune.run!r} has {theirs!r}"
             )
     return finetune

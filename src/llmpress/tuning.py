@@ -1,4 +1,4 @@
-"""Finetune a compressed model block by block against the original, with two chains of hidden states.
+"""Finetune a compressed model block by block, with two chains of hidden states.
 
 Block ``i`` of the original gets the original's hidden states, block ``i`` of the compressed model
 gets the compressed model's, so that errors of earlier blocks are seen and can be made good. Peak
@@ -101,14 +101,17 @@ def tune_blocks(
         NumericalError: A loss or a hidden state is NaN or Inf.
     """
     tokens = torch.cat([windows, validation])
-    chains: dict[Chain, Tensor] = {"teacher": teacher.embed(tokens), "student": student.embed(tokens)}
+    chains: dict[Chain, Tensor] = {
+        "teacher": teacher.embed(tokens),
+        "student": student.embed(tokens),
+    }
     count = len(windows)
     for index in progress(range(len(teacher)), "finetune blocks"):
         started = time.perf_counter()
         original, block = teacher.load(index), student.load(index)
         targets: dict[Chain, Tensor] = {
             chain: teacher.propagate(original, index, chains[chain])
-            for chain in {term.teacher_input for term in method.loss_terms()} | {"teacher"}
+            for chain in _needed_targets(method)
         }
         finished = store.load(index)
         if finished is None:
@@ -124,7 +127,10 @@ def tune_blocks(
             trained, record = finished[0], BlockRecord(**finished[1])
             for name, parameter in _trainable(block).items():
                 parameter.data = trained[f"{student.prefix}.{index}.{name}"].to(parameter.device)
-        chains = {"teacher": targets["teacher"], "student": student.propagate(block, index, chains["student"])}
+        chains = {
+            "teacher": targets["teacher"],
+            "student": student.propagate(block, index, chains["student"]),
+        }
         yield trained, record
 
 
@@ -147,7 +153,8 @@ class _BlockProblem:
         }
         terms = [
             self.method.block_loss(
-                outputs[term.student_input], self.targets[term.teacher_input][rows].to(self.walk.device)
+                outputs[term.student_input],
+                self.targets[term.teacher_input][rows].to(self.walk.device),
             )
             for term in self.method.loss_terms()
         ]
@@ -160,7 +167,9 @@ class _BlockProblem:
         return sum(losses) / len(rows)
 
 
-def _tune_block(problem: _BlockProblem, count: int, settings: TuningSettings, seed: int) -> BlockRecord:
+def _tune_block(
+    problem: _BlockProblem, count: int, settings: TuningSettings, seed: int
+) -> BlockRecord:
     """Train one block in place; the first ``count`` windows train, the rest are held out."""
     total = len(problem.chains["teacher"])
     train_rows, held_out = torch.arange(count), torch.arange(count, total)
@@ -174,7 +183,9 @@ def _tune_block(problem: _BlockProblem, count: int, settings: TuningSettings, se
         for epoch_loss in _epochs(problem, train_rows, list(parameters.values()), settings, seed):
             state = {name: p.detach().to(stored[name].dtype) for name, p in parameters.items()}
             masters = {name: p.detach().clone() for name, p in parameters.items()}
-            _assign(parameters, {n: t.float() for n, t in state.items()})  # judged as it will be stored
+            _assign(
+                parameters, {n: t.float() for n, t in state.items()}
+            )  # judged as it will be stored
             held_out_loss = problem.mean_loss(held_out, settings.batch_size)
             _assign(parameters, masters)
             record.train_loss.append(epoch_loss)
@@ -187,7 +198,11 @@ def _tune_block(problem: _BlockProblem, count: int, settings: TuningSettings, se
 
 
 def _epochs(
-    problem: _BlockProblem, rows: Tensor, parameters: list[nn.Parameter], settings: TuningSettings, seed: int
+    problem: _BlockProblem,
+    rows: Tensor,
+    parameters: list[nn.Parameter],
+    settings: TuningSettings,
+    seed: int,
 ) -> Iterator[float]:
     """Run AdamW and yield the mean training loss after each epoch."""
     generator = torch.Generator().manual_seed(seed)
@@ -201,11 +216,13 @@ def _epochs(
     )
     for _ in range(settings.epochs):
         losses = []
-        for batch in rows[torch.randperm(len(rows), generator=generator)].split(settings.batch_size):
+        for batch in rows[torch.randperm(len(rows), generator=generator)].split(
+            settings.batch_size
+        ):
             loss = problem.loss(batch)
             if not bool(torch.isfinite(loss)):
                 raise NumericalError(
-                    f"{problem.walk.prefix}.{problem.index}: finetuning loss is {float(loss.detach())}; "
+                    f"{problem.walk.prefix}.{problem.index}: the loss is {float(loss.detach())}; "
                     "lower learning_rate"
                 )
             loss.backward()
@@ -215,6 +232,12 @@ def _epochs(
             optimizer.zero_grad(set_to_none=True)
             losses.append(float(loss.detach()) * len(batch))
         yield sum(losses) / len(rows)
+
+
+def _needed_targets(method: Tunable) -> set[Chain]:
+    """Return the chains whose original-block outputs are needed; the teacher's always is."""
+    always: set[Chain] = {"teacher"}
+    return always | {term.teacher_input for term in method.loss_terms()}
 
 
 def _trainable(block: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,16 +1,13 @@
 """Each stage's code dependencies are its script's imports, and imports go one way only."""
 
 import ast
-import sys
 from pathlib import Path
 
 import pytest
 
+import code_deps
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "workflow"))
-
-import code_deps  # noqa: E402
-
 SOURCES = sorted((ROOT / "src/llmpress").rglob("*.py"))
 # From the bottom up; what is not named here lies between blocks and report.
 LEVELS = (

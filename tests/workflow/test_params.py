@@ -125,8 +125,8 @@ def test_unknown_key_is_refused_by_name(section: str) -> None:
 def test_wrong_values_and_names_are_refused() -> None:
     params = copy.deepcopy(PARAMS)
     params["evaluation"]["windows"] = 0
+    del next(iter(params["runs"].values()))["method"]
     params["runs"]["With Space"] = {"model": "smollm2", "method": "rtn"}
-    del params["runs"]["rtn-4bit"]["method"]
     found = "\n".join(refusals(params))
     assert "$.evaluation.windows: 0 is less than the minimum of 1" in found
     assert "'With Space' does not match" in found

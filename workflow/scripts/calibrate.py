@@ -47,7 +47,9 @@ def main(
             )
             checkpoint = Checkpoint(model)
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            walk = BlockWalk(skeleton(checkpoint), checkpoint, device=device, autocast=settings.autocast)
+            walk = BlockWalk(
+                skeleton(checkpoint), checkpoint, device=device, autocast=settings.autocast
+            )
             save_calibration(walk, windows, validation, folder)
 
 

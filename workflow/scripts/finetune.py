@@ -43,7 +43,9 @@ def main(
         with artifact_folder(
             Path("data/finetuned") / key, stage="finetune", settings=settings, inputs=inputs
         ) as folder:
-            fingerprints = {role: read_provenance(path)["fingerprint"] for role, path in inputs.items()}
+            fingerprints = {
+                role: read_provenance(path)["fingerprint"] for role, path in inputs.items()
+            }
             store = BlockStore(f"finetune-{key}", {**settings, **fingerprints})
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             original, compressed = Checkpoint(inputs["model"]), Checkpoint(inputs["compressed"])
@@ -53,7 +55,14 @@ def main(
             )
             windows, validation = load_windows(inputs["calibration"])
             blocks = tune_blocks(
-                teacher, student, method, windows, validation, finetune.settings, seed=seed, store=store
+                teacher,
+                student,
+                method,
+                windows,
+                validation,
+                finetune.settings,
+                seed=seed,
+                store=store,
             )
             rewrite_model(compressed, blocks, folder)
         store.clear()

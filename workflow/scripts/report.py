@@ -18,7 +18,7 @@ def main(
     out: Path = typer.Option(Path("results/report.html"), help="The report."),
     summary: Path = typer.Option(Path("results/summary.csv"), help="One row per model and run."),
 ) -> None:
-    """Write results/report.html and results/summary.csv; results that are missing are named there."""
+    """Write results/report.html and results/summary.csv; missing results are named there."""
     with script_errors():
         config = read_params(params)
         write_report(read_results(metrics, details, config), config, out, summary)

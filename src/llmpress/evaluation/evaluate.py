@@ -52,7 +52,7 @@ def evaluate(
     """
     started = time.perf_counter()
     seconds: dict[str, float] = {}
-    size, made_in = SIZES[subject.kind](subject.folder), cost(subject.folder)
+    made_in, size = cost(subject.folder), SIZES[subject.kind](subject.folder)
     for name in settings.tasks:
         read_task(task_folder(name))  # what is missing is named before anything is computed
     tokenizer = subject.tokenizer()

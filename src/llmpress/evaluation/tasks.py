@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
 TASK_FILE = "task.yaml"
+GENERATION = "generate_until"
+SCORED = (
+    16  # answers scored at the same time: sorted by length, so small batches waste less padding
+)
+GENERATED = 64  # texts generated at the same time: a step takes as long for one as for some dozen
 SEED = 0  # which items are taken, and the few-shot examples of tasks that have some
 
 
@@ -65,20 +70,13 @@ def evaluate_tasks(
     if not configs:
         return {}
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    from lm_eval.evaluator import evaluate
-
-    from llmpress.evaluation.language_model import SharedContextLM
-
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="llmpress-tasks-") as cache:
         tasks = {name: _open_task(config, cache) for name, config in configs.items()}
-        results = evaluate(
-            SharedContextLM(model, tokenizer),
-            {"tasks": tasks},
-            samples={
-                name: _items(task, limits[name], folders[name]) for name, task in tasks.items()
-            },
-            log_samples=False,
-        )["results"]
+        items = {name: _items(task, limits[name], folders[name]) for name, task in tasks.items()}
+        for generates in (False, True):
+            part = {n: t for n, t in tasks.items() if (t.OUTPUT_TYPE == GENERATION) == generates}
+            results |= _run(model, tokenizer, part, items, GENERATED if generates else SCORED)
     return {name: _score(results[name], config) for name, config in configs.items()}
 
 
@@ -114,6 +112,32 @@ def _open_task(config: Mapping[str, Any], cache: str) -> "Task":
     task = ConfigurableTask(config={"num_fewshot": 0, **config, "dataset_kwargs": settings})
     task.set_fewshot_seed(seed=SEED)
     return task
+
+
+def _run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Mapping[str, "Task"],
+    items: Mapping[str, list[int]],
+    batch_size: int,
+) -> dict[str, Any]:
+    """Return lm-eval's results by task; probabilities are fp32 whatever the model is."""
+    if not tasks:
+        return {}
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    wrapped = HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        backend="causal",
+        softmax_dtype="float32",
+        batch_size=batch_size,
+    )
+    chosen = {name: items[name] for name in tasks}
+    found: dict[str, Any] = evaluate(wrapped, {"tasks": tasks}, samples=chosen, log_samples=False)
+    results: dict[str, Any] = found["results"]
+    return results
 
 
 def _items(task: "Task", limit: int | None, folder: Path) -> list[int]:

@@ -1,1 +1,1 @@
-"""Operations worth a kernel of their own: one folder each, with a reference that states the mathematics."""
+"""Operations worth a kernel: one folder each, with a reference that states the mathematics."""

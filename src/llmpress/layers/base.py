@@ -16,7 +16,8 @@ class CompressedLinear(nn.Module, ABC):
     """A linear layer ``y = x Wᵀ + b`` that stores something smaller than ``W [out, in]``.
 
     A subclass registers its tensors under fixed names as buffers (integers) or parameters (floats
-    that may be trained) of shapes that follow from its constructor arguments alone, so that an empty
+    that may be trained) of shapes that follow from its constructor arguments alone, so that an
+    empty
     twin can be built on the meta device and filled from a file. ``state_dict()`` is exactly what is
     stored.
 
@@ -56,7 +57,7 @@ class CompressedLinear(nn.Module, ABC):
         return dict(self.state_dict())
 
     def stored_bits(self) -> int:
-        """Return the size of all stored tensors in bits: the bytes they take on disk times eight."""
+        """Return the size of all stored tensors in bits: their bytes on disk times eight."""
         return sum(8 * t.numel() * t.element_size() for t in self.tensors().values())
 
     @property

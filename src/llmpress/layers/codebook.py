@@ -58,7 +58,12 @@ class CodebookLinear(CompressedLinear):
 
     @classmethod
     def from_codes(
-        cls, codes: Tensor, codebook: Tensor, in_features: int, out_features: int, dtype: str = "float16"
+        cls,
+        codes: Tensor,
+        codebook: Tensor,
+        in_features: int,
+        out_features: int,
+        dtype: str = "float16",
     ) -> "CodebookLinear":
         """Pack ``codes [N]`` that index ``codebook [K, d]``."""
         K, d = codebook.shape

@@ -26,7 +26,13 @@ class QuantizedLinear(CompressedLinear):
     zero_points: Tensor
 
     def __init__(
-        self, in_features: int, out_features: int, *, num_bits: int, group_size: int, bias: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        num_bits: int,
+        group_size: int,
+        bias: bool = False,
     ) -> None:
         super().__init__(in_features, out_features, bias=bias)
         if not 1 <= num_bits <= 8:
@@ -72,7 +78,9 @@ class QuantizedLinear(CompressedLinear):
         )
 
 
-def dequantize_groups(codes: Tensor, scales: Tensor, zero_points: Tensor, group_size: int) -> Tensor:
+def dequantize_groups(
+    codes: Tensor, scales: Tensor, zero_points: Tensor, group_size: int
+) -> Tensor:
     """Return ``scale · (code - zero_point)``.
 
     Args:

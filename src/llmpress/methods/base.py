@@ -1,6 +1,7 @@
 """What a compression method is: settings, and a function from a weight to a smaller layer.
 
-A method is one file in this package that defines exactly one concrete subclass of `Method`, a frozen
+A method is one file in this package that defines exactly one concrete subclass of `Method`, a
+frozen
 dataclass whose fields are its settings. Tensors in, modules out: it knows no model, file or device.
 """
 
@@ -88,8 +89,7 @@ class Method(ABC):
 
 
 class Term(NamedTuple):
-    """One term of a block's loss: student block on ``student_input`` against teacher block on
-    ``teacher_input``."""
+    """One term of a block's loss: which hidden states the student's and the teacher's block get."""
 
     student_input: Chain
     teacher_input: Chain
@@ -130,12 +130,14 @@ def checked_statistics(statistics: InputStatistics | None, weight: Tensor) -> In
         ValueError: Missing, of another size, or not finite.
     """
     if statistics is None:
-        raise ValueError("statistics: this method needs calibration statistics of the layer's input")
+        raise ValueError(
+            "statistics: this method needs calibration statistics of the layer's input"
+        )
     expected = (weight.shape[1], weight.shape[1])
     if tuple(statistics.second_moment.shape) != expected:
         raise ValueError(
-            f"statistics: second moment of shape {list(statistics.second_moment.shape)} does not fit "
-            f"a weight with {weight.shape[1]} inputs"
+            f"statistics: a second moment of shape {list(statistics.second_moment.shape)} "
+            f"does not fit a weight with {weight.shape[1]} inputs"
         )
     if not bool(torch.isfinite(statistics.second_moment).all()):
         raise ValueError("statistics: the second moment holds NaN or Inf")

@@ -5,7 +5,8 @@ one input channel, ``N = in · ceil(out / d)`` of them, and every vector becomes
 codebook ``[K, d]``.
 
 Source: ClusComp, arXiv 2503.13089, and its authors' code. Deviations: K and d are chosen from a
-target of true bits (the paper fixes K = 65500, too large for small matrices); each vector is weighted
+target of true bits (the paper fixes K = 65500, too large for small matrices); each vector is
+weighted
 by the second moment of its input channel, as SqueezeLLM, GPTVQ and VPTQ do; the block loss is
 relative to the size of each token's output, because a few massive activations otherwise hold nearly
 all of a plain squared error.
@@ -87,7 +88,9 @@ class ClusComp(Method, Tunable):
             return choose_codebook_size(shape, self.bits)
         if self.num_entries is None or self.vector_size is None:
             raise ValueError("cluscomp: give either bits, or both num_entries and vector_size")
-        return CodebookSize(min(self.num_entries, _num_vectors(shape, self.vector_size)), self.vector_size)
+        return CodebookSize(
+            min(self.num_entries, _num_vectors(shape, self.vector_size)), self.vector_size
+        )
 
     def compress(
         self, weight: Tensor, statistics: InputStatistics | None = None, *, seed: int = 0
@@ -103,7 +106,8 @@ class ClusComp(Method, Tunable):
             channel = checked_statistics(statistics, checked).diagonal
             floor = channel.mean() * 1e-6  # a dead channel still needs some entry
             vector_weights = (
-                channel.clamp(min=float(floor)).repeat_interleave(padded.shape[1] // d) / channel.mean()
+                channel.clamp(min=float(floor)).repeat_interleave(padded.shape[1] // d)
+                / channel.mean()
                 if float(channel.mean()) > 0
                 else None
             )
@@ -137,19 +141,18 @@ def choose_codebook_size(shape: Shape, bits: float) -> CodebookSize:
     """Choose the codebook with the smallest expected error among those within ``bits``.
 
     The expected error of an optimal quantizer with K points in d dimensions is Zador's
-    ``G_d · 2π · ((d + 2) / d)^((d + 2) / 2) · K^(-2/d)`` for a unit Gaussian; longer vectors win until
-    the codebook itself eats the budget, which on small matrices is early.
+    ``G_d · 2π · ((d + 2) / d)^((d + 2) / 2) · K^(-2/d)`` for a unit Gaussian; longer vectors win
+    until the codebook itself eats the budget, which on small matrices is early.
 
     Raises:
         ValueError: No codebook fits; names the smallest number of bits that one needs.
     """
     within = [size for size in _largest_sizes(shape, bits) if true_bits(shape, size) <= bits]
     if not within:
-        smallest = min(
-            true_bits(shape, CodebookSize(2, d)) for d in range(1, MAX_VECTOR_SIZE + 1)
-        )
+        smallest = min(true_bits(shape, CodebookSize(2, d)) for d in range(1, MAX_VECTOR_SIZE + 1))
         raise ValueError(
-            f"bits={bits}: a matrix of shape {list(shape)} needs at least {smallest:.3f} bits per weight"
+            f"bits={bits}: a matrix of shape {list(shape)} needs at least {smallest:.3f} bits "
+            "per weight"
         )
     return min(within, key=lambda size: (_expected_error(size), size.vector_size))
 
@@ -169,7 +172,16 @@ def _largest_sizes(shape: Shape, bits: float) -> Iterator[CodebookSize]:
 def _expected_error(size: CodebookSize) -> float:
     d = size.vector_size
     # normalised second moment of the best known quantizers: 1/12 for d=1, falling towards 1/(2πe)
-    moment = {1: 0.0833, 2: 0.0802, 3: 0.0785, 4: 0.0766, 6: 0.0742, 8: 0.0717, 12: 0.0701, 16: 0.0683}
+    moment = {
+        1: 0.0833,
+        2: 0.0802,
+        3: 0.0785,
+        4: 0.0766,
+        6: 0.0742,
+        8: 0.0717,
+        12: 0.0701,
+        16: 0.0683,
+    }
     nearest = min(moment, key=lambda known: abs(known - d))
     shape_factor = 2 * math.pi * ((d + 2) / d) ** ((d + 2) / 2)
     error: float = moment[nearest] * shape_factor * size.num_entries ** (-2 / d)

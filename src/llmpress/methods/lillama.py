@@ -35,11 +35,12 @@ class Lillama(Method, Tunable):
     Attributes:
         reduction: Share of the whole model's weights, embeddings included, to remove.
         rank: One rank for all matrices; one too large for a matrix leaves it dense.
-        strategy: Where ranks fall: ``uniform`` over all layers, or only from the ``bottom`` (``top``)
-            of the model as far as the budget asks for.
+        strategy: Where ranks fall: ``uniform`` over all layers, or only from the ``bottom``
+            (``top``) of the model as far as the budget asks for.
         keep: With ``bottom`` and ``top``, share of a compressed matrix's weights that is kept.
         rank_step: Ranks are multiples of this.
-        start: ``activations``: best for the calibration text; ``weights``: truncated SVD, the paper's.
+        start: ``activations``: best for the calibration text; ``weights``: truncated SVD, the
+            paper's.
         mode: Which hidden states the student block is trained on: the ``teacher``'s, the
             ``student``'s own, or ``both``, the paper's.
     """
@@ -74,11 +75,13 @@ class Lillama(Method, Tunable):
             ranks = {n: self.rank if _saves(s, self.rank) else None for n, s in shapes.items()}
         else:
             target = (self.reduction or 0.0) * model_weights
-            smallest = sum(_removed(s, self._ranks(s)[0]) for s in shapes.values() if self._ranks(s))
+            smallest = sum(
+                _removed(s, self._ranks(s)[0]) for s in shapes.values() if self._ranks(s)
+            )
             if target > smallest:
                 raise ValueError(
-                    f"reduction={self.reduction}: at most {smallest / model_weights:.3f} of the model's "
-                    f"weights can go (every matrix at rank {self.rank_step})"
+                    f"reduction={self.reduction}: at most {smallest / model_weights:.3f} of the "
+                    f"model's weights can go (every matrix at rank {self.rank_step})"
                 )
             ranks = self._uniform(shapes, target) if self.strategy == "uniform" else {}
             if self.strategy != "uniform":
@@ -95,7 +98,9 @@ class Lillama(Method, Tunable):
         del seed
         checked = checked_weight(weight)
         if self.rank is None:
-            raise ValueError("lillama: plan() turns a reduction into ranks before a matrix is compressed")
+            raise ValueError(
+                "lillama: plan() turns a reduction into ranks before a matrix is compressed"
+            )
         rank = min(self.rank, *checked.shape)
         if self.start == "weights":
             return LowRankLinear.from_factors(*svd_factors(checked, rank))
@@ -103,7 +108,7 @@ class Lillama(Method, Tunable):
         return LowRankLinear.from_factors(*activation_factors(checked, moment, rank))
 
     def loss_terms(self) -> tuple[Term, ...]:
-        """Student block on the teacher's and on its own hidden states, against the teacher block."""
+        """Student block on the teacher's and on its own states, against the teacher block."""
         terms = {"teacher": Term("teacher", "teacher"), "student": Term("student", "teacher")}
         return tuple(terms.values()) if self.mode == "both" else (terms[self.mode],)
 
@@ -120,7 +125,7 @@ class Lillama(Method, Tunable):
         return list(range(self.rank_step, limit + 1, self.rank_step))
 
     def _fitting_rank(self, shape: Shape, keep: float) -> int | None:
-        """The largest candidate that keeps at most ``keep`` of a matrix; the smallest one if none does."""
+        """Return the largest candidate that keeps at most ``keep``, else the smallest one."""
         candidates = self._ranks(shape)
         fitting = [r for r in candidates if r * sum(shape) <= keep * shape[0] * shape[1]]
         return fitting[-1] if fitting else (candidates[0] if candidates else None)
@@ -140,13 +145,15 @@ class Lillama(Method, Tunable):
             if missing <= 0:
                 break
             shape = shapes[name]
-            ranks[name] = self._fitting_rank(shape, max(self.keep, 1 - missing / (shape[0] * shape[1])))
+            ranks[name] = self._fitting_rank(
+                shape, max(self.keep, 1 - missing / (shape[0] * shape[1]))
+            )
             missing -= _removed(shape, ranks[name])
         if missing > 0:
             reachable = (target - missing) / target * (self.reduction or 0.0)
             raise ValueError(
-                f"reduction={self.reduction}: at keep={self.keep} at most {reachable:.3f} of the model's "
-                "weights can go; lower keep"
+                f"reduction={self.reduction}: at keep={self.keep} at most {reachable:.3f} of "
+                "the model's weights can go; lower keep"
             )
         return ranks
 
@@ -163,8 +170,8 @@ def activation_factors(weight: Tensor, second_moment: Tensor, rank: int) -> tupl
 
     The optimum projects the outputs onto the leading eigenvectors of ``E[y yᵀ] = W H Wᵀ``:
     ``A = U_r``, ``B = U_rᵀ W``. It equals whitening by any ``S`` with ``S Sᵀ = H`` followed by a
-    truncated SVD, but needs no inverse of ``S`` and so no damping when ``H`` is singular. Columns of A
-    and rows of B are scaled to equal norms.
+    truncated SVD, but needs no inverse of ``S`` and so no damping when ``H`` is singular. Columns
+    of A and rows of B are scaled to equal norms.
 
     Args:
         weight: ``W [out, in]``.

@@ -68,9 +68,9 @@ def quality_charts(summary: pd.DataFrame) -> dict[str, list[Chart]]:
             Chart(
                 key=f"quality-{index}",
                 title=f"Runs compared with {original}" if original else "Runs of unknown origin",
-                caption=f"Quality of the {what} against the true size of {bits}, codebooks, scales and "
-                "padding included; dashed lines are uncompressed models, grey lines join a run before "
-                "and after finetuning.",
+                caption=f"Quality of the {what} against the true size of {bits}, codebooks, scales "
+                "and padding included; dashed lines are uncompressed models, grey lines join a run "
+                "before and after finetuning.",
                 choices=[
                     Choice("Quality", options),
                     Choice("Size", {"": [(size.column, size.label) for size in sizes]}),
@@ -102,8 +102,8 @@ def layer_charts(layers: pd.DataFrame) -> list[Chart]:
         Chart(
             key="layers-run",
             title="One run, all layers",
-            caption="Error and size of every compressed linear layer of one run; the output error is "
-            "that of the layer on calibration inputs, relative to the output's norm.",
+            caption="Error and size of every compressed linear layer of one run; the output error "
+            "is that of the layer on calibration inputs, relative to the output's norm.",
             choices=[Choice("Run", _plain_options(runs)), by_measure],
             variants=heat,
         ),
@@ -136,8 +136,8 @@ def finetuning_charts(blocks: pd.DataFrame) -> list[Chart]:
         Chart(
             key="finetuning-blocks",
             title="Before and after, block by block",
-            caption="Held-out loss of every decoder block against the original model's block, before and "
-            "after its finetuning; blocks in order, each on the outputs of the finished ones.",
+            caption="Held-out loss of every decoder block against the original model's block, "
+            "before and after its finetuning, each on the outputs of the finished blocks below.",
             choices=[Choice("Run", _plain_options(runs))],
             variants=before_after,
         ),

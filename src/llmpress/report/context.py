@@ -23,7 +23,7 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def date(results: Results) -> str:
-    """Return when the newest of the shown artifacts was made, so that same results give same bytes."""
+    """Return when the newest shown artifact was made: the same results give the same text."""
     dates = [
         str(record["created"])
         for result in results.found
@@ -68,6 +68,31 @@ def evaluation_settings(results: Results) -> tuple[list[tuple[str, str]], list[s
     return pairs, warnings
 
 
+def measured(results: Results) -> list[tuple[str, str]]:
+    """Return what a reader of the numbers must know, once per distinct way of evaluating.
+
+    Returns:
+        A text on quality and one on speed.
+    """
+    texts: dict[tuple[str, str], None] = {}
+    for result in results.found:
+        record = result.details.get("evaluation")
+        if record:
+            items = ", ".join(f"{n} items of {task}" for task, n in record["task_items"].items())
+            quality = (
+                f"Perplexity, divergence and agreement: {record['windows']} windows of "
+                f"{record['length']} tokens per corpus, in {record['dtype']}. "
+                f"Tasks: {items or 'none'}, in {record['task_dtype']}."
+            )
+            speed = (
+                f"Speed: {record['prefill_tokens']} tokens of prompt, then "
+                f"{record['decode_tokens']} generated, in {record['task_dtype']}, on "
+                f"{record['device']} with {_count(record['num_threads'], 'thread')}."
+            )
+            texts[quality, speed] = None
+    return list(texts)
+
+
 def low_bit_sources(results: Results, params: Mapping[str, Any]) -> list[str]:
     """Return a sentence for every model that was opened from an already quantized GGUF file."""
     files = {
@@ -86,8 +111,9 @@ def low_bit_sources(results: Results, params: Mapping[str, Any]) -> list[str]:
         bits = re.search(r"\bI?Q(\d)_", file, re.IGNORECASE)
         form = f"{bits[1]}-bit" if bits else "possibly quantized"
         sentences.append(
-            f"The source of {name} was a {form} GGUF file ({file.rpartition('/')[2]}): the original here "
-            "is that file in full precision, so quantizing back onto its grid can look lossless."
+            f"The source of {name} was a {form} GGUF file ({file.rpartition('/')[2]}): the "
+            "original here is that file in full precision, so quantizing back onto its grid can "
+            "look lossless."
         )
     return sentences
 
@@ -130,6 +156,10 @@ def _machine(record: Mapping[str, Any]) -> str:
     parts = [plain(record.get("processor") or "unknown processor")]
     for key, unit in (("cores", "core"), ("threads", "thread")):
         if record.get(key):
-            parts.append(f"{record[key]} {unit}{'' if record[key] == 1 else 's'}")
+            parts.append(_count(record[key], unit))
     parts.append(plain(record.get("gpu") or "no GPU"))
     return ", ".join(parts)
+
+
+def _count(number: int, unit: str) -> str:
+    return f"{number} {unit}" if number == 1 else f"{number} {unit}s"

@@ -1,4 +1,4 @@
-"""One self-contained HTML file: plotly once, styles and scripts inline, nothing loaded from anywhere.
+"""One self-contained HTML file: plotly once, styles and scripts inline, nothing is loaded.
 
 Names, settings and generated text come from outside: jinja2 escapes all of it, data for the charts
 is JSON whose ``<``, ``>`` and ``&`` are escaped, and a content security policy lets only the page's
@@ -70,6 +70,7 @@ def render(results: Results, summary: pd.DataFrame, params: Mapping[str, Any]) -
         warnings=[*warnings, *results.remarks],
         notes=context.low_bit_sources(results, params),
         evaluation=evaluation,
+        measured=context.measured(results),
         sources=context.sources(params),
         table=_table(summary),
         weight_charts=quality["weights"],
@@ -152,9 +153,11 @@ def _block_rows(blocks: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 
 def _samples(results: Results) -> Iterator[dict[str, Any]]:
-    """Yield one group per original and prompt: the original's text first, then that of every run."""
+    """Yield one group per original and prompt: the original's text first, then every run's."""
     originals = dict.fromkeys(result.original for result in results.found if result.original)
-    alone = [r.name for r in results.found if r.kind == "model" and not _is_reference(r.name, results)]
+    alone = [
+        r.name for r in results.found if r.kind == "model" and not _is_reference(r.name, results)
+    ]
     for original in [*originals, *alone]:
         runs = [result for result in results.found if result.original == original]
         names = dict.fromkeys([original, *(run.base for run in runs), *(run.name for run in runs)])
@@ -163,8 +166,9 @@ def _samples(results: Results) -> Iterator[dict[str, Any]]:
             result = results.get(name)
             for sample in (result.details.get("samples") or []) if result else []:
                 prompts.setdefault(sample["prompt"], []).append((str(name), sample["text"]))
-        for prompt, texts in prompts.items():
-            yield {"original": original, "prompt": prompt, "texts": texts}
+        for index, (prompt, texts) in enumerate(prompts.items()):
+            first = index == 0
+            yield {"original": original, "prompt": prompt, "texts": texts, "first": first}
 
 
 def _is_reference(name: str, results: Results) -> bool:
@@ -192,7 +196,7 @@ def _inline(text: str) -> Markup:
     """Mark the project's own script or style as safe; only text of this package comes here."""
     if "</script" in text.lower() or "</style" in text.lower():
         raise ValueError("an inline script or style must not hold its own end tag")
-    return Markup(text)  # noqa: S704
+    return Markup(text)
 
 
 def _csp_hash(script: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-NO_VALUE = "–"
+NO_VALUE = "—"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Measure:
     def text(self, row: pd.Series) -> str:
         """Return what the table shows for this column of ``row``."""
         value = row[self.column]
-        if pd.isna(value):
+        if pd.isna(value) or (self.group == "Cost" and value == 0):  # 0: the step does not apply
             return NO_VALUE
         if not math.isfinite(value):
             return "infinite"
@@ -76,7 +76,7 @@ def decimals(digits: int) -> Callable[[float], str]:
 FIXED_FRONT = (
     Measure("bits_per_weight", "Size", "bits per weight", decimals(3)),
     Measure("model_bytes", "Size", "MB on disk", megabytes),
-    Measure("ratio", "Size", "bf16 bytes / bytes", decimals(2)),
+    Measure("ratio", "Size", "ratio to bf16", decimals(2)),
 )
 FIXED_BACK = (
     Measure("compress_seconds", "Cost", "compress, s", decimals(1)),

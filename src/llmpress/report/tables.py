@@ -1,7 +1,8 @@
 """Results on disk -> records and pandas frames; nothing is computed but ratios of shown numbers.
 
 One result is a metrics file and a details file of the same name. Names in params.yaml without a
-metrics file are missing; metrics files that params.yaml does not name are left out, and both are said.
+metrics file are missing; metrics files that params.yaml does not name are left out, and both are
+said.
 """
 
 import re
@@ -139,8 +140,8 @@ def read_results(metrics: Path, details: Path, params: Mapping[str, Any]) -> Res
 def summary_frame(results: Results) -> pd.DataFrame:
     """Return one row per result; columns for absent numbers are NaN or NA.
 
-    `mean_accuracy` is the mean over the result's tasks; `recovery` is its ratio to the original's and
-    is given only when both were measured on the same items of the same tasks.
+    `mean_accuracy` is the mean over the result's tasks; `recovery` is its ratio to the original's
+    and is given only when both were measured on the same items of the same tasks.
     """
     rows = [_row(result) for result in results.found]
     accuracy = {row["name"]: (row["mean_accuracy"], _items(row)) for row in rows}

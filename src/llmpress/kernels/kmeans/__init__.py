@@ -65,4 +65,5 @@ def _kmeans_faiss(
     )
     clustering.train(data, weights=mass, init_centroids=start.numpy())
     _, codes = clustering.index.search(data, 1)  # [N * copies, 1]
-    return torch.from_numpy(clustering.centroids.copy()), torch.from_numpy(codes[:N, 0].copy())
+    centroids = torch.tensor(clustering.centroids)  # a copy: the originals die with faiss's object
+    return centroids, torch.tensor(codes[:N, 0])

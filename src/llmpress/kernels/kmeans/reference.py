@@ -1,8 +1,9 @@
 """Weighted k-means as a formula.
 
-``code[n] = argmin_k ‖x_n - c_k‖²`` and ``c_k = Σ_{code[n]=k} w_n x_n / Σ_{code[n]=k} w_n``, in turn,
-from K of the points drawn with probability in proportion to ``w_n ‖x_n‖²``, which gets outliers into
-the start. Shapes: ``x [N, d]``, ``c [K, d]``, ``w [N]``.
+``code[n] = argmin_k ‖x_n - c_k‖²`` and ``c_k = Σ_{code[n]=k} w_n x_n / Σ_{code[n]=k} w_n``, in
+turn,
+from K of the points drawn with probability in proportion to ``w_n ‖x_n‖²``, which gets outliers
+into the start. Shapes: ``x [N, d]``, ``c [K, d]``, ``w [N]``.
 """
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 def kmeans_reference(
     points: Tensor, start: Tensor, weights: Tensor, iterations: int
 ) -> tuple[Tensor, Tensor]:
-    """Run Lloyd's algorithm from centroids ``start [K, d]``; an empty cluster keeps its centroid."""
+    """Run Lloyd's algorithm from ``start [K, d]``; an empty cluster keeps its centroid."""
     K, d = start.shape
     centroids = start.clone()
     for _ in range(iterations):
@@ -37,5 +38,7 @@ def nearest_centroid(points: Tensor, centroids: Tensor, chunk: int = 16384) -> T
     """Return the index of the nearest centroid of each point, int64 ``[N]``."""
     norms = centroids.square().sum(dim=1)  # [K]
     return torch.cat(
-        [(norms - 2 * part @ centroids.t()).argmin(dim=1) for part in points.split(chunk)]  # [chunk]
+        [
+            (norms - 2 * part @ centroids.t()).argmin(dim=1) for part in points.split(chunk)
+        ]  # [chunk]
     )

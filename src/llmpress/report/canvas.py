@@ -1,0 +1,83 @@
+"""What all figures of the report share: an empty figure in the report's look, and its texts.
+
+Colours of text and background are left to the page's style.
+"""
+
+import html
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from numpy.typing import NDArray
+
+# Readable on white and on near-black: at least 3:1 against both.
+COLORS = ("#2f7de1", "#d9700a", "#0c9a6c", "#a65be8", "#e0405e", "#0891a5", "#a07d12", "#d3459b")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "pentagon")
+FONT = 'system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'  # the page's
+GREY = "#808080"
+GRID = "rgba(128,128,128,0.25)"
+
+
+def new_figure(x: str, y: str, *, height: int, log_y: bool = False) -> go.Figure:
+    """Return an empty figure.
+
+    Args:
+        x: Title of the horizontal axis.
+        y: Title of the vertical axis.
+        height: In pixels; the width is the page's.
+        log_y: Whether the vertical axis is logarithmic.
+    """
+    axis = {"gridcolor": GRID, "zeroline": False, "linecolor": GREY, "automargin": True}
+    return go.Figure(
+        layout={
+            "template": "none",
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "font": {"family": FONT, "size": 12, "color": GREY},
+            "height": height,
+            "margin": {"l": 8, "r": 16, "t": 34, "b": 8},  # the buttons stand above the plot
+            "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": GREY, "activecolor": COLORS[0]},
+            "dragmode": False,
+            "hovermode": "closest",
+            "hoverlabel": {
+                "bgcolor": "#1f2733",
+                "bordercolor": "#1f2733",
+                "font": {"color": "#fff"},
+            },
+            "legend": {
+                "orientation": "h",
+                "yref": "container",
+                "y": 0,
+                "yanchor": "bottom",
+                "x": 0,
+                "traceorder": "normal",
+            },
+            "xaxis": {**axis, "title": {"text": text(x)}},
+            "yaxis": {
+                **axis,
+                "title": {"text": text(y)},
+                **({"type": "log", "tickformat": ".3~g", "nticks": 4} if log_y else {}),
+            },
+        }
+    )
+
+
+def say(figure: go.Figure, alt: str, note: str) -> go.Figure:
+    """Attach what the page cannot know.
+
+    Args:
+        figure: A finished figure; it is returned.
+        alt: A sentence for screen readers.
+        note: What is not drawn, empty when everything is.
+    """
+    return figure.update_layout(meta={"alt": alt, "note": note})
+
+
+def text(text: Any) -> str:
+    """Plotly reads tags in its texts; names are never tags."""
+    return html.escape(str(text), quote=False)
+
+
+def array(values: Any) -> NDArray[np.float32]:
+    """Return numbers for a trace: plotly stores them in a third of the bytes of decimal digits."""
+    return np.asarray(values, dtype=np.float32)

@@ -1,0 +1,33 @@
+from typing import Any
+
+import pytest
+from tiny_project import PARAMS
+
+from llmpress.config import build
+from llmpress.errors import ConfigError
+from llmpress.evaluation.settings import EvaluationSettings
+
+VALUES = {key: value for key, value in PARAMS["evaluation"].items() if key != "models"}
+
+
+def test_the_section_of_params_becomes_settings() -> None:
+    settings = build(EvaluationSettings, VALUES, "evaluation")
+    assert settings.corpora == ("code",)
+    assert settings.tasks == {"choice": None, "write": 4}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"windows": 0}, "windows is 0, at least 1"),
+        ({"length": 1}, "length is 1, at least 2"),
+        ({"decode_tokens": 1}, "decode_tokens is 1, at least 2"),
+        ({"tasks": {"choice": 1}}, "tasks.choice: 1 items give no standard error"),
+        ({"dtype": "float16"}, "evaluation.dtype"),
+        ({"window": 3}, "did you mean 'windows'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(EvaluationSettings, {**VALUES, **change}, "evaluation")

@@ -1,0 +1,269 @@
+import base64
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from plotly.offline import get_plotlyjs
+from report_project import Project, make_project
+
+from llmpress.report.charts import quality_charts
+from llmpress.report.html import render, write_text
+from llmpress.report.tables import read_results, summary_frame
+
+MAX_BYTES = 6_000_000
+ATTACK = "</script><script>alert('hit')</script><img src=x onerror=alert(1)>"
+
+
+class Page(HTMLParser):
+    """The elements of a page with their attributes, and the cells of the table of all runs."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.cells: dict[str, dict[str, str]] = {}
+        self.row = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = dict(attrs)
+        self.elements.append((tag, attributes))
+        if tag == "a" and str(attributes["href"]).startswith("#settings-"):
+            self.row = str(attributes["href"]).removeprefix("#settings-")
+        if tag == "td" and "data-column" in attributes:
+            column = str(attributes["data-column"])
+            self.cells.setdefault(self.row, {})[column] = str(attributes["data-value"])
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def page_of(project: Project) -> str:
+    results = read_results(project.metrics, project.details, project.params)
+    return render(results, summary_frame(results), project.params)
+
+
+def own_part(page: str) -> str:
+    """The page without plotly's own source, which names many addresses in its comments."""
+    assert page.count(get_plotlyjs()) == 1
+    return page.replace(get_plotlyjs(), "")
+
+
+def chart_data(page: str) -> dict[str, dict[str, Any]]:
+    pattern = r'id="([\w-]+)" data-chart>.*?<script type="application/json">(.*?)</script>'
+    return {key: json.loads(data) for key, data in re.findall(pattern, page, re.DOTALL)}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, str]:
+    project = make_project(tmp_path_factory.mktemp("report") / "results")
+    return project, page_of(project)
+
+
+def test_table_holds_the_numbers_of_the_metrics_files(whole: tuple[Project, str]) -> None:
+    project, page = whole
+    cells = Page(own_part(page)).cells
+    assert len(cells) == 12
+    for name, row in cells.items():
+        metrics = project.read("metrics", name)
+        assert float(row["bits_per_weight"]) == metrics["size"]["bits_per_weight"]
+        assert int(row["model_bytes"]) == metrics["size"]["model_bytes"]
+        assert float(row["ratio"]) == metrics["size"]["ratio"]
+        assert float(row["compress_seconds"]) == metrics["cost"]["compress_seconds"]
+        assert float(row["perplexity_code"]) == metrics["quality"]["perplexity"]["code"]
+        assert float(row["kl_code"]) == metrics["quality"]["kl_divergence_nats"]["code"]
+        assert float(row["accuracy_piqa"]) == metrics["quality"]["tasks"]["piqa"]["accuracy"]
+
+
+def test_shown_numbers_have_units_and_errors(project: Project) -> None:
+    def edit(metrics: dict[str, Any]) -> None:
+        metrics["quality"]["perplexity"]["wikipedia"] = 27.1234
+        metrics["quality"]["tasks"]["piqa"] |= {"accuracy": 0.515625, "stderr": 0.0625}
+        metrics["size"]["model_bytes"] = 102_404_000
+        metrics["cost"]["compress_seconds"] = 0.0
+
+    project.edit("metrics", "gptq-3bit", edit)
+    text = page_of(project)
+    row = text[text.index('<a href="#settings-gptq-3bit">') :].split("</tr>")[0]
+    for column, shown in (
+        ("perplexity_wikipedia", "27.12"),
+        ("accuracy_piqa", "51.6 ± 6.2"),
+        ("model_bytes", "102.4"),
+        ("compress_seconds", "—"),
+    ):
+        assert re.search(rf'data-column="{column}"[^>]*>{re.escape(shown)}</td>', row), column
+
+
+def test_points_of_the_quality_charts_are_the_numbers(whole: tuple[Project, str]) -> None:
+    project, _ = whole
+    results = read_results(project.metrics, project.details, project.params)
+    charts = quality_charts(summary_frame(results))
+    (chart,) = charts["weights"]
+    points = {}
+    for trace in chart.variants["perplexity_wikipedia|bits_per_weight"]["data"]:
+        if "text" in trace:
+            names = [name.strip() for name in trace["text"]]
+            values = [np.frombuffer(_decoded(trace[axis]), "f4") for axis in "xy"]
+            points |= dict(zip(names, zip(*values, strict=True), strict=True))
+    assert set(points) == {r.name for r in results.found if r.kind in ("compressed", "finetuned")}
+    for name, (bits, perplexity) in points.items():
+        metrics = project.read("metrics", name)
+        assert bits == pytest.approx(metrics["size"]["bits_per_weight"], rel=1e-6)
+        assert perplexity == pytest.approx(metrics["quality"]["perplexity"]["wikipedia"], rel=1e-6)
+
+
+def _decoded(array: dict[str, str]) -> bytes:
+    return base64.b64decode(array["bdata"])
+
+
+def test_originals_are_lines_and_finetuning_is_joined(whole: tuple[Project, str]) -> None:
+    data = chart_data(whole[1])
+    weights = data["quality-0"]["perplexity_code|bits_per_weight"]["data"]
+    lines = [trace for trace in weights if trace["mode"] == "lines"]
+    assert [trace.get("name") for trace in lines] == ["smollm2", None]
+    deltas = data["quality-1"]["mean_accuracy|ratio"]["data"]
+    assert [t["name"] for t in deltas if t["mode"] == "lines"] == ["smollm2", "smollm2-arithmetic"]
+
+
+def test_what_cannot_be_drawn_is_said(project: Project) -> None:
+    project.edit(
+        "metrics", "rtn-4bit", lambda m: m["quality"]["kl_divergence_nats"].update(code=0.0)
+    )
+    variants = chart_data(page_of(project))["quality-0"]
+    assert "rtn-4bit" in variants["kl_code|bits_per_weight"]["layout"]["meta"]["note"]
+    assert variants["kl_wikipedia|bits_per_weight"]["layout"]["meta"]["note"] == ""
+
+
+def test_every_choice_has_a_variant_and_a_label(whole: tuple[Project, str]) -> None:
+    text = own_part(whole[1])
+    for part in re.findall(r'<figure class="chart".*?</figure>', text, re.DOTALL):
+        assert part.count("<label>") == part.count("<select>")
+    variants = chart_data(whole[1])
+    assert len(variants["layers-run"]) == 10 * 3
+    assert len(variants["layers-kind"]) == 7 * 3
+    assert len(variants["finetuning-curves"]) == 4
+
+
+def test_a_missing_run_is_named(project: Project) -> None:
+    (project.metrics / "gptq-3bit.json").unlink()
+    page = own_part(page_of(project))
+    section = page[page.index('<section id="missing"') :].split("</section>")[0]
+    assert ">gptq-3bit</th><td>missing: " in section
+    assert "1 of 12 are missing" in page
+    assert "gptq-3bit" not in Page(page).cells
+
+
+@pytest.mark.parametrize(
+    "kept", [(), ("smollm2",), ("gptq-3bit",), ("delta-come-1bit", "bitdelta")]
+)
+def test_partial_results(project: Project, kept: tuple[str, ...]) -> None:
+    for folder in (project.metrics, project.details):
+        for path in folder.iterdir():
+            if path.stem not in kept:
+                path.unlink()
+    page = own_part(page_of(project))
+    assert set(Page(page).cells) == set(kept)
+    assert f"{12 - len(kept)} of 12 are missing" in page
+
+
+def test_results_without_details(project: Project) -> None:
+    for path in project.details.iterdir():
+        path.unlink()
+    page = own_part(page_of(project))
+    assert len(Page(page).cells) == 12
+    assert "rtn-4bit has no details file" in page
+
+
+def test_text_of_models_is_escaped(project: Project) -> None:
+    def edit(details: dict[str, Any]) -> None:
+        details["samples"][0] = {"prompt": ATTACK, "text": ATTACK}
+        details["settings"][ATTACK] = ATTACK
+        details["layers"]["layers"][0]["name"] = f"model.layers.0.{ATTACK}"
+
+    project.edit("details", "gptq-3bit", edit)
+    page = own_part(page_of(project))
+    assert "&lt;img src=x" in page
+    assert "<img" not in page
+    parsed = Page(page)
+    assert sum("type" not in script for script in parsed.all("script")) == 2
+    assert not [a for _, a in parsed.elements if any(key.startswith("on") for key in a)]
+    assert chart_data(page)["layers-kind"]
+
+
+def test_nothing_is_loaded_from_anywhere(whole: tuple[Project, str]) -> None:
+    page = own_part(whole[1])
+    parsed = Page(page)
+    for tag, attributes in parsed.elements:
+        assert tag not in ("link", "iframe", "img", "object", "embed", "base")
+        assert "src" not in attributes
+        assert str(attributes.get("href", "#")).startswith("#")
+    assert not re.search(r"https?:|//cdn|@import|url\(", page)
+    (policy,) = [m["content"] for m in parsed.all("meta") if m.get("http-equiv")]
+    assert str(policy).startswith("default-src 'none'; script-src 'sha256-")
+
+
+def test_links_within_the_page_lead_somewhere(whole: tuple[Project, str]) -> None:
+    parsed = Page(own_part(whole[1]))
+    ids = [attributes["id"] for _, attributes in parsed.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for attributes in parsed.all("a"):
+        assert str(attributes["href"])[1:] in ids
+
+
+def test_size_with_thirty_blocks_and_many_runs(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "results", blocks=30)
+    for copy in range(10):
+        name = f"gptq-copy-{copy}"
+        project.params["runs"][name] = project.params["runs"]["gptq-3bit"]
+        for folder in (project.metrics, project.details):
+            (folder / f"{name}.json").write_bytes((folder / "gptq-3bit.json").read_bytes())
+    page = page_of(project)
+    assert len(Page(own_part(page)).cells) == 22
+    assert len(page.encode()) < MAX_BYTES
+
+
+def test_low_bit_source_and_conditions_are_told(whole: tuple[Project, str]) -> None:
+    page = own_part(whole[1])
+    assert "The source of smollm2 was a 4-bit GGUF file" in page
+    assert "8 windows of 512 tokens per corpus, in float32" in page
+    assert "64 items of arc-easy" in page
+    assert "2026-11-22 10:03:11 UTC" in page
+    assert "Intel(R) Xeon(R) Processor, 2 cores, 1 thread, no GPU" in page
+    assert "Not evaluated alike" not in page
+
+
+def test_results_measured_differently_are_marked(project: Project) -> None:
+    project.edit("details", "gptq-3bit", lambda d: d["evaluation"].update(windows=4))
+    assert "Not evaluated alike, windows: 8 for smollm2" in page_of(project)
+
+
+def test_same_results_same_bytes(whole: tuple[Project, str]) -> None:
+    assert page_of(whole[0]) == whole[1]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "new \ud800")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_script_runs_alone(project: Project, tmp_path: Path) -> None:
+    params = tmp_path / "params.yaml"
+    params.write_text(json.dumps(project.params))  # JSON is YAML
+    script = Path(__file__).parents[2] / "workflow" / "scripts" / "report.py"
+    command = [sys.executable, str(script), "--params", str(params)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "smollm2-arithmetic" in (tmp_path / "results" / "summary.csv").read_text()
+    (project.metrics / "rtn-4bit.json").write_text("{")
+    failed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert failed.returncode == 1
+    assert re.fullmatch(r"error: .*rtn-4bit\.json.*\n", failed.stderr)
