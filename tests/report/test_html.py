@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 import pytest
 from plotly.offline import get_plotlyjs
 from report_project import Project, make_project
@@ -147,6 +148,12 @@ def test_every_choice_has_a_variant_and_a_label(whole: tuple[Project, str]) -> N
     assert len(variants["layers-run"]) == 10 * 3
     assert len(variants["layers-kind"]) == 7 * 3
     assert len(variants["finetuning-curves"]) == 4
+
+
+def test_every_figure_is_one_that_plotly_accepts(whole: tuple[Project, str]) -> None:
+    for variants in chart_data(whole[1]).values():
+        for figure in variants.values():
+            go.Figure(figure)
 
 
 def test_a_missing_run_is_named(project: Project) -> None:

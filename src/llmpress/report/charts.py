@@ -1,12 +1,10 @@
 """Which charts the report holds: each is one place on the page with variants to choose from."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-import plotly.graph_objects as go
 
 from llmpress.report import figures
 from llmpress.report.measures import SIZE_AXES, quality_measures
@@ -53,7 +51,7 @@ def quality_charts(summary: pd.DataFrame) -> dict[str, list[Chart]]:
         measures = [m for m in quality_measures(summary.columns) if runs[m.column].notna().any()]
         sizes = [size for size in SIZE_AXES if runs[size.column].notna().any()]
         variants = {
-            f"{measure.column}|{size.column}": _json(
+            f"{measure.column}|{size.column}": (
                 figures.quality_figure(runs, references, size, measure, methods)
             )
             for measure in measures
@@ -94,10 +92,10 @@ def layer_charts(layers: pd.DataFrame) -> list[Chart]:
         known = layers[layers[measure.column].notna()]
         for run, rows in known.groupby("run"):
             if (rows["block"] >= 0).any():
-                heat[f"{run}|{measure.column}"] = _json(figures.layer_heatmap(rows, measure))
+                heat[f"{run}|{measure.column}"] = figures.layer_heatmap(rows, measure)
         for module, rows in known[known["block"] >= 0].groupby("module"):
             figure = figures.layer_lines(rows, runs, measure)
-            lines[f"{module}|{measure.column}"] = _json(figure)
+            lines[f"{module}|{measure.column}"] = figure
     return [
         Chart(
             key="layers-run",
@@ -123,11 +121,11 @@ def finetuning_charts(blocks: pd.DataFrame) -> list[Chart]:
         return []
     runs = list(blocks["run"].drop_duplicates())
     before_after = {
-        str(run): _json(figures.block_losses_figure(rows.sort_values("index")))
+        str(run): figures.block_losses_figure(rows.sort_values("index"))
         for run, rows in blocks.groupby("run")
     }
     curves = {
-        f"{block['run']}|{block['index']}": _json(figures.training_figure(block))
+        f"{block['run']}|{block['index']}": figures.training_figure(block)
         for _, block in blocks.iterrows()
         if block["train_loss"]
     }
@@ -184,7 +182,7 @@ def cost_charts(summary: pd.DataFrame) -> list[Chart]:
         ),
     )
     return [
-        Chart(key, title, caption, [], {"": _json(figures.bars_figure(summary, columns, *axis))})
+        Chart(key, title, caption, [], {"": figures.bars_figure(summary, columns, *axis)})
         for key, title, caption, columns, axis in wanted
         if (summary[list(columns)].fillna(0) > 0).any(axis=None)
     ]
@@ -197,7 +195,3 @@ def _preferred(measures: Sequence[Any], prefix: str) -> list[Any]:
 
 def _plain_options(names: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
     return {"": [(name, name) for name in names]}
-
-
-def _json(figure: go.Figure) -> Any:
-    return json.loads(figure.to_json())

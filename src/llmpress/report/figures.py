@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
-import plotly.graph_objects as go
 
-from llmpress.report.canvas import COLORS, GREY, SYMBOLS, array, new_figure, say, text
+from llmpress.report.canvas import COLORS, GREY, SYMBOLS, Figure, add, array, new_figure, say, text
 from llmpress.report.measures import Measure
 
 
@@ -33,7 +32,7 @@ def quality_figure(
     size: Measure,
     measure: Measure,
     methods: Sequence[str],
-) -> go.Figure:
+) -> Figure:
     """Draw quality against true size: a point per run, a line per uncompressed model.
 
     Args:
@@ -57,13 +56,16 @@ def quality_figure(
     ):
         color, symbol = _style(str(method), methods)
         rows = rows.sort_values(size.column)
-        errors = rows[measure.stderr] * scale if measure.stderr else None
-        figure.add_scatter(
+        errors = {}
+        if measure.stderr:
+            spread = array(rows[measure.stderr] * scale)
+            errors = {"error_y": {"array": spread, "thickness": 1, "width": 3}}
+        add(
+            figure,
+            "scatter",
             x=array(rows[size.column]),
             y=array(rows[measure.column] * scale),
-            error_y={"array": array(errors), "thickness": 1, "width": 3}
-            if measure.stderr
-            else None,
+            **errors,
             name=text(f"{method}, finetuned" if tuned else method),
             text=[f" {text(name)} " for name in rows["name"]],
             mode="markers+text",
@@ -89,11 +91,13 @@ def quality_figure(
     )
 
 
-def layer_heatmap(layers: pd.DataFrame, measure: LayerMeasure) -> go.Figure:
+def layer_heatmap(layers: pd.DataFrame, measure: LayerMeasure) -> Figure:
     """Draw one number per layer of one run: decoder blocks across, kinds of linear layer down."""
     grid = _by_block(layers, measure.column)
     figure = new_figure("decoder block", "", height=150 + 30 * len(grid))
-    figure.add_heatmap(
+    add(
+        figure,
+        "heatmap",
         z=array(grid),
         x=array(grid.columns),
         y=[text(module) for module in grid.index],
@@ -110,14 +114,14 @@ def layer_heatmap(layers: pd.DataFrame, measure: LayerMeasure) -> go.Figure:
         },
         hovertemplate="%{y}, block %{x}: %{z:.4g}<extra></extra>",
     )
-    figure.update_yaxes(autorange="reversed", showgrid=False)
-    figure.update_xaxes(showgrid=False)
+    figure["layout"]["yaxis"] |= {"autorange": "reversed", "showgrid": False}
+    figure["layout"]["xaxis"]["showgrid"] = False
     return say(
         figure, f"Heat map of {measure.label.lower()} by decoder block and kind of layer.", ""
     )
 
 
-def layer_lines(layers: pd.DataFrame, runs: Sequence[str], measure: LayerMeasure) -> go.Figure:
+def layer_lines(layers: pd.DataFrame, runs: Sequence[str], measure: LayerMeasure) -> Figure:
     """Draw one number per decoder block for one kind of linear layer, a line per run.
 
     Args:
@@ -132,7 +136,9 @@ def layer_lines(layers: pd.DataFrame, runs: Sequence[str], measure: LayerMeasure
         rows = layers[layers["run"] == run].sort_values("block")
         if rows.empty:
             continue
-        figure.add_scatter(
+        add(
+            figure,
+            "scatter",
             x=array(rows["block"]),
             y=array(rows[measure.column]),
             name=text(run),
@@ -148,14 +154,16 @@ def layer_lines(layers: pd.DataFrame, runs: Sequence[str], measure: LayerMeasure
     return say(figure, f"Lines of {measure.label.lower()} by decoder block, one per run.", "")
 
 
-def block_losses_figure(blocks: pd.DataFrame) -> go.Figure:
+def block_losses_figure(blocks: pd.DataFrame) -> Figure:
     """Draw the loss of every finetuned block of one run before and after, and which were kept."""
     figure = new_figure("decoder block", "held-out loss of the block", log_y=True, height=380)
     for column, name, color in (
         ("loss_before", "before", COLORS[1]),
         ("loss_after", "after", COLORS[0]),
     ):
-        figure.add_scatter(
+        add(
+            figure,
+            "scatter",
             x=array(blocks["index"]),
             y=array(blocks[column]),
             name=name,
@@ -174,7 +182,7 @@ def block_losses_figure(blocks: pd.DataFrame) -> go.Figure:
     return say(figure, f"Loss of {len(blocks)} blocks before and after finetuning.", note)
 
 
-def training_figure(block: pd.Series) -> go.Figure:
+def training_figure(block: pd.Series) -> Figure:
     """Draw the losses of one finetuned block by epoch; the held-out loss starts before training."""
     figure = new_figure("epoch", "loss", log_y=True, height=380)
     held_out = [block["loss_before"], *block["validation_loss"]]
@@ -183,7 +191,9 @@ def training_figure(block: pd.Series) -> go.Figure:
         ("held out", COLORS[0], range(len(held_out)), held_out),
     )
     for name, color, epochs, losses in curves:
-        figure.add_scatter(
+        add(
+            figure,
+            "scatter",
             x=array(epochs),
             y=array(losses),
             name=name,
@@ -195,9 +205,7 @@ def training_figure(block: pd.Series) -> go.Figure:
     return say(figure, f"Training and held-out loss of block {block['index']} by epoch.", "")
 
 
-def bars_figure(
-    summary: pd.DataFrame, columns: dict[str, str], label: str, scale: float
-) -> go.Figure:
+def bars_figure(summary: pd.DataFrame, columns: dict[str, str], label: str, scale: float) -> Figure:
     """Draw horizontal bars of a cost or speed, one group per run.
 
     Args:
@@ -209,7 +217,9 @@ def bars_figure(
     rows = summary[(summary[list(columns)].fillna(0) > 0).any(axis=1)].iloc[::-1]
     figure = new_figure(label, "", height=110 + 26 * len(rows))
     for index, (column, name) in enumerate(columns.items()):
-        figure.add_bar(
+        add(
+            figure,
+            "bar",
             x=array(rows[column].astype("float64") * scale),
             y=[text(run) for run in rows["name"]],
             orientation="h",
@@ -217,19 +227,22 @@ def bars_figure(
             marker={"color": COLORS[index]},
             hovertemplate="%{y}: %{x:.4g}<extra>" + name + "</extra>",
         )
-    figure.update_layout(barmode="stack", showlegend=len(columns) > 1, bargap=0.3)
-    figure.update_yaxes(showgrid=False)
+    legend = len(columns) > 1
+    figure["layout"] |= {"barmode": "stack", "showlegend": legend, "bargap": 0.3}
+    figure["layout"]["yaxis"]["showgrid"] = False
     return say(figure, f"Bars of {label} for {len(rows)} models and runs.", "")
 
 
 def _add_references(
-    figure: go.Figure, references: pd.DataFrame, sizes: tuple[float, float], measure: Measure
+    figure: Figure, references: pd.DataFrame, sizes: tuple[float, float], measure: Measure
 ) -> None:
     if measure.column.startswith(("kl_", "top1_")):
         return  # a model agrees with itself: no line to compare with
     for index, (_, row) in enumerate(references[_finite(references[measure.column])].iterrows()):
         value = row[measure.column] * measure.scale
-        figure.add_scatter(
+        add(
+            figure,
+            "scatter",
             x=array(sizes),
             y=array([value, value]),
             mode="lines",
@@ -239,12 +252,14 @@ def _add_references(
         )
 
 
-def _add_finetuning(figure: go.Figure, runs: pd.DataFrame, size: Measure, measure: Measure) -> None:
+def _add_finetuning(figure: Figure, runs: pd.DataFrame, size: Measure, measure: Measure) -> None:
     """Join every finetuned run with the run it was made from."""
     before = runs.set_index("name")
     for _, after in runs[runs["tuned_from"].isin(before.index)].iterrows():
         start = before.loc[after["tuned_from"]]
-        figure.add_scatter(
+        add(
+            figure,
+            "scatter",
             x=array([start[size.column], after[size.column]]),
             y=array([row[measure.column] * measure.scale for row in (start, after)]),
             mode="lines",
@@ -264,7 +279,7 @@ def _range(sizes: pd.Series) -> tuple[float, float]:
 def _by_block(layers: pd.DataFrame, column: str) -> pd.DataFrame:
     """Return modules (in the model's order) by blocks, without layers outside of the blocks."""
     inside = layers[layers["block"] >= 0]
-    grid = inside.pivot_table(index="module", columns="block", values=column, dropna=False)
+    grid = inside.pivot(index="module", columns="block", values=column)
     return grid.reindex(inside["module"].drop_duplicates())
 
 
