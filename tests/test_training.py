@@ -99,6 +99,7 @@ def test_finetuning_learns_and_changes_block_linears_only(
     }
     assert changed == {f"{name}.weight" for block in block_linears(model) for name in block}
     assert not model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_finetuning_repeats_bit_for_bit(tiny_model_folder: Path, examples: list[Example]) -> None:

@@ -185,7 +185,7 @@ def _or_dash(value: Any) -> str:
 
 def _sort_key(value: Any) -> str:
     """Return the number in full, for sorting and for whoever reads the page with a program."""
-    return "" if pd.isna(value) else repr(value.item() if hasattr(value, "item") else value)
+    return "" if pd.isna(value) else str(value)
 
 
 def _read(name: str) -> str:
