@@ -140,7 +140,7 @@ def choose_codebook_size(shape: Shape, bits: float) -> CodebookSize:
     """Choose the codebook with the smallest expected error among those within ``bits``.
 
     Longer vectors win until the codebook eats the budget, which on small matrices is early.
-    Of codebooks whose expected errors differ by less than 2 % the one with the fewest bits is taken.
+    Of codebooks whose expected errors differ by less than 2 % the smallest one is taken.
 
     Raises:
         ValueError: No codebook fits; names the smallest number of bits that one needs.
