@@ -11,9 +11,8 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 from plotly.offline import get_plotlyjs
-from report_project import Project, make_project
+from report_project import WEIGHT_RUNS, Project, make_project
 
-from llmpress.report.charts import quality_charts
 from llmpress.report.html import render, write_text
 from llmpress.report.tables import read_results, summary_frame
 
@@ -101,21 +100,33 @@ def test_shown_numbers_have_units_and_errors(project: Project) -> None:
 
 
 def test_points_of_the_quality_charts_are_the_numbers(whole: tuple[Project, str]) -> None:
-    project, _ = whole
-    results = read_results(project.metrics, project.details, project.params)
-    charts = quality_charts(summary_frame(results))
-    (chart,) = charts["weights"]
-    points = {}
-    for trace in chart.variants["perplexity_wikipedia|bits_per_weight"]["data"]:
-        if "text" in trace:
-            names = [name.strip() for name in trace["text"]]
-            values = [np.frombuffer(_decoded(trace[axis]), "f4") for axis in "xy"]
-            points |= dict(zip(names, zip(*values, strict=True), strict=True))
-    assert set(points) == {r.name for r in results.found if r.kind in ("compressed", "finetuned")}
-    for name, (bits, perplexity) in points.items():
+    project, page = whole
+    variants = chart_data(page)["quality-0"]
+    perplexity = points_of(variants["perplexity_wikipedia|bits_per_weight"])
+    accuracy = points_of(variants["accuracy_piqa|ratio"])
+    assert set(perplexity) == set(accuracy) == {*WEIGHT_RUNS, "cluscomp-3bit-tuned"}
+    for name in perplexity:
         metrics = project.read("metrics", name)
-        assert bits == pytest.approx(metrics["size"]["bits_per_weight"], rel=1e-6)
-        assert perplexity == pytest.approx(metrics["quality"]["perplexity"]["wikipedia"], rel=1e-6)
+        size, quality = metrics["size"], metrics["quality"]
+        assert perplexity[name] == pytest.approx(
+            (size["bits_per_weight"], quality["perplexity"]["wikipedia"]), rel=1e-6
+        )
+        piqa = quality["tasks"]["piqa"]
+        assert accuracy[name] == pytest.approx(
+            (size["ratio"], 100 * piqa["accuracy"], 100 * piqa["stderr"]), rel=1e-6
+        )
+
+
+def points_of(figure: dict[str, Any]) -> dict[str, tuple[float, ...]]:
+    """Run -> x, y and, where it is drawn, the length of the error bar."""
+    points = {}
+    for trace in figure["data"]:
+        if "text" in trace:
+            arrays = [trace["x"], trace["y"]]
+            arrays += [trace["error_y"]["array"]] if "error_y" in trace else []
+            values = zip(*(np.frombuffer(_decoded(a), "<f4") for a in arrays), strict=True)
+            points |= dict(zip((name.strip() for name in trace["text"]), values, strict=True))
+    return points
 
 
 def _decoded(array: dict[str, str]) -> bytes:
