@@ -107,7 +107,8 @@ class Checkpoint:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 self.config, trust_remote_code=False
             )
-        return model.eval()
+        model.eval()
+        return model
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -19,7 +19,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmpress.architectures import replace_module
@@ -163,7 +164,8 @@ def load_model(
         folder, dtype=dtype, trust_remote_code=False, local_files_only=True
     )
     model.to(torch.device(device))  # type: ignore[arg-type]  # a decorator hides the signature
-    return model.eval()
+    model.eval()
+    return model
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

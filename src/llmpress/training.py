@@ -122,7 +122,7 @@ def answer_loss(model: "PreTrainedModel", tokens: Tensor, labels: Tensor) -> Ten
     """Mean cross-entropy in nats of the answers' tokens; logits are computed only there."""
     hidden_states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
     learnt = labels[:, 1:] != -100  # [B, T - 1]
-    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head: nn.Module = model.get_output_embeddings()
     logits = head(hidden_states[:, :-1][learnt])  # [answer tokens, V]
     return functional.cross_entropy(logits.float(), labels[:, 1:][learnt])
 
@@ -168,7 +168,7 @@ def finetune(
                 raise NumericalError(
                     f"the loss is {losses[-1]} at step {len(losses)}: lower `learning_rate`"
                 )
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
             optimizer.step()
             schedule.step()
