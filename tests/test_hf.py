@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 from llmpress.architectures import replace_module
 from llmpress.artifacts import read_json
 from llmpress.checkpoints import Checkpoint, CheckpointWriter
+from llmpress.compressed_checkpoints import write_compressed_model
 from llmpress.compression import compress_layers, model_shapes
 from llmpress.errors import ArtifactError, NumericalError, SourceError
-from llmpress.hf import dequantized, load_model, skeleton, write_compressed_model
+from llmpress.hf import dequantized, load_model, skeleton
 from llmpress.layers import CompressedLinear
 from llmpress.methods import method_class
 from llmpress.resume import BlockStore

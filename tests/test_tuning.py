@@ -10,9 +10,10 @@ from torch import Tensor
 
 from llmpress.blocks import BlockWalk
 from llmpress.checkpoints import Checkpoint
+from llmpress.compressed_checkpoints import write_compressed_model
 from llmpress.compression import compress_layers, model_shapes
 from llmpress.errors import NumericalError
-from llmpress.hf import skeleton, write_compressed_model
+from llmpress.hf import skeleton
 from llmpress.methods.cluscomp import ClusComp
 from llmpress.methods.lillama import Lillama
 from llmpress.resume import BlockStore

@@ -11,11 +11,12 @@ import yaml
 
 from llmpress.artifacts import artifact_folder
 from llmpress.checkpoints import Checkpoint
+from llmpress.compressed_checkpoints import write_compressed_model
 from llmpress.compression import compress_layers, model_shapes
 from llmpress.delta_compression import compress_delta
 from llmpress.delta_extraction import extract_delta
 from llmpress.delta_files import DeltaFolder
-from llmpress.hf import skeleton, write_compressed_model
+from llmpress.hf import skeleton
 from llmpress.methods.rtn import RTN
 from llmpress.methods.svd import SVD
 from llmpress.resume import BlockStore

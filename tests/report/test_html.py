@@ -151,6 +151,19 @@ def test_what_cannot_be_drawn_is_said(project: Project) -> None:
     assert variants["kl_wikipedia|bits_per_weight"]["layout"]["meta"]["note"] == ""
 
 
+def test_a_broken_run_does_not_press_the_others_together(project: Project) -> None:
+    def edit(metrics: dict[str, Any]) -> None:
+        metrics["quality"]["perplexity"]["code"] = 1.36e8
+
+    project.edit("metrics", "svd-20pct", edit)
+    variants = chart_data(page_of(project))["quality-0"]
+    broken, whole = (variants[f"perplexity_{c}|bits_per_weight"] for c in ("code", "wikipedia"))
+    assert broken["layout"]["meta"]["note"] == (
+        "Far above the others, not drawn: svd-20pct (1.36e+08)."
+    )
+    assert set(points_of(whole)) - set(points_of(broken)) == {"svd-20pct"}
+
+
 def test_every_choice_has_a_variant_and_a_label(whole: tuple[Project, str]) -> None:
     text = own_part(whole[1])
     for part in re.findall(r'<figure class="chart".*?</figure>', text, re.DOTALL):

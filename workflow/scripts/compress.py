@@ -10,9 +10,10 @@ import typer
 from llmpress.artifacts import artifact_folder, read_provenance
 from llmpress.calibration import load_statistics
 from llmpress.checkpoints import Checkpoint
+from llmpress.compressed_checkpoints import write_compressed_model
 from llmpress.compression import compress_layers, model_shapes
 from llmpress.config import read_params, script_errors, section
-from llmpress.hf import skeleton, write_compressed_model
+from llmpress.hf import skeleton
 from llmpress.resume import BlockStore
 from llmpress.runs import build_method, read_run
 

@@ -10,8 +10,9 @@ from llmpress.artifacts import artifact_folder, read_provenance
 from llmpress.blocks import BlockWalk
 from llmpress.calibration import load_windows
 from llmpress.checkpoints import Checkpoint
+from llmpress.compressed_checkpoints import rewrite_model
 from llmpress.config import read_params, script_errors, section
-from llmpress.hf import rewrite_model, skeleton
+from llmpress.hf import skeleton
 from llmpress.resume import BlockStore
 from llmpress.runs import build_method, read_finetune, read_run
 from llmpress.tuning import tune_blocks

@@ -43,11 +43,10 @@ def quality_figure(
         methods: All methods of the report, so that a method looks the same in every figure.
     """
     scale = measure.scale
-    drawable = runs[_finite(runs[size.column]) & _finite(runs[measure.column])]
-    if measure.log:
-        drawable = drawable[drawable[measure.column] > 0]
+    drawable, note = _drawable(runs, references, size, measure)
     figure = new_figure(size.label, measure.title, log_y=measure.log, height=460)
     low, high = _range(drawable[size.column])
+    figure["layout"]["xaxis"]["range"] = [low, high]
     turn = low + 0.7 * (high - low)  # labels of points further right stand on their left
     _add_references(figure, references, (low, high), measure)
     _add_finetuning(figure, drawable, size, measure)
@@ -87,7 +86,7 @@ def quality_figure(
     return say(
         figure,
         f"Scatter plot of {len(drawable)} runs: {measure.title} against {size.label}.",
-        _not_drawn(runs, drawable, zero=measure.log),
+        note,
     )
 
 
@@ -270,9 +269,9 @@ def _add_finetuning(figure: Figure, runs: pd.DataFrame, size: Measure, measure: 
 
 
 def _range(sizes: pd.Series) -> tuple[float, float]:
-    """Return the ends of the reference lines: a little beyond the outermost points."""
+    """Return the ends of the axis of sizes; sizes that are nearly equal stay close together."""
     low, high = (float(sizes.min()), float(sizes.max())) if len(sizes) else (0.0, 1.0)
-    margin = 0.05 * (high - low) or 0.5
+    margin = max(0.05 * (high - low), 0.1 * high)
     return low - margin, high + margin
 
 
@@ -293,7 +292,23 @@ def _finite(values: pd.Series) -> pd.Series:
     return numbers.notna() & (numbers.abs() != math.inf)
 
 
-def _not_drawn(runs: pd.DataFrame, drawn: pd.DataFrame, *, zero: bool) -> str:
-    absent = [name for name in runs["name"] if name not in set(drawn["name"])]
-    reason = "no finite number, or zero on a logarithmic axis" if zero else "no finite number"
-    return f"Not drawn ({reason}): {', '.join(absent)}." if absent else ""
+def _drawable(
+    runs: pd.DataFrame, references: pd.DataFrame, size: Measure, measure: Measure
+) -> tuple[pd.DataFrame, str]:
+    """Return the runs that have a place on the axes, and a note on the others."""
+    drawn = runs[_finite(runs[size.column]) & _finite(runs[measure.column])]
+    if measure.log:
+        drawn = drawn[drawn[measure.column] > 0]
+    absent = runs.loc[~runs["name"].isin(drawn["name"]), "name"]
+    notes = []
+    if len(absent):
+        reason = "no finite number" + (", or zero on a logarithmic axis" if measure.log else "")
+        notes.append(f"Not drawn ({reason}): {', '.join(absent)}.")
+    least = min(drawn[measure.column].min(), references[measure.column].min())
+    limit = measure.span * least if math.isfinite(measure.span) else math.inf
+    far = drawn[drawn[measure.column] > limit]
+    if len(far):
+        values = (f"{row['name']} ({measure.text(row)})" for _, row in far.iterrows())
+        notes.append(f"Far above the others, not drawn: {', '.join(values)}.")
+        drawn = drawn.drop(far.index)
+    return drawn, " ".join(notes)

@@ -21,6 +21,8 @@ class Measure:
         show: Number -> text with the unit's scale.
         log: Whether it spans orders of magnitude.
         scale: What the number is multiplied with on an axis.
+        span: Largest number drawn, as a multiple of the smallest: a broken run has a perplexity of
+            millions and would press all others together.
         stderr: Name of the column with its standard error.
     """
 
@@ -30,6 +32,7 @@ class Measure:
     show: Callable[[float], str]
     log: bool = False
     scale: float = 1.0
+    span: float = math.inf
     stderr: str | None = None
 
     @property
@@ -98,13 +101,13 @@ def quality_measures(columns: Iterable[str]) -> list[Measure]:
     """
     columns = list(columns)
     per_corpus = (
-        ("perplexity_", "Perplexity", significant, True, 1.0),
-        ("kl_", "KL divergence, nats", significant, True, 1.0),
-        ("top1_agreement_", "Top-1 agreement, %", percent, False, 100.0),
+        ("perplexity_", "Perplexity", significant, True, 1.0, 100.0),
+        ("kl_", "KL divergence, nats", significant, True, 1.0, math.inf),
+        ("top1_agreement_", "Top-1 agreement, %", percent, False, 100.0, math.inf),
     )
     measures = [
-        Measure(column, group, column.removeprefix(prefix), show, log, scale)
-        for prefix, group, show, log, scale in per_corpus
+        Measure(column, group, column.removeprefix(prefix), show, log, scale, span)
+        for prefix, group, show, log, scale, span in per_corpus
         for column in columns
         if column.startswith(prefix)
     ]
