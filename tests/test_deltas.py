@@ -284,6 +284,9 @@ def test_damaged_folders_are_named(base: Path, finetuned: Path, tmp_path: Path) 
     layer = header["layers"]["model.layers.0.self_attn.q_proj"]
     layer["spec"]["rank"] += 1
     (folder / "delta.json").write_text(json.dumps(header))
+    with pytest.raises(ArtifactError, match=r"delta\.json: differs from its checksum"):
+        load_delta(model(base), folder)
+    (folder / "provenance.json").unlink()  # what is caught without checksums
     with pytest.raises(ArtifactError, match=r"layer model.layers.0.self_attn.q_proj is damaged"):
         load_delta(model(base), folder)
     (folder / "delta.json").write_text(json.dumps({**header, "format_version": 9}))

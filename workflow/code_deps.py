@@ -39,7 +39,8 @@ def closure(script: Path, root: Path = Path()) -> set[str]:
         Paths relative to ``root``, without the script itself.
 
     Raises:
-        ValueError: A module of ``llmpress`` is imported that does not exist.
+        ValueError: A module of ``llmpress`` is imported that does not exist, or something from the
+            package itself, whose names are imported lazily.
     """
     todo, seen = [script], set()
     while todo:
@@ -113,10 +114,14 @@ def _imported_files(file: Path, root: Path) -> list[Path]:
             module = _absolute(node, file)
             found += _files_of(module, root)
             for alias in node.names:
-                if module.split(".")[0] == "llmpress" and _module_file(
-                    f"{module}.{alias.name}", root
-                ):
+                if module.split(".")[0] != "llmpress":
+                    continue
+                if _module_file(f"{module}.{alias.name}", root):
                     found += _files_of(f"{module}.{alias.name}", root)
+                elif module == "llmpress":  # imported when asked for: its file would stay unseen
+                    raise ValueError(
+                        f"{file} imports {alias.name} from llmpress: name the module it stands in"
+                    )
     return found
 
 

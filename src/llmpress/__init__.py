@@ -1,5 +1,60 @@
 """Compress large language models and their fine-tuning deltas, and measure what was lost.
 
-Deliberately empty: every stage of the pipeline depends on this file, so whatever stood here would
-invalidate all of them. Import the modules you need, for example ``llmpress.hf``.
+    import llmpress
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained("data/finetuned/cluscomp-2p6bit-tuned")
+    model = llmpress.load_delta(base_model, "data/compressed/delta-come")
+
+Importing this costs nothing: the format is registered when transformers is used, and the names
+below are imported when they are first asked for. Every stage of the pipeline imports this file, so
+it stays small and names its parts as text; see docs/decisions/0006-import-llmpress.md.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from llmpress.registration import register
+
+if TYPE_CHECKING:
+    from llmpress.deltas import load_delta, remove_delta
+    from llmpress.errors import LLMPressError
+    from llmpress.export import export_dense
+    from llmpress.hf import dequantized, load_model, load_tokenizer
+    from llmpress.hub import fetch_artifact, push_artifact
+
+_WHERE = {
+    "LLMPressError": "llmpress.errors",
+    "dequantized": "llmpress.hf",
+    "export_dense": "llmpress.export",
+    "fetch_artifact": "llmpress.hub",
+    "load_delta": "llmpress.deltas",
+    "load_model": "llmpress.hf",
+    "load_tokenizer": "llmpress.hf",
+    "push_artifact": "llmpress.hub",
+    "remove_delta": "llmpress.deltas",
+}
+
+__all__ = [
+    "LLMPressError",
+    "dequantized",
+    "export_dense",
+    "fetch_artifact",
+    "load_delta",
+    "load_model",
+    "load_tokenizer",
+    "push_artifact",
+    "remove_delta",
+]
+
+register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,39 +1,35 @@
 """Folders with a known origin: written whole or not at all, with a provenance.json inside.
 
 An artifact's fingerprint is the SHA-256 over the names and contents of its files, provenance.json
-apart, so that the same bytes made twice have the same fingerprint.
+apart, so that the same bytes made twice have the same fingerprint. Whatever opens an artifact
+verifies it first: a file that is not what provenance.json says is refused, never computed with.
 """
 
 import hashlib
 import json
 import os
-import platform
-import resource
+import re
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
 
+from llmpress.environment import hardware, packages, peak_memory_bytes
 from llmpress.errors import ArtifactError
 
 PROVENANCE = "provenance.json"
-RECORDED_PACKAGES = (
-    "llmpress",
-    "torch",
-    "transformers",
-    "safetensors",
-    "numpy",
-    "faiss-cpu",
-    "triton",
-)
+MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+"""What a model folder without provenance is fingerprinted by."""
+SHOW_PROGRESS_ABOVE = 2_000_000_000  # bytes; hashing fewer takes about a second
 
 
 @contextmanager
@@ -46,27 +42,27 @@ def artifact_folder(
         out: The artifact's folder; an older one is replaced.
         stage: What makes it, for provenance.json.
         settings: The settings it is made with, JSON-representable.
-        inputs: Folders it is made from, by role; their fingerprints are recorded.
+        inputs: Folders it is made from, by role; they are verified, their fingerprints recorded.
 
     Yields:
         An empty temporary folder to write into. On an error it is removed and ``out`` is left
         alone.
 
     Raises:
-        ArtifactError: An input is missing or has no readable provenance.
+        ArtifactError: An input is missing or damaged.
     """
     started = time.perf_counter()
-    fingerprints = {role: read_provenance(folder)["fingerprint"] for role, folder in inputs.items()}
+    fingerprints = {role: fingerprint(folder) for role, folder in inputs.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         temporary.chmod(0o755)
         yield temporary
-        files = {
-            p.relative_to(temporary).as_posix(): sha256(p)
-            for p in sorted(temporary.rglob("*"))
-            if p.is_file()
-        }
+        (temporary / PROVENANCE).unlink(missing_ok=True)  # copied along from an input
+        files = {}
+        for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
+            path.chmod(0o644)  # safetensors writes files that only their owner may read
+            files[path.relative_to(temporary).as_posix()] = sha256(path)
         provenance = {
             "stage": stage,
             "fingerprint": _fingerprint(files),
@@ -89,7 +85,7 @@ def artifact_folder(
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """Return what provenance.json says of the artifact in ``folder``.
+    """Return what provenance.json says of the artifact in ``folder``, whose files are not read.
 
     Raises:
         ArtifactError: No such artifact, or a damaged record.
@@ -99,7 +95,88 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     record = read_json(folder / PROVENANCE)
     if not isinstance(record, dict) or "fingerprint" not in record:
         raise ArtifactError(f"{folder / PROVENANCE}: holds no fingerprint; make the artifact again")
+    files = record.get("files")
+    known = isinstance(files, dict) and all(isinstance(digest, str) for digest in files.values())
+    if not known or _fingerprint(files) != record["fingerprint"]:
+        raise ArtifactError(
+            f"{folder / PROVENANCE}: damaged, its fingerprint does not fit its list of files; "
+            "make the artifact again"
+        )
     return record
+
+
+def verify(folder: Path, weights: Iterable[Path] = (), *, complete: bool = True) -> dict[str, Any]:
+    """Compare every file of an artifact with the checksum in its provenance.json.
+
+    A file that was verified before in this process, and has the size and the time of change it had
+    then, is not read again.
+
+    Args:
+        folder: The artifact.
+        weights: Files that are about to be read: they must be on the list too.
+        complete: Whether all files of the artifact have to be there; transformers downloads some.
+
+    Returns:
+        The provenance.
+
+    Raises:
+        ArtifactError: A file is missing, differs, or does not belong to the artifact.
+    """
+    record = read_provenance(folder)
+    files: dict[str, str] = record["files"]
+    for path in weights:
+        if path.name not in files:
+            raise ArtifactError(
+                f"{path}: is not in {PROVENANCE}; remove it, or make {folder} again"
+            )
+    present = [name for name in files if (folder / name).is_file()]
+    if complete and (missing := sorted(set(files) - set(present))):
+        raise ArtifactError(f"{folder / missing[0]}: is missing; make the artifact again")
+    total = sum((folder / name).stat().st_size for name in present)
+    quiet = total < SHOW_PROGRESS_ABOVE
+    with tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=quiet) as bar:
+        for name in present:
+            if _verified_digest(folder / name) != files[name]:
+                raise ArtifactError(
+                    f"{folder / name}: differs from its checksum in {PROVENANCE}, so it is damaged "
+                    "or was edited; make the artifact again (after an edit on purpose: delete "
+                    f"{PROVENANCE})"
+                )
+            bar.update((folder / name).stat().st_size)
+    return record
+
+
+def fingerprint(folder: Path) -> str:
+    """Return what identifies a folder's content: 64 hex digits.
+
+    An artifact is verified first. A model folder that has no provenance, such as one downloaded by
+    hand, is identified by its weights, configuration and tokenizer.
+
+    Raises:
+        ArtifactError: Neither an artifact nor a model, or damaged.
+    """
+    if (folder / PROVENANCE).is_file() or not (folder / "config.json").is_file():
+        found: str = verify(folder)["fingerprint"]
+        return found
+    files = {p for pattern in MODEL_FILES for p in folder.glob(pattern) if p.is_file()}
+    return _fingerprint({path.name: _verified_digest(path) for path in files})
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors.
+
+    Raises:
+        OSError: The file cannot be written; safetensors itself hides which error it was.
+    """
+    try:
+        save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -134,44 +211,18 @@ def folder_bytes(folder: Path, pattern: str = "*.safetensors") -> int:
     return sum(p.stat().st_size for p in folder.glob(pattern))
 
 
-def peak_memory_bytes() -> int:
-    """Return the process's largest resident set so far, plus the largest GPU allocation."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    unit = 1 if sys.platform == "darwin" else 1024
-    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return resident * unit + device
+_digests: dict[Path, tuple[int, int, str]] = {}
 
 
-def hardware() -> dict[str, Any]:
-    """Return what the computation ran on: processor, cores, threads used, GPU."""
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def packages() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide a result."""
-    found = {"python": platform.python_version()}
-    for name in RECORDED_PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+def _verified_digest(path: Path) -> str:
+    state = path.stat()
+    size, changed, digest = _digests.get(path.resolve(), (-1, -1, ""))
+    if (size, changed) != (state.st_size, state.st_mtime_ns):
+        digest = sha256(path)
+        _digests[path.resolve()] = (state.st_size, state.st_mtime_ns, digest)
+    return digest
 
 
 def _fingerprint(files: Mapping[str, str]) -> str:
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from llmpress.artifacts import read_json, write_json
+from llmpress.artifacts import read_json, save_tensors, write_json
 from llmpress.blocks import BlockWalk, progress
 from llmpress.errors import ArtifactError, NumericalError
 from llmpress.methods.base import InputStatistics
@@ -103,7 +103,7 @@ def save_calibration(walk: BlockWalk, windows: Tensor, validation: Tensor, folde
         validation: Token ids kept aside for finetuning, ``[windows, tokens]``.
         folder: Where windows, one file of moments per block, and an index are written.
     """
-    save_file({"calibration": windows, "validation": validation}, folder / WINDOWS)
+    save_tensors({"calibration": windows, "validation": validation}, folder / WINDOWS)
     hidden_states = walk.embed(windows)
     where: dict[str, tuple[str, str]] = {}
     for index in progress(range(len(walk)), "calibrate blocks"):
@@ -112,7 +112,7 @@ def save_calibration(walk: BlockWalk, windows: Tensor, validation: Tensor, folde
         with InputMoments(block) as inputs:
             hidden_states = walk.propagate(block, index, hidden_states)
         moments = inputs.moments()
-        save_file(moments, folder / file)
+        save_tensors(moments, folder / file)
         for name, leader in inputs.leaders.items():
             where[f"{walk.prefix}.{index}.{name}"] = (file, leader)
     write_json(folder / INDEX, {"num_tokens": windows.numel(), "layers": where})

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmpress.architectures import block_linears
-from llmpress.artifacts import read_json, read_provenance, write_json
+from llmpress.artifacts import fingerprint, read_json, save_tensors, write_json
 from llmpress.errors import ArtifactError, SourceError
 
 __all__ = ["Checkpoint", "CheckpointWriter", "block_linears", "copy_companions", "stored_dtype"]
@@ -37,9 +37,7 @@ class Checkpoint:
         self.folder = Path(folder)
         if not (self.folder / "config.json").is_file():
             raise ArtifactError(f"{self.folder}: no model here (config.json is missing)")
-        self.config: PretrainedConfig = AutoConfig.from_pretrained(
-            self.folder, trust_remote_code=False, local_files_only=True
-        )
+        self.config = _read_config(self.folder)
         self._shards = {name: self._open(path) for name, path in self._files().items()}
         self._where: dict[str, str] = {
             tensor: name
@@ -73,9 +71,8 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """The artifact's fingerprint, from its provenance."""
-        fingerprint: str = read_provenance(self.folder)["fingerprint"]
-        return fingerprint
+        """What identifies the model: see `llmpress.artifacts.fingerprint`."""
+        return fingerprint(self.folder)
 
     def names(self) -> list[str]:
         """Return the names of all stored tensors, sorted."""
@@ -115,6 +112,29 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """Return the dtype of the checkpoint's largest tensor."""
     largest = max(checkpoint.names(), key=lambda n: torch.Size(checkpoint.shape(n)).numel())
     return checkpoint.tensor(largest).dtype
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    read_json(folder / "config.json")  # a damaged file is named before transformers reads it
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+        raise SourceError(
+            f"{folder}: transformers cannot read its config.json, and code that comes with a model "
+            f"is never run ({reason})"
+        ) from None
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    classes = {n for v in known.values() for n in ((v,) if isinstance(v, str) else v)}
+    stated = config.architectures or [known.get(config.model_type, config.model_type)]
+    if config.model_type not in known or not classes.intersection(stated):
+        raise SourceError(
+            f"{folder}: {stated[0]} is no causal language model; llmpress compresses decoders that "
+            "predict the next token"
+        )
+    return config
 
 
 class CheckpointWriter:
@@ -158,7 +178,7 @@ class CheckpointWriter:
     def _flush(self) -> None:
         if self._pending:
             self._shards.append(list(self._pending))
-            save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
+            save_tensors(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
             self._pending, self._pending_bytes = {}, 0
 
     def _part(self, number: int) -> Path:

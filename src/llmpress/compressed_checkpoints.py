@@ -12,8 +12,8 @@ from torch import Tensor
 from llmpress.artifacts import read_json, write_json
 from llmpress.checkpoints import Checkpoint, CheckpointWriter, copy_companions
 from llmpress.compression import LayerRecord, totals
-from llmpress.hf import FORMAT_VERSION, LLMPressConfig
 from llmpress.layers import CompressedLinear
+from llmpress.quantizer import FORMAT_VERSION, LLMPressConfig
 from llmpress.tuning import BlockRecord
 
 REST_DTYPE = torch.bfloat16

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from llmpress.artifacts import read_json, write_json
+from llmpress.artifacts import read_json, save_tensors, write_json
 from llmpress.errors import ArtifactError
 
 HEADER = "delta.json"
@@ -66,7 +65,7 @@ class DeltaWriter:
     def _flush(self) -> None:
         if self._pending:
             self._shards.append(list(self._pending))
-            save_file(self._pending, self._part(len(self._shards)))
+            save_tensors(self._pending, self._part(len(self._shards)))
             self._pending, self._pending_bytes = {}, 0
 
     def _part(self, number: int) -> Path:

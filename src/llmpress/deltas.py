@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmpress.architectures import replace_module
-from llmpress.artifacts import PROVENANCE, read_provenance
+from llmpress.artifacts import PROVENANCE, fingerprint, verify
 from llmpress.delta_files import EXACT, DeltaFolder
 from llmpress.errors import ArtifactError
 from llmpress.layers import AdaptedLinear, CompressedLinear, build_layer
@@ -33,7 +33,7 @@ class _Applied:
 
 
 def load_delta(
-    model: PreTrainedModel, folder: Path, *, base_folder: Path | None = None
+    model: PreTrainedModel, folder: Path | str, *, base_folder: Path | None = None
 ) -> PreTrainedModel:
     """Turn a base model, in place, into the fine-tuned one: its linears stay, the delta joins them.
 
@@ -44,7 +44,7 @@ def load_delta(
         model: The base model, dense or itself compressed.
         folder: What ``compress_delta`` wrote.
         base_folder: Where the base was loaded from, to compare fingerprints; by default what the
-            model says of itself, when that is an artifact.
+            model says of itself, when that is a local folder.
 
     Returns:
         The same model.
@@ -52,11 +52,14 @@ def load_delta(
     Raises:
         ArtifactError: Another base, a model that already carries a delta, or a damaged folder.
     """
+    folder = Path(folder)
     if getattr(model, APPLIED, None) is not None:
         applied = getattr(model, APPLIED).folder
         raise ArtifactError(
             f"{folder}: the model already carries the delta {applied}; remove it first"
         )
+    if (folder / PROVENANCE).is_file():
+        verify(folder)
     delta = DeltaFolder(folder, "compressed_delta")
     _check_base(model, delta, base_folder)
     layers = {name: _build(name, entry, delta) for name, entry in delta.header["layers"].items()}
@@ -104,9 +107,9 @@ def remove_delta(model: PreTrainedModel) -> PreTrainedModel:
 
 def _check_base(model: PreTrainedModel, delta: DeltaFolder, base_folder: Path | None) -> None:
     folder = base_folder or Path(getattr(model, "name_or_path", "") or "")
-    if base_folder is None and not (folder.name and (folder / PROVENANCE).is_file()):
-        return
-    found, needed = read_provenance(folder)["fingerprint"], delta.header["base"]
+    if base_folder is None and not (folder.name and (folder / "config.json").is_file()):
+        return  # built in memory or fetched from a hub: there is nothing to compare
+    found, needed = fingerprint(folder), delta.header["base"]
     if found != needed["fingerprint"]:
         raise ArtifactError(
             f"{delta.folder}: made on base {needed['name']} ({needed['fingerprint'][:12]}), but "

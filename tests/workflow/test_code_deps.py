@@ -15,7 +15,7 @@ LEVELS = (
     {"kernels"},
     {"layers"},
     {"methods"},
-    {"architectures", "artifacts", "blocks", "compression", "resume", "tuning"},
+    {"architectures", "artifacts", "blocks", "compression", "environment", "resume", "tuning"},
     {"report", "cli"},
 )
 ABOVE_BLOCKS = len(LEVELS) - 1
@@ -92,6 +92,13 @@ def test_closure_follows_packages_functions_relative_imports_and_data(tmp_path: 
 def test_import_of_a_missing_module_is_named(tmp_path: Path) -> None:
     write(tmp_path, {**SMALL, "workflow/script.py": "import llmpress.gone\n"})
     with pytest.raises(ValueError, match=r"llmpress\.gone"):
+        code_deps.closure(Path("workflow/script.py"), tmp_path)
+
+
+def test_names_of_the_package_itself_are_refused(tmp_path: Path) -> None:
+    script = "from llmpress import load_delta\n"
+    write(tmp_path, {**SMALL, "workflow/script.py": script})
+    with pytest.raises(ValueError, match=r"script\.py imports load_delta from llmpress"):
         code_deps.closure(Path("workflow/script.py"), tmp_path)
 
 

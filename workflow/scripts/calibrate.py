@@ -1,18 +1,13 @@
 """Calibrate a model: cut text into windows and measure what its linear layers' inputs look like."""
 
-import dataclasses
 from pathlib import Path
 
-import torch
 import typer
 
-from llmpress.artifacts import artifact_folder
-from llmpress.blocks import BlockWalk
-from llmpress.calibration import CalibrationSettings, save_calibration
-from llmpress.checkpoints import Checkpoint
+from llmpress.calibration import CalibrationSettings
 from llmpress.config import build, read_params, script_errors, section
-from llmpress.corpora import load_text, token_windows
-from llmpress.hf import load_tokenizer, skeleton
+from llmpress.devices import pick_device
+from llmpress.model_calibration import calibrate_model, corpus_text
 
 
 def main(
@@ -21,36 +16,17 @@ def main(
 ) -> None:
     """Write data/calibration/KEY: token windows and the second moments of all linears' inputs."""
     with script_errors():
-        config = read_params(params)
         where = f"calibrations.{key}"
-        settings = build(CalibrationSettings, section(config, where), where)
-        model = Path("data/models") / key
+        settings = build(CalibrationSettings, section(read_params(params), where), where)
         corpora = {name: Path("data/corpora") / name for name in settings.corpora}
-        with artifact_folder(
+        calibrate_model(
+            Path("data/models") / key,
+            {name: corpus_text(folder) for name, folder in corpora.items()},
+            settings,
             Path("data/calibration") / key,
-            stage="calibrate",
-            settings=dataclasses.asdict(settings),
-            inputs={"model": model, **{f"corpus {name}": path for name, path in corpora.items()}},
-        ) as folder:
-            tokenizer = load_tokenizer(model)
-            windows, validation = (
-                torch.cat(
-                    [
-                        token_windows(load_text(path, split), tokenizer, settings.length, count)
-                        for path in corpora.values()
-                    ]
-                )
-                for split, count in (
-                    ("calibration", settings.windows),
-                    ("validation", settings.validation_windows),
-                )
-            )
-            checkpoint = Checkpoint(model)
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            walk = BlockWalk(
-                skeleton(checkpoint), checkpoint, device=device, autocast=settings.autocast
-            )
-            save_calibration(walk, windows, validation, folder)
+            inputs={f"corpus {name}": folder for name, folder in corpora.items()},
+            device=pick_device(),
+        )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-import torch
 import typer
 
 from llmpress.artifacts import artifact_folder, read_provenance
@@ -11,6 +10,7 @@ from llmpress.calibration import load_statistics
 from llmpress.config import read_params, script_errors, section
 from llmpress.delta_compression import compress_delta
 from llmpress.delta_files import DeltaFolder
+from llmpress.devices import pick_device
 from llmpress.errors import ConfigError
 from llmpress.resume import BlockStore
 from llmpress.runs import build_method, read_delta_run
@@ -56,7 +56,7 @@ def main(
                 method_name=run.method,
                 seed=seed,
                 store=store,
-                device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+                device=pick_device(),
             )
         store.clear()
 

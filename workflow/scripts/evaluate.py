@@ -7,12 +7,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the packages are imported: nothi
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
-import torch
 import transformers
 import typer
 
 from llmpress.artifacts import write_json
 from llmpress.config import build, read_params, script_errors, section
+from llmpress.devices import pick_device
 from llmpress.evaluation.evaluate import evaluate
 from llmpress.evaluation.settings import EvaluationSettings
 from llmpress.evaluation.subjects import find_subject
@@ -33,7 +33,7 @@ def main(
         config = read_params(params)
         values = {k: v for k, v in section(config, "evaluation").items() if k != "models"}
         settings = build(EvaluationSettings, values, "evaluation")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = str(pick_device())
         metrics, details = evaluate(find_subject(config, key), settings, device)
         for folder, record in ((METRICS, metrics), (DETAILS, details)):
             folder.mkdir(parents=True, exist_ok=True)

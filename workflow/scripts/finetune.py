@@ -3,7 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-import torch
 import typer
 
 from llmpress.artifacts import artifact_folder, read_provenance
@@ -12,6 +11,7 @@ from llmpress.calibration import load_windows
 from llmpress.checkpoints import Checkpoint
 from llmpress.compressed_checkpoints import rewrite_model
 from llmpress.config import read_params, script_errors, section
+from llmpress.devices import pick_device
 from llmpress.hf import skeleton
 from llmpress.resume import BlockStore
 from llmpress.runs import build_method, read_finetune, read_run
@@ -48,7 +48,7 @@ def main(
                 role: read_provenance(path)["fingerprint"] for role, path in inputs.items()
             }
             store = BlockStore(f"finetune-{key}", {**settings, **fingerprints})
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            device = pick_device()
             original, compressed = Checkpoint(inputs["model"]), Checkpoint(inputs["compressed"])
             teacher, student = (
                 BlockWalk(skeleton(c), c, device=device, autocast=finetune.settings.autocast)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmpress.artifacts import artifact_folder, write_json
 from llmpress.config import build, read_params, script_errors, section
+from llmpress.devices import pick_device
 from llmpress.tasks.files import read_items
 from llmpress.training import TrainingSettings, encode, finetune
 
@@ -36,7 +37,7 @@ def main() -> None:
             # for sequences this short, plain matrix products beat the fused attention's backward
             model = AutoModelForCausalLM.from_pretrained(
                 base, dtype=torch.float32, attn_implementation="eager"
-            ).to("cuda" if torch.cuda.is_available() else "cpu")
+            ).to(pick_device())
             examples = encode(read_items(task / "train.jsonl"), tokenizer)
             losses = finetune(model, examples, settings, seed)
             model.save_pretrained(folder)

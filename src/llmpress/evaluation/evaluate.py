@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmpress.artifacts import hardware, packages, peak_memory_bytes, read_json, read_provenance
+from llmpress.artifacts import read_json, read_provenance
 from llmpress.corpora import load_text, token_windows
+from llmpress.environment import hardware, packages, peak_memory_bytes
 from llmpress.errors import SourceError
 from llmpress.evaluation import metrics
 from llmpress.evaluation.likelihood import Likelihood, likelihood

@@ -1,0 +1,141 @@
+"""Write a compressed model, or a base with a delta, as a plain checkpoint that needs no llmpress."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmpress.artifacts import artifact_folder, fingerprint, write_json
+from llmpress.blocks import progress
+from llmpress.checkpoints import Checkpoint, CheckpointWriter, copy_companions
+from llmpress.delta_files import EXACT, DeltaFolder
+from llmpress.errors import ArtifactError
+from llmpress.hf import compressed_layers
+from llmpress.layers import CompressedLinear, build_layer
+
+
+def export_dense(
+    model: Path | str,
+    out: Path | str,
+    *,
+    delta: Path | str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    tokenizer: Path | str | None = None,
+) -> None:
+    """Write the dense model that a compressed one, or a base with a delta, stands for.
+
+    Layer after layer is computed in fp32 and rounded once; memory is one layer and one shard of the
+    checkpoint. The same inputs give the same bytes.
+
+    Args:
+        model: A model folder, compressed or plain.
+        out: Where to write: config.json without a trace of compression, safetensors, tokenizer.
+        delta: A compressed delta that was made on ``model``.
+        dtype: What floats are stored in.
+        tokenizer: Folder to take tokenizer files from; by default ``model``. A delta with added
+            tokens needs the fine-tuned model's.
+
+    Raises:
+        ArtifactError: A damaged folder, or a delta of another base.
+    """
+    source = Checkpoint(Path(model))
+    inputs = {"model": source.folder} | ({"delta": Path(delta)} if delta else {})
+    with artifact_folder(
+        Path(out),
+        stage="export",
+        settings={"dtype": str(dtype).removeprefix("torch.")},
+        inputs=inputs,
+    ) as folder:
+        change = _opened_delta(source, Path(delta)) if delta else None
+        writer = CheckpointWriter(folder)
+        shapes = {}
+        for name, tensor in _dense_tensors(source, change):
+            shapes[name] = tensor.shape
+            writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+        writer.close()
+        config = _plain_config(source, change, shapes, dtype)
+        write_json(folder / "config.json", config)
+        copy_companions(Path(tokenizer) if tokenizer else source.folder, folder)
+
+
+def _opened_delta(base: Checkpoint, folder: Path) -> DeltaFolder:
+    delta = DeltaFolder(folder, "compressed_delta")
+    needed = delta.header["base"]
+    if (found := fingerprint(base.folder)) != needed["fingerprint"]:
+        raise ArtifactError(
+            f"{folder}: made on base {needed['name']} ({needed['fingerprint'][:12]}), but "
+            f"{base.folder} is another model ({found[:12]}); name the delta's own base"
+        )
+    return delta
+
+
+def _dense_tensors(source: Checkpoint, delta: DeltaFolder | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of the dense model by name, those of layers in fp32."""
+    entries = compressed_layers(source)
+    changes = delta.header["layers"] if delta else {}
+    exact = set(delta.exact_names()) if delta else set()
+    linears = dict(source.skeleton().named_modules())
+    packed = {f"{name}.{key}" for name in entries for key in source.tensors(f"{name}.")}
+    plain = set(source.names()) - packed
+    for name in progress(sorted(plain | exact | {f"{n}.weight" for n in entries}), "export"):
+        layer = name.removesuffix(".weight")
+        if name in exact and delta is not None:
+            yield name, delta.tensor(EXACT + name)
+            continue
+        if layer in entries:
+            linear = linears[layer]
+            weight = _filled(layer, entries[layer], linear, source.tensors(f"{layer}."))
+            tensor = weight.dequantize()
+        else:
+            tensor = source.tensor(name)
+        if layer in changes and delta is not None:
+            out_features, in_features = changes[layer]["shape"]
+            like = nn.Linear(in_features, out_features, bias=False, device="meta")
+            change = _filled(layer, changes[layer], like, delta.tensors(f"{layer}."))
+            tensor = tensor.float() + change.dequantize()
+        yield name, tensor
+    for layer in entries:  # biases are stored with the packed layer
+        if f"{layer}.bias" in packed and f"{layer}.bias" not in exact:
+            yield f"{layer}.bias", source.tensor(f"{layer}.bias")
+
+
+def _filled(
+    name: str, entry: Mapping[str, Any], linear: nn.Module, tensors: dict[str, Tensor]
+) -> CompressedLinear:
+    if not isinstance(linear, nn.Linear):
+        raise ArtifactError(f"{name}: compressed in the artifact, but the model has no such linear")
+    try:
+        with torch.device("meta"):
+            layer = build_layer(
+                entry["kind"],
+                linear.in_features,
+                linear.out_features,
+                dict(entry["spec"]),
+                bias=linear.bias is not None,
+            )
+        layer.load_state_dict(tensors, assign=True)
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ArtifactError(f"layer {name} is damaged: {reason}") from None
+    return layer.requires_grad_(requires_grad=False)
+
+
+def _plain_config(
+    source: Checkpoint,
+    delta: DeltaFolder | None,
+    shapes: Mapping[str, torch.Size],
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    config: dict[str, Any] = source.config.to_diff_dict()
+    config.pop("quantization_config", None)
+    config["architectures"] = source.config.architectures
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    if delta is not None:
+        config["tie_word_embeddings"] = bool(delta.header["tie_word_embeddings"])
+        model = source.skeleton()
+        embeddings = model.get_input_embeddings()
+        name = next(n for n, module in model.named_modules() if module is embeddings)
+        config["vocab_size"] = shapes[f"{name}.weight"][0]
+    return config

@@ -1,0 +1,73 @@
+"""Calibrate a model on disk with some text: what stage and command share."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from llmpress.artifacts import artifact_folder
+from llmpress.blocks import BlockWalk
+from llmpress.calibration import CalibrationSettings, save_calibration
+from llmpress.checkpoints import Checkpoint
+from llmpress.corpora import load_text, token_windows
+from llmpress.hf import load_tokenizer, skeleton
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Documents of one corpus.
+
+    Attributes:
+        statistics: What statistics are taken over and finetuning trains on.
+        validation: What finetuning is judged by; shares no document with the other.
+    """
+
+    statistics: Sequence[str]
+    validation: Sequence[str]
+
+
+def corpus_text(folder: Path) -> CalibrationText:
+    """Read the two parts of a corpus that calibration may see, never its test text."""
+    return CalibrationText(load_text(folder, "calibration"), load_text(folder, "validation"))
+
+
+def calibrate_model(
+    model: Path,
+    texts: Mapping[str, CalibrationText],
+    settings: CalibrationSettings,
+    out: Path,
+    *,
+    inputs: Mapping[str, Path],
+    device: torch.device,
+) -> None:
+    """Write token windows and the second moments of all linears' inputs.
+
+    Args:
+        model: A Hugging Face folder of safetensors.
+        texts: Text by corpus; each gives the same number of windows.
+        settings: How many windows of which length.
+        out: The calibration artifact to write.
+        inputs: Artifacts the texts were read from, by role, for the provenance.
+        device: Where to compute.
+
+    Raises:
+        SourceError: A text is too short.
+        ArtifactError: The folder holds no model, or a damaged one.
+    """
+    with artifact_folder(
+        out, stage="calibrate", settings=asdict(settings), inputs={"model": model, **inputs}
+    ) as folder:
+        tokenizer = load_tokenizer(model)
+        windows, validation = (
+            torch.cat([token_windows(text, tokenizer, settings.length, count) for text in parts])
+            for parts, count in (
+                ([text.statistics for text in texts.values()], settings.windows),
+                ([text.validation for text in texts.values()], settings.validation_windows),
+            )
+        )
+        checkpoint = Checkpoint(model)
+        walk = BlockWalk(
+            skeleton(checkpoint), checkpoint, device=device, autocast=settings.autocast
+        )
+        save_calibration(walk, windows, validation, folder)

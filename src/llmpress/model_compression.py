@@ -1,0 +1,73 @@
+"""Compress a model on disk by one method into a loadable folder: what stage and command share."""
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from llmpress.artifacts import artifact_folder, fingerprint
+from llmpress.calibration import load_statistics
+from llmpress.checkpoints import Checkpoint
+from llmpress.compressed_checkpoints import write_compressed_model
+from llmpress.compression import compress_layers, model_shapes
+from llmpress.errors import ArtifactError
+from llmpress.hf import is_compressed, skeleton
+from llmpress.methods.base import Method
+from llmpress.resume import SCRATCH, BlockStore
+
+
+def compress_model(
+    model: Path,
+    out: Path,
+    *,
+    method_name: str,
+    method: Method,
+    calibration: Path | None,
+    seed: int,
+    device: torch.device,
+    scratch: Path = SCRATCH,
+) -> None:
+    """Compress every linear layer of a model's decoder blocks.
+
+    A killed call continues after its last finished block when it is repeated.
+
+    Args:
+        model: The original: a Hugging Face folder of safetensors.
+        out: The artifact to write: packed weights, configuration, tokenizer, layers.json.
+        method_name: Name of the method, for the record.
+        method: Its settings.
+        calibration: A calibration artifact of the same model; None compresses without statistics.
+        seed: Same seed, same bytes.
+        device: Where to compute.
+        scratch: Folder for the finished blocks of an unfinished call.
+
+    Raises:
+        ArtifactError: No model, a model that is compressed already, or a damaged folder.
+        NumericalError: A weight that cannot be compressed; names the layer.
+        ValueError: Settings that no layer of this model allows.
+    """
+    settings = {"method": method_name, **asdict(method), "seed": seed}
+    checkpoint = Checkpoint(model)
+    if is_compressed(checkpoint):
+        raise ArtifactError(f"{model}: is compressed already; compress the model it was made from")
+    inputs = {"model": model} | ({"calibration": calibration} if calibration else {})
+    with artifact_folder(out, stage="compress", settings=settings, inputs=inputs) as folder:
+        model_weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
+        store = BlockStore(
+            f"compress-{out.name}",
+            {**settings, **{role: fingerprint(path) for role, path in inputs.items()}},
+            scratch,
+        )
+        layers = compress_layers(
+            model_shapes(skeleton(checkpoint)),
+            checkpoint,
+            method,
+            load_statistics(calibration) if calibration else None,
+            model_weights=model_weights,
+            seed=seed,
+            device=device,
+            store=store,
+        )
+        write_compressed_model(checkpoint, layers, model_weights, folder)
+    store.clear()
