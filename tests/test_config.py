@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from llmpress.config import build, read_params, script_errors, section
+from llmpress.config import build, read_params, section
 from llmpress.errors import ConfigError, SourceError
+from llmpress.failures import script_errors
 
 
 @dataclass(frozen=True)

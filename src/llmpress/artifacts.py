@@ -96,8 +96,11 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or "fingerprint" not in record:
         raise ArtifactError(f"{folder / PROVENANCE}: holds no fingerprint; make the artifact again")
     files = record.get("files")
-    known = isinstance(files, dict) and all(isinstance(digest, str) for digest in files.values())
-    if not known or _fingerprint(files) != record["fingerprint"]:
+    if (
+        not isinstance(files, dict)
+        or not all(isinstance(digest, str) for digest in files.values())
+        or _fingerprint(files) != record["fingerprint"]
+    ):
         raise ArtifactError(
             f"{folder / PROVENANCE}: damaged, its fingerprint does not fit its list of files; "
             "make the artifact again"

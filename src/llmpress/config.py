@@ -5,28 +5,18 @@ Every mistake becomes one line that names the key and, where there is one, the n
 
 import dataclasses
 import difflib
-import errno
-import sys
 import typing
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from llmpress.errors import ConfigError, LLMPressError
+from llmpress.errors import ConfigError
+from llmpress.failures import one_line
 
 T = TypeVar("T")
-
-_DISK_ERRORS = {
-    errno.ENOSPC: "no space left on the device",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EACCES: "permission denied",
-    errno.EPERM: "operation not permitted",
-    errno.EROFS: "the file system is read-only",
-}
 
 
 def read_params(path: Path) -> dict[str, Any]:
@@ -42,7 +32,7 @@ def read_params(path: Path) -> dict[str, Any]:
             f"{path} does not exist: run from the project's root or name it with --params"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}") from None
+        raise ConfigError(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(params, dict):
         raise ConfigError(f"{path} must be a mapping of sections, not {type(params).__name__}")
     return params
@@ -97,25 +87,6 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f": known are {', '.join(known)}" if known else ""
 
 
-@contextmanager
-def script_errors() -> Iterator[None]:
-    """Turn what a user can act on into one line on stderr and exit code 1; let bugs through."""
-    try:
-        yield
-    except (LLMPressError, ValueError) as error:
-        message = _one_line(error)
-    except MemoryError:
-        message = "out of memory: use fewer windows, a smaller batch or a smaller model"
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        message = f"{error.filename or 'writing failed'}: {_DISK_ERRORS[error.errno]}"
-    else:
-        return
-    sys.stderr.write(f"error: {message}\n")
-    raise SystemExit(1)
-
-
 def _refuse_unknown_keys(hint: Any, value: Any, where: str) -> None:
     """Check keys at every depth: pydantic ignores unknown keys of standard-library dataclasses."""
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
@@ -143,7 +114,3 @@ def _problem(item: Any, where: str) -> str:
         return f"{place} is missing"
     message = item["msg"].removeprefix("Value error, ")
     return f"{place}: {message}, got {item['input']!r}" if item["loc"] else f"{place}: {message}"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

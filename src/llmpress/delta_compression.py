@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
-from llmpress.artifacts import write_json
+from llmpress.artifacts import artifact_folder, fingerprint, write_json
+from llmpress.calibration import load_statistics
 from llmpress.compression import compress_layers, totals
 from llmpress.delta_files import EXACT, DeltaFolder, DeltaWriter
 from llmpress.errors import ConfigError
 from llmpress.methods.base import InputStatistics, Method, Shape
-from llmpress.resume import BlockStore
+from llmpress.resume import SCRATCH, BlockStore
 
 
 def compress_delta(
@@ -80,6 +81,53 @@ def compress_delta(
     size = {**totals(records, model_weights), "exact_bytes": exact_bytes}
     rows = [{**asdict(record), "method": method_name} for record in records]
     write_json(folder / "layers.json", {"layers": rows, "blocks": [], "totals": size})
+
+
+def compress_delta_artifact(
+    delta: Path,
+    out: Path,
+    *,
+    method_name: str,
+    method: Method,
+    calibration: Path | None,
+    seed: int,
+    device: torch.device,
+    scratch: Path = SCRATCH,
+) -> None:
+    """Compress an extracted delta into a folder that `llmpress.load_delta` puts on its base.
+
+    A killed call continues after its last finished block when it is repeated.
+
+    Args:
+        delta: What `extract_delta_artifact` wrote.
+        out: The artifact to write.
+        method_name: Name of the method, for the record.
+        method: Its settings.
+        calibration: A calibration artifact of the fine-tuned model; None for no statistics.
+        seed: Same seed, same bytes.
+        device: Where to compute.
+        scratch: Folder for the finished blocks of an unfinished call.
+
+    Raises:
+        As `compress_delta`.
+    """
+    settings = {"method": method_name, **asdict(method), "seed": seed}
+    opened = DeltaFolder(delta, "delta")
+    inputs = {"delta": delta} | ({"calibration": calibration} if calibration else {})
+    with artifact_folder(out, stage="compress_delta", settings=settings, inputs=inputs) as folder:
+        decided_by = {**settings, **{role: fingerprint(path) for role, path in inputs.items()}}
+        store = BlockStore(f"compress-delta-{out.name}", decided_by, scratch)
+        compress_delta(
+            opened,
+            method,
+            load_statistics(calibration) if calibration else None,
+            folder,
+            method_name=method_name,
+            seed=seed,
+            store=store,
+            device=device,
+        )
+    store.clear()
 
 
 def _by_block(shapes: Mapping[str, Shape]) -> list[dict[str, Shape]]:

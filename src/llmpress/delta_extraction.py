@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llmpress.architectures import block_linears
+from llmpress.artifacts import artifact_folder
 from llmpress.blocks import progress
 from llmpress.checkpoints import Checkpoint
 from llmpress.delta_files import EXACT, DeltaWriter
@@ -67,6 +68,17 @@ def extract_delta(
         "model_weights": sum(torch.Size(finetuned.shape(n)).numel() for n in finetuned.names()),
     }
     writer.close("delta", header)
+
+
+def extract_delta_artifact(base: Path, finetuned: Path, out: Path) -> None:
+    """Write the delta of two model folders as an artifact; see `extract_delta`."""
+    with artifact_folder(
+        out,
+        stage="extract_delta",
+        settings={"base": base.name},
+        inputs={"base": base, "finetuned": finetuned},
+    ) as folder:
+        extract_delta(Checkpoint(base), Checkpoint(finetuned), folder)
 
 
 def _check_layout(base: Checkpoint, finetuned: Checkpoint, linears: list[str]) -> None:

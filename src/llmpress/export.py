@@ -1,4 +1,4 @@
-"""Write a compressed model, or a base with a delta, as a plain checkpoint that needs no llmpress."""
+"""Write a compressed model, or a base with a delta, as a plain checkpoint."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -39,7 +39,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import WeakFileLock, are_progress_bars_disabled, build_hf_headers
 from tqdm.auto import tqdm
 
-from llmpress.artifacts import PROVENANCE, folder_bytes, read_json, read_provenance, sha256
+from llmpress.artifacts import PROVENANCE, folder_bytes, read_json, read_provenance, sha256, verify
 from llmpress.errors import ArtifactError, LLMPressError, SourceError
 from llmpress.sources import Location, matches
 
@@ -64,7 +64,7 @@ def download(
     patterns: Sequence[str],
     *,
     repo_type: Literal["model", "dataset"] = "model",
-    cache: Path | None = None,
+    cache: Path | str | None = None,
 ) -> Path:
     """Download the files of a repository that match, and check the large ones' SHA-256.
 
@@ -81,7 +81,7 @@ def download(
     Raises:
         SourceError: Not found, no access, no connection, or a damaged file, which is deleted.
     """
-    cache = cache or Path(constants.HF_HUB_CACHE)
+    cache = Path(cache or constants.HF_HUB_CACHE)
     here = functools.partial(
         snapshot_download, repository, repo_type=repo_type, revision=revision, cache_dir=cache
     )
@@ -120,7 +120,7 @@ def download(
     return folder
 
 
-def fetch_artifact(repository_at_revision: str, cache: Path | None = None) -> Path:
+def fetch_artifact(repository_at_revision: str, cache: Path | str | None = None) -> Path:
     """Download an artifact and check every file against its provenance.json.
 
     Args:
@@ -153,7 +153,7 @@ def fetch_artifact(repository_at_revision: str, cache: Path | None = None) -> Pa
 
 
 def push_artifact(
-    folder: Path,
+    folder: Path | str,
     repository: str,
     *,
     revision: str | None = None,
@@ -179,15 +179,16 @@ def push_artifact(
         ArtifactError: No such artifact, or its files are not those of its provenance.
         HubError: No token, no permission, no connection, or a repository of something else.
     """
+    folder = Path(folder)
+    verify(folder)
     digests = _digests(folder, str(folder))
-    for name, digest in digests.items():
-        if not (folder / name).is_file() or sha256(folder / name) != digest:
-            raise ArtifactError(f"{folder}: {name} is not as {PROVENANCE} says; make it again")
     contents: dict[str, str | bytes] = {n: str(folder / n) for n in [*digests, PROVENANCE]}
     own_card = (folder / CARD).is_file()
     contents[CARD] = (
         str(folder / CARD) if own_card else model_card(folder, repository, revision).encode()
     )
+    if repository.count("/") != 1:
+        raise HubError(f"hub repository {repository}: write it as owner/name")
     if get_token() is None:
         raise HubError(
             f"hub repository {repository}: no token: set HF_TOKEN to one that may write, or run "
@@ -264,25 +265,22 @@ def model_card(folder: Path, repository: str, revision: str | None = None) -> st
         f"{what}, compressed by llmpress. The base model's licence applies.\n\n"
         f"| | |\n| --- | --- |\n{table}\n\n```python\n{code}```\n\n"
         f"`{PROVENANCE}` holds the SHA-256 of every file; "
-        f'`llmpress.hub.fetch_artifact("{repository}@{revision or "main"}")` checks them.\n'
+        f'`llmpress.fetch_artifact("{repository}@{revision or "main"}")` checks them.\n'
     )
 
 
 _LOAD_MODEL = """\
-import llmpress.hf  # registers the format with transformers
+import llmpress  # registers the format with transformers
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{repository}"{at})
 """
 
 _LOAD_DELTA = """\
-from pathlib import Path
-from llmpress.deltas import load_delta
-from llmpress.hf import load_model
-from llmpress.hub import fetch_artifact
+import llmpress
 
-delta = fetch_artifact("{repository}@{revision}")
-model = load_delta(load_model(Path("folder/of/{base}")), delta)
+base = llmpress.load_model("folder/of/{base}")
+model = llmpress.load_delta(base, llmpress.fetch_artifact("{repository}@{revision}"))
 """
 
 
@@ -305,8 +303,11 @@ def _fetch_large(url: str, file: RepoFile, blob: Path) -> None:
     huggingface_hub itself deletes what it has of a file when a download fails.
     """
     partial = blob.with_name(f"{blob.name}.llmpress.incomplete")
-    blob.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(partial.with_suffix(".lock")):
+    repository = blob.parents[1]
+    lock = repository.parent / ".locks" / repository.name / f"{blob.name}.lock"  # the client's own
+    for folder in (blob.parent, lock.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):
         while not blob.exists():
             with partial.open("ab") as out:
                 before = out.tell()
@@ -339,10 +340,16 @@ def _bar() -> Any:
 
 def _damaged(folder: Path, digests: Mapping[str, str]) -> list[str]:
     """Return the files with another SHA-256, and delete them from the cache."""
-    damaged = [name for name, digest in digests.items() if sha256(folder / name) != digest]
-    for name in damaged:
-        (folder / name).resolve().unlink(missing_ok=True)
-        (folder / name).unlink(missing_ok=True)
+    damaged = []
+    total = sum((folder / name).stat().st_size for name in digests)
+    with _bar()(total=total, desc="check SHA-256", unit="B", unit_scale=True) as bar:
+        for name, digest in digests.items():
+            size = (folder / name).stat().st_size
+            if sha256(folder / name) != digest:
+                damaged.append(name)
+                (folder / name).resolve().unlink(missing_ok=True)
+                (folder / name).unlink(missing_ok=True)
+            bar.update(size)
     return damaged
 
 
@@ -390,7 +397,8 @@ def _reported(
         cause = error
         while isinstance(cause, LocalEntryNotFoundError | RuntimeError) and cause.__cause__:
             cause = cause.__cause__  # type: ignore[assignment]
-        if _of_the_disk(cause) or type(cause) is RuntimeError:
+        known = isinstance(cause, HTTPError | OSError | HFValidationError | RuntimeError)
+        if not known or _of_the_disk(cause):
             raise
         reason = _reason(cause, revision, otherwise)
     else:

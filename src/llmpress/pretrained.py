@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llmpress.artifacts import read_json, sha256
 from llmpress.errors import SourceError
-from llmpress.sources import Location, Opened
+from llmpress.sources import Location, Opened, opened
 
 FOLDER_FILES = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 INDEX = "model.safetensors.index.json"
@@ -52,6 +52,17 @@ class ModelSource:
         return [self.file] if self.file else list(FOLDER_FILES)
 
 
+def refuse_early(source: ModelSource) -> None:
+    """Look at a hub model's configuration before gigabytes of weights are fetched.
+
+    Raises:
+        SourceError: No configuration, or an architecture that needs its own code.
+    """
+    if source.hub and not source.file:
+        with opened(source.location(), ["config.json"]) as first:
+            _check_architecture(first.folder, source.hub)
+
+
 def write_model(source: ModelSource, opened: Opened, out: Path) -> None:
     """Write the model into ``out``.
 
@@ -90,10 +101,14 @@ def _check_folder(opened: Opened, name: str) -> None:
             raise SourceError(
                 f"{name}: {len(missing)} weight files are missing, first {missing[0]}"
             )
+    _check_architecture(opened.folder, name)
+
+
+def _check_architecture(folder: Path, name: str) -> None:
     from transformers import AutoConfig
 
     try:
-        AutoConfig.from_pretrained(opened.folder, trust_remote_code=False)
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise SourceError(

@@ -137,21 +137,21 @@ def _verify_before_reading(model: "PreTrainedModel", files: list[Path]) -> None:
     folder = files[0].parent
     if (folder / PROVENANCE).is_file():
         verify(folder, files)
-    elif not Path(model.name_or_path).is_dir():
-        if _fetch_provenance(model) is None:
-            logger.warning("%s: has no %s, so it is not verified", model.name_or_path, PROVENANCE)
+    elif not Path(name := model.name_or_path or "").is_dir():
+        if _fetch_provenance(name, getattr(model.config, "_commit_hash", None)) is None:
+            logger.warning("%s: has no %s, so it is not verified", name, PROVENANCE)
         else:
             verify(folder, files, complete=False)
 
 
-def _fetch_provenance(model: "PreTrainedModel") -> str | None:
+def _fetch_provenance(repository: str, commit: str | None) -> str | None:
     """Bring the provenance of a hub repository beside the files that transformers downloaded."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     return cached_file(
-        model.name_or_path,
+        repository,
         PROVENANCE,
-        revision=getattr(model.config, "_commit_hash", None),
+        revision=commit,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,

@@ -5,8 +5,9 @@ from pathlib import Path
 import typer
 
 from llmpress.calibration import CalibrationSettings
-from llmpress.config import build, read_params, script_errors, section
+from llmpress.config import build, read_params, section
 from llmpress.devices import pick_device
+from llmpress.failures import script_errors
 from llmpress.model_calibration import calibrate_model, corpus_text
 
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import typer
 
-from llmpress.config import read_params, script_errors, section
+from llmpress.config import read_params, section
 from llmpress.devices import pick_device
+from llmpress.failures import script_errors
 from llmpress.model_compression import compress_model
 from llmpress.runs import build_method, read_run
 

@@ -1,18 +1,15 @@
 """Compress the delta of a fine-tuned model by one method."""
 
-import dataclasses
 from pathlib import Path
 
 import typer
 
-from llmpress.artifacts import artifact_folder, read_provenance
-from llmpress.calibration import load_statistics
-from llmpress.config import read_params, script_errors, section
-from llmpress.delta_compression import compress_delta
+from llmpress.config import read_params, section
+from llmpress.delta_compression import compress_delta_artifact
 from llmpress.delta_files import DeltaFolder
 from llmpress.devices import pick_device
 from llmpress.errors import ConfigError
-from llmpress.resume import BlockStore
+from llmpress.failures import script_errors
 from llmpress.runs import build_method, read_delta_run
 
 
@@ -25,40 +22,21 @@ def main(
         config = read_params(params)
         run = read_delta_run(config, key)
         method = build_method(run.method, run.settings, f"delta_runs.{key}")
-        seed = section(config, "seed")
-        delta, calibration = (
-            Path("data/deltas") / run.finetuned,
-            Path("data/calibration") / run.finetuned,
-        )
-        settings = {"method": run.method, **dataclasses.asdict(method), "seed": seed}
-        with artifact_folder(
-            Path("data/compressed") / key,
-            stage="compress_delta",
-            settings=settings,
-            inputs={"delta": delta, "calibration": calibration},
-        ) as folder:
-            opened = DeltaFolder(delta, "delta")
-            if opened.header["base"]["name"] != run.base:
-                raise ConfigError(
-                    f"delta_runs.{key}.base is {run.base!r}, but {delta} was made on "
-                    f"{opened.header['base']['name']!r}"
-                )
-            fingerprints = {
-                "delta": read_provenance(delta)["fingerprint"],
-                "calibration": read_provenance(calibration)["fingerprint"],
-            }
-            store = BlockStore(f"compress-delta-{key}", {**settings, **fingerprints})
-            compress_delta(
-                opened,
-                method,
-                load_statistics(calibration),
-                folder,
-                method_name=run.method,
-                seed=seed,
-                store=store,
-                device=pick_device(),
+        delta = Path("data/deltas") / run.finetuned
+        made_on = DeltaFolder(delta, "delta").header["base"]["name"]
+        if made_on != run.base:
+            raise ConfigError(
+                f"delta_runs.{key}.base is {run.base!r}, but {delta} was made on {made_on!r}"
             )
-        store.clear()
+        compress_delta_artifact(
+            delta,
+            Path("data/compressed") / key,
+            method_name=run.method,
+            method=method,
+            calibration=Path("data/calibration") / run.finetuned,
+            seed=section(config, "seed"),
+            device=pick_device(),
+        )
 
 
 if __name__ == "__main__":

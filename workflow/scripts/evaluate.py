@@ -11,11 +11,12 @@ import transformers
 import typer
 
 from llmpress.artifacts import write_json
-from llmpress.config import build, read_params, script_errors, section
+from llmpress.config import build, read_params, section
 from llmpress.devices import pick_device
 from llmpress.evaluation.evaluate import evaluate
 from llmpress.evaluation.settings import EvaluationSettings
 from llmpress.evaluation.subjects import find_subject
+from llmpress.failures import script_errors
 
 METRICS, DETAILS = Path("results/metrics"), Path("results/details")
 

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import typer
 
-from llmpress.artifacts import artifact_folder
-from llmpress.checkpoints import Checkpoint
-from llmpress.config import read_params, script_errors, section
-from llmpress.delta_extraction import extract_delta
+from llmpress.config import read_params, section
+from llmpress.delta_extraction import extract_delta_artifact
+from llmpress.failures import script_errors
 
 
 def main(
@@ -18,15 +17,9 @@ def main(
 ) -> None:
     """Write data/deltas/KEY: fp32 deltas of linear layers, other changed tensors as they are."""
     with script_errors():
-        base_name = section(read_params(params), f"deltas.{key}.base")
-        base, finetuned = Path("data/models") / base_name, Path("data/models") / key
-        with artifact_folder(
-            Path("data/deltas") / key,
-            stage="extract_delta",
-            settings={"base": base_name},
-            inputs={"base": base, "finetuned": finetuned},
-        ) as folder:
-            extract_delta(Checkpoint(base), Checkpoint(finetuned), folder)
+        base = section(read_params(params), f"deltas.{key}.base")
+        models = Path("data/models")
+        extract_delta_artifact(models / base, models / key, Path("data/deltas") / key)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from llmpress.artifacts import artifact_folder, write_json
-from llmpress.config import build, read_params, script_errors, section
+from llmpress.config import build, read_params, section
 from llmpress.corpora import split_documents, write_text
 from llmpress.documents import CorpusSource, read_documents, stdlib_documents
+from llmpress.failures import script_errors
 from llmpress.sources import opened
 
 

@@ -14,8 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from llmpress.artifacts import artifact_folder, write_json
-from llmpress.config import build, read_params, script_errors, section
-from llmpress.pretrained import ModelSource, write_model
+from llmpress.config import build, read_params, section
+from llmpress.failures import script_errors
+from llmpress.pretrained import ModelSource, refuse_early, write_model
 from llmpress.sources import opened
 
 
@@ -32,6 +33,7 @@ def main() -> None:
     with script_errors():
         where = f"models.{arguments.name}"
         source = build(ModelSource, section(read_params(arguments.params), where), where)
+        refuse_early(source)
         out = Path("data/models") / arguments.name
         with (
             artifact_folder(out, stage="fetch_model", settings=asdict(source), inputs={}) as folder,

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from llmpress.artifacts import artifact_folder, write_json
-from llmpress.config import build, read_params, script_errors, section
+from llmpress.config import build, read_params, section
 from llmpress.documents import read_rows
+from llmpress.failures import script_errors
 from llmpress.sources import opened
 from llmpress.tasks import arithmetic, multiple_choice
 from llmpress.tasks.files import write_task

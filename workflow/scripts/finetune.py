@@ -5,13 +5,14 @@ from pathlib import Path
 
 import typer
 
-from llmpress.artifacts import artifact_folder, read_provenance
+from llmpress.artifacts import artifact_folder, fingerprint
 from llmpress.blocks import BlockWalk
 from llmpress.calibration import load_windows
 from llmpress.checkpoints import Checkpoint
 from llmpress.compressed_checkpoints import rewrite_model
-from llmpress.config import read_params, script_errors, section
+from llmpress.config import read_params, section
 from llmpress.devices import pick_device
+from llmpress.failures import script_errors
 from llmpress.hf import skeleton
 from llmpress.resume import BlockStore
 from llmpress.runs import build_method, read_finetune, read_run
@@ -44,9 +45,7 @@ def main(
         with artifact_folder(
             Path("data/finetuned") / key, stage="finetune", settings=settings, inputs=inputs
         ) as folder:
-            fingerprints = {
-                role: read_provenance(path)["fingerprint"] for role, path in inputs.items()
-            }
+            fingerprints = {role: fingerprint(path) for role, path in inputs.items()}
             store = BlockStore(f"finetune-{key}", {**settings, **fingerprints})
             device = pick_device()
             original, compressed = Checkpoint(inputs["model"]), Checkpoint(inputs["compressed"])

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import typer
 
-from llmpress.config import read_params, script_errors
+from llmpress.config import read_params
+from llmpress.failures import script_errors
 from llmpress.report.html import write_report
 from llmpress.report.tables import read_results
 
@@ -17,11 +18,18 @@ def main(
     ),
     out: Path = typer.Option(Path("results/report.html"), help="The report."),
     summary: Path = typer.Option(Path("results/summary.csv"), help="One row per model and run."),
+    pipeline: Path = typer.Option(
+        Path("dvc.yaml"), help="Tells which stage a missing result waits for."
+    ),
+    logs: Path = typer.Option(
+        Path("logs"), help="Folder of <stage>/<name>.log, read for missing results only."
+    ),
 ) -> None:
     """Write results/report.html and results/summary.csv; missing results are named there."""
     with script_errors():
         config = read_params(params)
-        write_report(read_results(metrics, details, config), config, out, summary)
+        results = read_results(metrics, details, config)
+        write_report(results, config, out, summary, pipeline=pipeline, logs=logs)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmpress.artifacts import artifact_folder, write_json
-from llmpress.config import build, read_params, script_errors, section
+from llmpress.config import build, read_params, section
 from llmpress.devices import pick_device
+from llmpress.failures import script_errors
 from llmpress.tasks.files import read_items
 from llmpress.training import TrainingSettings, encode, finetune
 

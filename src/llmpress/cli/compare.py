@@ -1,0 +1,83 @@
+"""``llmpress compare``: what a model lost, and how much smaller it is."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmpress.cli.options import AsJson, Device, Length, Windows
+
+
+def compare(
+    original: Annotated[str, typer.Argument(help="The model compared with: folder or hub name.")],
+    other: Annotated[str, typer.Argument(help="Another model, or a compressed delta (--base).")],
+    text: Annotated[
+        list[Path],
+        typer.Option("--text", help="A text file, or a corpus (its test text); repeatable."),
+    ],
+    base: Annotated[
+        str | None, typer.Option(help="The model that OTHER, a delta, is put on.")
+    ] = None,
+    windows: Windows = 8,
+    length: Length = 512,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two models on the same text: size, perplexity, divergence, agreement.
+
+    KL is the mean divergence of OTHER's next-token distribution from ORIGINAL's, in nats; top-1 is
+    the share of positions where both find the same token most probable. Computed in fp32.
+    """
+    import dataclasses
+
+    from llmpress.cli.options import model_folder, quiet
+    from llmpress.cli.output import bytes_text, print_json, print_table
+    from llmpress.cli.texts import evaluation_text
+    from llmpress.devices import pick_device
+    from llmpress.evaluation.comparison import compare_models
+
+    quiet()
+    texts = {path.name: evaluation_text(path) for path in text}
+    delta = Path(other) if base is not None else None
+    result = compare_models(
+        model_folder(original),
+        model_folder(base if base is not None else other),
+        texts,
+        delta=delta,
+        windows=windows,
+        length=length,
+        device=str(pick_device(device)),
+    )
+    if as_json:
+        texts_record = {name: dataclasses.asdict(row) for name, row in result.texts.items()}
+        print_json(
+            {
+                "original": original,
+                "other": other,
+                "base": base,
+                "windows": windows,
+                "length": length,
+                "original_size": result.original_size.model_dump(),
+                "other_size": result.other_size.model_dump(),
+                "texts": texts_record,
+            }
+        )
+        return
+    sizes = [
+        [name, bytes_text(size.model_bytes), f"{size.bits_per_weight:.3f}", f"{size.ratio:.2f}"]
+        for name, size in ((original, result.original_size), (other, result.other_size))
+    ]
+    print_table("Size", ["", "on disk", "bits per weight", "ratio to bf16"], sizes)
+    rows = [
+        [
+            name,
+            f"{row.original_perplexity:.4g}",
+            f"{row.other_perplexity:.4g}",
+            f"{row.kl_divergence_nats:.4g}",
+            f"{100 * row.top1_agreement:.1f}",
+            f"{row.num_tokens:,}",
+        ]
+        for name, row in result.texts.items()
+    ]
+    headings = ["text", "perplexity", "of OTHER", "KL, nats", "top-1, %", "tokens scored"]
+    print_table(f"Quality, {windows} windows of {length} tokens", headings, rows)

@@ -1,0 +1,74 @@
+"""``llmpress methods``: which methods there are and what they can be told."""
+
+from dataclasses import MISSING, fields
+from typing import Annotated, Any
+
+import typer
+
+from llmpress.cli.options import AsJson
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, with its settings.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the compression methods, or the settings of one."""
+    from llmpress.cli.output import print_json, print_table
+    from llmpress.methods import known_methods
+
+    described = [_describe(known) for known in ([name] if name else known_methods())]
+    if as_json:
+        print_json(described)
+    elif name:
+        rows = [
+            [setting["name"], setting["type"], setting["default"], setting["meaning"]]
+            for setting in described[0]["settings"]
+        ]
+        print_table(described[0]["summary"], ["setting", "type", "default", "meaning"], rows)
+    else:
+        rows = [[method["name"], method["calibration"], method["summary"]] for method in described]
+        print_table("Methods", ["name", "calibration", "what it does"], rows)
+
+
+def _describe(name: str) -> dict[str, Any]:
+    import inspect
+
+    from llmpress.runs import known_method
+
+    cls = known_method(name, "methods")
+    meanings = _attributes(inspect.getdoc(cls) or "")
+    needs = "needed" if cls.requires_statistics else "used" if cls.uses_statistics else "not used"
+    return {
+        "name": name,
+        "summary": (inspect.getdoc(inspect.getmodule(cls)) or "").partition("\n")[0],
+        "calibration": needs,
+        "settings": [
+            {
+                "name": field.name,
+                "type": field.type if isinstance(field.type, str) else _type_name(field.type),
+                "default": "required" if field.default is MISSING else str(field.default),
+                "meaning": meanings.get(field.name, ""),
+            }
+            for field in fields(cls)
+        ],
+    }
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+def _attributes(docstring: str) -> dict[str, str]:
+    """Return the texts of a Google docstring's ``Attributes:`` by name."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in docstring.partition("Attributes:\n")[2].splitlines():
+        if not line.strip():
+            break
+        indent = len(line) - len(line.lstrip())
+        if indent <= 4:
+            name, _, text = line.strip().partition(": ")
+            found[name] = text
+        else:
+            found[name] += f" {line.strip()}"
+    return found

@@ -1,0 +1,127 @@
+"""Options that several commands share, and what they stand for."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmpress.errors import ArtifactError, ConfigError
+
+if TYPE_CHECKING:
+    from llmpress.methods.base import Method
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A model folder (config.json and safetensors), or owner/name@revision on the hub.",
+    ),
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing --out.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda or cuda:1; by default the first GPU, or the CPU without one."),
+]
+MethodName = Annotated[
+    str,
+    typer.Option("--method", "-m", help="Compression method; see `llmpress methods`."),
+]
+Bits = Annotated[
+    float | None, typer.Option(help="Bits per weight, for methods that are told bits.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="A setting of the method; repeatable."),
+]
+Text = Annotated[
+    list[Path] | None,
+    typer.Option("--text", help="A text file, or a corpus folder of the pipeline; repeatable."),
+]
+Calibration = Annotated[
+    Path | None, typer.Option(help="What `llmpress calibrate` wrote, instead of --text.")
+]
+Windows = Annotated[int, typer.Option(help="Token windows of each text.")]
+Length = Annotated[int, typer.Option(help="Tokens of a window.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same bytes.")]
+
+
+def model_folder(model: str) -> Path:
+    """Return the folder of a model, downloaded first when it is named on the hub.
+
+    Raises:
+        ArtifactError: No such folder, and no hub name either.
+        SourceError: The download failed, or the repository holds no safetensors.
+    """
+    from llmpress.sources import PINNED_REPOSITORY
+
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if "@" in model and PINNED_REPOSITORY.fullmatch(model):
+        from llmpress.pretrained import FOLDER_FILES
+        from llmpress.sources import Location, opened
+
+        with opened(Location(hub=model), FOLDER_FILES) as fetched:
+            return fetched.folder  # stays in the hub's cache
+    hint = f"; for the hub write {model}@main or another revision" if model.count("/") == 1 else ""
+    raise ArtifactError(f"{model}: no such folder{hint}")
+
+
+def check_out(out: Path, *, force: bool) -> None:
+    """Refuse to replace a folder that nobody asked to replace.
+
+    Raises:
+        ArtifactError: It exists.
+    """
+    if out.exists() and not force:
+        raise ArtifactError(f"{out}: exists already; choose another --out, or add --force")
+
+
+def method_settings(name: str, bits: float | None, assignments: Sequence[str] | None) -> "Method":
+    """Return a method with the settings of the command line, checked.
+
+    Raises:
+        ConfigError: An unknown method or setting, or bits for a method that is not told bits.
+    """
+    from llmpress.runs import build_method
+
+    values: dict[str, Any] = dict(_assignment(text) for text in assignments or ())
+    if bits is not None:
+        values[_bits_setting(name)] = int(bits) if bits == int(bits) else bits
+    return build_method(name, values, "--method", section=f"--set of {name}")
+
+
+def quiet() -> None:
+    """Keep transformers from talking: what a command prints is its own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    import yaml
+
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {text!r}: write KEY=VALUE, such as group_size=64")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {text!r}: the value cannot be read; quote it") from None
+
+
+def _bits_setting(name: str) -> str:
+    from llmpress.runs import known_method
+
+    fields = [field.name for field in dataclasses.fields(known_method(name, "--method"))]
+    for setting in ("bits", "num_bits"):
+        if setting in fields:
+            return setting
+    raise ConfigError(
+        f"--bits: {name} is not told bits; its settings are {', '.join(fields) or 'none'} (--set)"
+    )

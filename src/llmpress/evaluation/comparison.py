@@ -1,0 +1,97 @@
+"""Two models on the same text: what one of them lost against the other."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmpress.corpora import token_windows
+from llmpress.deltas import load_delta
+from llmpress.evaluation.likelihood import likelihood
+from llmpress.evaluation.metrics import Size
+from llmpress.evaluation.sizes import LAYERS, compressed_size, delta_size, model_size
+from llmpress.hf import dequantized, load_model, load_tokenizer
+
+
+@dataclass(frozen=True)
+class TextComparison:
+    """Result on one text.
+
+    Attributes:
+        original_perplexity: Of the model compared with.
+        other_perplexity: Of the other one.
+        kl_divergence_nats: Mean ``KL(original || other)`` per prediction.
+        top1_agreement: Share of predictions with the same most probable token.
+        num_tokens: Predictions scored.
+    """
+
+    original_perplexity: float
+    other_perplexity: float
+    kl_divergence_nats: float
+    top1_agreement: float
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Result of `compare_models`.
+
+    Attributes:
+        original_size: True size of the model compared with.
+        other_size: True size of the other one; of the delta alone where there is one.
+        texts: Results by text.
+    """
+
+    original_size: Size
+    other_size: Size
+    texts: Mapping[str, TextComparison]
+
+
+def compare_models(
+    original: Path,
+    other: Path,
+    texts: Mapping[str, Sequence[str]],
+    *,
+    delta: Path | None = None,
+    windows: int,
+    length: int,
+    device: str = "cpu",
+) -> Comparison:
+    """Compare two models in fp32, the compressed one by the dense weights it stands for.
+
+    Args:
+        original: Folder of the model compared with; its tokenizer is used.
+        other: Folder of the other one, or of the base of ``delta``.
+        texts: Documents by name.
+        delta: A compressed delta to put on ``other``.
+        windows: Windows of each text.
+        length: Tokens of a window.
+        device: Where both models run.
+
+    Raises:
+        ArtifactError: A damaged folder, or models of different vocabularies.
+        SourceError: A text is too short.
+    """
+    tokenizer = load_tokenizer(original)
+    cut = {
+        name: token_windows(documents, tokenizer, length, windows)
+        for name, documents in texts.items()
+    }
+    reference = dequantized(load_model(original, device=device))
+    model = load_model(other, device=device)
+    if delta is not None:
+        model = load_delta(model, delta)
+    model = dequantized(model)
+    results = {}
+    for name, tokens in cut.items():
+        ours = likelihood(model, reference, tokens, name)
+        theirs = likelihood(reference, None, tokens, f"{name}, original").perplexity
+        results[name] = TextComparison(
+            theirs, ours.perplexity, ours.kl_divergence_nats, ours.top1_agreement, ours.num_tokens
+        )
+    size = delta_size(delta) if delta is not None else folder_size(other)
+    return Comparison(folder_size(original), size, results)
+
+
+def folder_size(folder: Path) -> Size:
+    """Return the true size of a model folder, compressed or not."""
+    return compressed_size(folder) if (folder / LAYERS).is_file() else model_size(folder)
