@@ -1,17 +1,14 @@
-"""Wheels, hub repositories and folders, opened without installing, importing or unpickling."""
+"""Wheels and folders, opened without installing, importing or unpickling; hubs in tests/hub."""
 
 import hashlib
 import json
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import gguf
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -19,8 +16,6 @@ from llmpress.config import build
 from llmpress.errors import ConfigError, SourceError
 from llmpress.pretrained import ModelSource, write_model
 from llmpress.sources import Location, Opened, matches, opened
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
@@ -124,52 +119,6 @@ def test_missing_path_is_named(tmp_path: Path) -> None:
         opened(Location(path=str(tmp_path / "gone")), ["*"]),
     ):
         pass
-
-
-def test_hub_takes_safetensors_only_and_records_the_commit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    snapshot = tmp_path / COMMIT
-    snapshot.mkdir()
-    for name in ("model.safetensors", "config.json", "pytorch_model.bin", "modeling_own.py"):
-        (snapshot / name).write_text("{}")
-    asked: dict[str, Any] = {}
-
-    def download(repository: str, **options: Any) -> str:
-        asked.update(options, repository=repository)
-        return str(snapshot)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    source = ModelSource(license="MIT", hub="owner/name@v1.0")
-    with opened(source.location(), source.patterns()) as fetched:
-        assert [file.name for file in fetched.files] == ["config.json", "model.safetensors"]
-    assert fetched.origin == {"hub": "owner/name@v1.0", "commit": COMMIT}
-    assert asked["repository"] == "owner/name"
-    assert asked["revision"] == "v1.0"
-    assert not any(pattern.endswith(("bin", "py", "*")) for pattern in asked["allow_patterns"])
-
-
-@pytest.mark.parametrize(
-    ("error", "says"),
-    [
-        (LocalEntryNotFoundError("no network\nat all"), "cannot be downloaded .no network."),
-        (ConnectionError("refused"), "cannot be downloaded .refused.; check the network"),
-    ],
-    ids=["offline", "refused"],
-)
-def test_hub_errors_name_the_way_out(
-    error: Exception, says: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any, **__: Any) -> str:
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with (
-        pytest.raises(SourceError, match=says) as caught,
-        opened(Location(hub="owner/name@main"), ["*.json"]),
-    ):
-        pass
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

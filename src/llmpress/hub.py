@@ -24,11 +24,11 @@ from huggingface_hub import (
     hf_hub_url,
     snapshot_download,
 )
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is its client's
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,  # type: ignore[attr-defined]  # of its HTTP client, whose name changes with versions
+    HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -36,7 +36,11 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import WeakFileLock, are_progress_bars_disabled, build_hf_headers
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but re-exported
+    WeakFileLock,
+    are_progress_bars_disabled,
+    build_hf_headers,
+)
 from tqdm.auto import tqdm
 
 from llmpress.artifacts import PROVENANCE, folder_bytes, read_json, read_provenance, sha256, verify
@@ -199,10 +203,10 @@ def push_artifact(
         api.create_repo(repository, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
-        info = api.repo_info(repository, revision=revision, timeout=_SECONDS_TO_ANSWER)
+        info = api.model_info(repository, revision=revision, timeout=_SECONDS_TO_ANSWER)
         if private and not info.private:
             raise HubError(
-                f"hub repository {repository}: is public; pass private=False to publish there"
+                f"hub repository {repository}: is public; pass private=False (--public) to publish there"
             )
         present = {sibling.rfilename for sibling in info.siblings or ()}
         stale = _stale(repository, str(info.sha), present) - contents.keys()
