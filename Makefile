@@ -1,17 +1,18 @@
-# make report | test | test-gpu | check | lock | clean: each makes .venv first when it is missing or out of date.
+# make report | test | test-gpu | check | docs | lock | clean: each makes .venv first when it is missing or out of date.
 
 PYTHON ?= python3.11
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help report test test-gpu check lock clean
+.PHONY: help report test test-gpu check docs lock clean
 
 help:
 	@echo "make report    run the pipeline up to results/report.html"
 	@echo "make test      run the tests that need no GPU"
 	@echo "make test-gpu  run the tests that need one"
-	@echo "make check     format, lint, types, workflow: what CI runs before the tests"
+	@echo "make check     format, lint, types, workflow, documentation: what CI runs before the tests"
+	@echo "make docs      build the documentation into build/site/index.html"
 	@echo "make lock      write the versions in $(VENV) into requirements.lock"
 	@echo "make clean     remove logs and caches, but neither data, nor results, nor $(VENV)"
 
@@ -32,6 +33,11 @@ check: $(INSTALLED)
 	snakefmt --check Snakefile workflow/rules tests/workflow/toy/Snakefile
 	snakemake --lint
 	python workflow/code_deps.py --check
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	@echo "The documentation is in $(CURDIR)/build/site/index.html; with a search: mkdocs serve"
 
 # The versions as they are installed; to change one, pip install it first. A local version such as
 # torch's +cpu belongs to one machine's index and is cut off.

@@ -1,0 +1,74 @@
+"""What the site takes from elsewhere while it is built, so that it cannot fall behind.
+
+``math`` code blocks become MathML, which browsers draw without a script; ``command-line.md`` is
+written by the command itself; a comment ``<!-- README: Results -->`` is replaced by that section of
+README.md; the decisions are listed from their folder.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+COMMANDS = "command-line.md"
+README = Path("README.md")
+INCLUDE = re.compile(r"<!-- README: (.+?) -->")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Draw ``math`` blocks, and list the decisions."""
+    fences = config.mdx_configs.setdefault("pymdownx.superfences", {})
+    fences["custom_fences"] = [{"name": "math", "class": "math", "format": _mathml}]
+    docs = Path(config.docs_dir)
+    decisions = sorted(path.relative_to(docs).as_posix() for path in docs.glob("decisions/*.md"))
+    for entry in config.nav or ():
+        if isinstance(entry, dict) and entry.get("Decisions") == "decisions":
+            entry["Decisions"] = decisions
+    return config
+
+
+def on_files(files: Files, *, config: MkDocsConfig) -> Files:
+    """Add the command line's reference."""
+    files.append(File.generated(config, COMMANDS, content=command_reference()))
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
+    """Fill in sections of README.md."""
+    folder = os.path.dirname(page.file.src_uri)  # noqa: PTH120 - an address, no path
+    return INCLUDE.sub(lambda found: _section(found[1], folder), markdown)
+
+
+def command_reference() -> str:
+    """Return the Markdown that typer writes of every command, its options and their defaults."""
+    import typer.cli
+    import typer.main
+
+    from llmpress.cli import app
+
+    command = typer.main.get_command(app)
+    context = command.make_context("llmpress", [], resilient_parsing=True)
+    text: str = typer.cli.get_docs_for_click(obj=command, ctx=context, name="llmpress")
+    return text.replace("# `llmpress`", "# Command line", 1)
+
+
+def _section(heading: str, folder: str) -> str:
+    """Return a section of README.md without its heading, its links relative to ``folder``."""
+    text = README.read_text(encoding="utf-8")
+    found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.S | re.M)
+    if found is None:
+        raise PluginError(f"README.md has no section {heading!r}")
+    to_docs = "../" * folder.count("/") + ("../" if folder else "")
+    return found[1].strip().replace("](docs/", f"]({to_docs}")
+
+
+def _mathml(source: str, *_: Any, **__: Any) -> str:
+    """Draw a formula in LaTeX; one line for each."""
+    lines = [convert(line, display="block") for line in source.splitlines() if line.strip()]
+    return "\n".join(lines)
