@@ -1,5 +1,6 @@
 """A headless Chromium on a pipe, without any package: enough to look at one file."""
 
+import base64
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import IO, Any
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
+SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -74,6 +76,25 @@ class Page:
         self.call("Page.navigate", url=path.as_uri())
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self.read())
+        self.evaluate("chartsDrawn.then(() => true)")
+
+    def press(self, key: str, text: str = "") -> None:
+        """Press and release one key, as named by the DevTools protocol."""
+        codes = {"Tab": 9, "Enter": 13, " ": 32, "ArrowDown": 40}
+        code = codes.get(key, 0)
+        for kind in ("keyDown" if text else "rawKeyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, text=text,
+                      windowsVirtualKeyCode=code)  # fmt: skip
+
+    def screenshot(self, name: str) -> None:
+        """Write the whole page to build/screenshots, for people to look at."""
+        width, height = (
+            self.evaluate(f"document.documentElement.scroll{side}") for side in ("Width", "Height")
+        )
+        clip = {"x": 0, "y": 0, "width": width, "height": min(height, 12_000), "scale": 1}
+        image = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        (SCREENSHOTS / f"{name}.png").write_bytes(base64.b64decode(image["data"]))
 
     def evaluate(self, expression: str) -> Any:
         """Return the value of a JavaScript expression; promises are waited for."""

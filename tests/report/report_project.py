@@ -110,13 +110,27 @@ def make_metrics(name: str, bits: float, damage: float, kind: str) -> dict[str, 
     }
 
 
+def layer_settings(method: str, block: int, shape: tuple[int, int]) -> tuple[str, dict[str, Any]]:
+    """A layer's kind and its constructor's arguments, as the methods leave them."""
+    if method in ("svd", "lillama"):
+        return "low_rank", {"rank": min(shape) // 3 + block, "dtype": "bfloat16"}
+    if method == "cluscomp":
+        return "codebook", {"num_entries": 1024, "vector_size": 4, "dtype": "float16"}
+    if method == "delta_come":
+        groups = [{"rank": 4 + block, "num_bits": 8}, {"rank": 20, "num_bits": 2}]
+        return "mixed_low_rank", {"groups": groups, "group_size": 128}
+    if method == "bitdelta":
+        return "sign", {}
+    if method == "magnitude":
+        return "sparse", {"num_nonzeros": shape[0] * shape[1] // 20, "index": "columns"}
+    return "quantized", {"num_bits": 4, "group_size": 64}
+
+
 def make_layers(name: str, method: str, bits: float, damage: float, blocks: int) -> dict[str, Any]:
     layers = [
         {
             "name": f"model.layers.{block}.{module}",
-            "kind": module.partition(".")[2],
-            "method": method,
-            "settings": {"num_bits": 4},
+            **dict(zip(("kind", "settings"), layer_settings(method, block, shape), strict=True)),
             "shape": list(shape),
             "bits_per_weight": bits * wobble(module),
             "stored_bits": int(shape[0] * shape[1] * bits),

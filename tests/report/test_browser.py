@@ -1,27 +1,37 @@
 """The report as a reader sees it. Skipped, and said so, where no Chromium is installed."""
 
+import base64
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from headless_browser import CHROMIUM, Page, browser
-from report_project import make_project
+from report_project import DELTA_RUNS, WEIGHT_RUNS, Project, make_project
 
+from llmpress.report.canvas import COLORS, GREY
 from llmpress.report.html import write_report
 from llmpress.report.tables import read_results
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no chromium here: LAYOUT AND SCRIPTS OF THE REPORT ARE NOT TESTED"
 )
+WEIGHTS = {*WEIGHT_RUNS, "cluscomp-3bit-tuned"}
+CHARTS = 13
+CONTRASTS = Path(__file__).with_name("contrast.js").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("browser")
-    project = make_project(folder / "results")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    return make_project(tmp_path_factory.mktemp("browser") / "results")
+
+
+@pytest.fixture(scope="module")
+def report(project: Project) -> Path:
     results = read_results(project.metrics, project.details, project.params)
-    write_report(results, project.params, folder / "report.html", folder / "summary.csv")
-    return folder / "report.html"
+    path = project.root.parent / "report.html"
+    write_report(results, project.params, path, path.with_name("summary.csv"))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +40,16 @@ def page() -> Iterator[Page]:
         yield page
 
 
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280, 1920])
 def test_fits_the_window_draws_every_chart_and_loads_nothing(
-    report: Path, page: Page, width: int
+    report: Path, page: Page, width: int, dark: bool
 ) -> None:
-    page.open(report, width=width)
+    page.open(report, width=width, dark=dark)
+    page.screenshot(f"report-{width}-{'dark' if dark else 'light'}")
     assert page.evaluate("document.documentElement.scrollWidth") == width
     charts = page.evaluate("document.querySelectorAll('[data-chart]').length")
-    assert charts == 10
+    assert charts == CHARTS
     drawn = (
         "[...document.querySelectorAll('[data-chart]')].filter(c => c.querySelector('.main-svg'))"
     )
@@ -46,38 +58,255 @@ def test_fits_the_window_draws_every_chart_and_loads_nothing(
     assert [url for url in page.requests() if not url.startswith("data:")] == [report.as_uri()]
 
 
+def test_as_many_points_are_drawn_as_there_are_runs(report: Path, page: Page) -> None:
+    page.open(report, width=1280)
+    points = "document.querySelectorAll('#{} .scatterlayer path.point').length"
+    assert page.evaluate(points.format("quality-0")) == len(WEIGHTS)
+    assert page.evaluate(points.format("quality-1")) == len(DELTA_RUNS)
+    rows = page.evaluate("document.querySelectorAll('.runs tbody tr').length")
+    assert rows == len(WEIGHTS) + len(DELTA_RUNS) + 2
+    assert page.evaluate("document.querySelectorAll('#cost-decode .bars path').length") == rows
+
+
+def test_the_front_stands_in_the_legend(report: Path, page: Page) -> None:
+    page.open(report, width=1280)
+    legend = "[...document.querySelectorAll('#quality-0 .legendtext')].map(t => t.textContent)"
+    assert "Pareto front" in page.evaluate(legend)
+    labels = "[...document.querySelectorAll('#quality-0 .annotation')].map(t => t.textContent)"
+    assert page.evaluate(labels) == ["smollm2", "smollm2-arithmetic"]
+
+
+def test_pointing_at_a_run_tells_its_numbers(report: Path, page: Page) -> None:
+    page.open(report, width=1280)
+    place = page.evaluate(
+        "(() => { const point = document.querySelector('#quality-0 path.point');"
+        "point.scrollIntoView({block: 'center', behavior: 'instant'});"
+        "const box = point.getBoundingClientRect();"
+        "return {x: box.x + box.width / 2, y: box.y + box.height / 2} })()"
+    )
+    page.call("Input.dispatchMouseEvent", type="mouseMoved", **place)
+    hover = page.evaluate(
+        "new Promise(done => { const look = () => {"
+        "const text = document.querySelector('#quality-0 .hoverlayer text.nums');"
+        "text ? done(text.textContent) : setTimeout(look, 20) }; look() })"
+    )
+    assert re.search(r"cluscomp-3bit.*bits per weight.*Perplexity: wikipedia", hover)
+    assert "Pareto front" in hover or "not as good as" in hover
+
+
+NAMES = "[...document.querySelectorAll('.runs tbody tr:not([hidden]) th')].map(t => t.textContent)"
+STATUS = "document.querySelector('.filters [role=status]').textContent"
+CLICK = (
+    "[...document.querySelectorAll('.runs thead button')].find(b => b.textContent == {!r}).click()"
+)
+
+
+def choose(page: Page, selector: str, value: str) -> None:
+    page.evaluate(
+        f"(() => {{ const s = document.querySelector({selector!r}); s.value = {value!r};"
+        "s.dispatchEvent(new Event('input', {bubbles: true}));"
+        "s.dispatchEvent(new Event('change', {bubbles: true})) })()"
+    )
+
+
 def test_headings_sort(report: Path, page: Page) -> None:
     page.open(report, width=1280)
-    click = (
-        "[...document.querySelectorAll('.runs button')].find(b => b.textContent == {!r}).click()"
-    )
-    first = "document.querySelector('.runs tbody th').textContent"
-    page.evaluate(click.format("bits per weight"))
-    assert page.evaluate(first) == "delta-svd"
-    page.evaluate(click.format("bits per weight"))
-    assert page.evaluate(first) == "smollm2"
+    page.evaluate(CLICK.format("bits per weight"))
+    assert page.evaluate(NAMES)[0] == "delta-svd"
+    page.evaluate(CLICK.format("bits per weight"))
+    assert page.evaluate(NAMES)[0] == "smollm2"
     assert page.evaluate("document.querySelectorAll('[aria-sort]').length") == 1
-    page.evaluate(click.format("Name"))
-    assert page.evaluate(first) == "bitdelta"
-    page.evaluate(click.format("recovery"))  # models have none: last, whatever the direction
+    page.evaluate(CLICK.format("Name"))
+    assert page.evaluate(NAMES)[0] == "bitdelta"
+    page.evaluate(CLICK.format("recovery"))  # models have none: last, whatever the direction
     last = "[...document.querySelectorAll('.runs tbody tr')].slice(-2).map(r => r.className)"
     assert page.evaluate(last) == ["model", "model"]
-    page.evaluate(click.format("recovery"))
+    page.evaluate(CLICK.format("recovery"))
     assert page.evaluate(last) == ["model", "model"]
+
+
+def test_filters_and_sorting_keep_what_the_other_did(report: Path, page: Page) -> None:
+    page.open(report, width=1280)
+    assert page.evaluate(STATUS) == "12 of 12 rows shown"
+    choose(page, ".filters input", "SVD")
+    assert set(page.evaluate(NAMES)) == {"svd-20pct", "delta-svd"}
+    assert page.evaluate(STATUS) == "2 of 12 rows shown"
+    page.evaluate(CLICK.format("Name"))
+    assert page.evaluate(NAMES) == ["delta-svd", "svd-20pct"]
+    choose(page, ".filters select[data-column='1']", "delta")
+    assert page.evaluate(NAMES) == ["delta-svd"]
+    page.evaluate("document.querySelector('.filters button').click()")
+    assert page.evaluate(NAMES) == sorted(page.evaluate(NAMES))
+    assert page.evaluate(STATUS) == "12 of 12 rows shown"
+    assert page.evaluate("document.querySelector('.filters button').disabled")
+    choose(page, ".filters select[data-column='2']", "cluscomp")
+    assert page.evaluate(NAMES) == ["cluscomp-3bit", "cluscomp-3bit-tuned"]
+    choose(page, ".filters input", "no such run")
+    assert page.evaluate(STATUS) == "0 of 12 rows shown"
+
+
+def test_the_table_works_by_keyboard(report: Path, page: Page) -> None:
+    page.open(report, width=1280)
+    page.evaluate("document.querySelector('.filters input').focus()")
+    page.call("Input.insertText", text="tuned")
+    assert page.evaluate(NAMES) == ["cluscomp-3bit-tuned"]
+    focused = []
+    for _ in range(5):
+        page.press("Tab")
+        focused.append(page.evaluate("document.activeElement.tagName"))
+    assert focused == ["SELECT", "SELECT", "BUTTON", "INPUT", "INPUT"]
+    page.press(" ", " ")  # the second group of columns
+    assert page.evaluate("document.activeElement.labels[0].textContent.trim()") == "Perplexity"
+    assert not page.evaluate("document.activeElement.checked")
+    page.evaluate("document.querySelector('.runs thead button').focus()")
+    page.press("Enter", "\r")
+    assert page.evaluate("document.querySelector('[aria-sort]').textContent") == "Name"
+
+
+def test_groups_of_columns_can_be_hidden(report: Path, page: Page) -> None:
+    page.open(report, width=1280)
+    page.evaluate("document.querySelectorAll('.columns input')[1].click()")
+    shown = (
+        "[...document.querySelectorAll('.runs tbody tr:first-child [data-column]')]"
+        ".filter(c => c.checkVisibility()).map(c => c.dataset.column)"
+    )
+    columns = page.evaluate(shown)
+    assert "bits_per_weight" in columns
+    assert "kl_code" in columns
+    assert not [column for column in columns if column.startswith("perplexity_")]
+    headings = "[...document.querySelectorAll('.runs thead th')].filter(c => c.checkVisibility())"
+    assert "Perplexity" not in page.evaluate(f"{headings}.map(c => c.textContent)")
+    page.evaluate(CLICK.format("code"))  # the first visible heading of that name, or a hidden one
+    assert page.evaluate(shown) == columns
+    page.evaluate("document.querySelectorAll('.columns input')[1].click()")
+    assert "perplexity_code" in page.evaluate(shown)
 
 
 def test_choices_change_the_chart(report: Path, page: Page) -> None:
     page.open(report, width=1280)
-    page.evaluate(
-        "const s = document.querySelector('#quality-0 select'); s.value = 'kl_code';"
-        "s.dispatchEvent(new Event('change'))"
-    )
+    choose(page, "#quality-0 select", "kl_code")
     label = page.evaluate("document.querySelector('#quality-0 .plot').getAttribute('aria-label')")
-    assert label == "Scatter plot of 6 runs: KL divergence, nats: code against bits per weight."
+    start = "Scatter plot of 6 runs: KL divergence, nats: code against bits per weight; on the"
+    assert label.startswith(f"{start} Pareto front: ")
 
 
-def test_text_is_readable_in_the_dark(report: Path, page: Page) -> None:
-    page.open(report, width=1280, dark=True)
-    fill = "getComputedStyle(document.querySelector('.plot .xtick text')).fill"
-    assert page.evaluate(fill) == "rgb(231, 235, 240)"
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 24, 31)"
+def test_what_a_run_does_not_have_cannot_be_chosen(report: Path, page: Page) -> None:
+    page.open(report, width=1280)
+    choose(page, "#layers-allocation select", "svd-20pct")
+    choose(page, "#layers-allocation label:nth-child(2) select", "rank")
+    choose(page, "#layers-allocation select", "cluscomp-3bit")
+    second = "document.querySelector('#layers-allocation label:nth-child(2) select')"
+    assert page.evaluate(f"{second}.value") == "bits_per_weight"
+    usable = f"[...{second}.options].filter(o => !o.disabled).map(o => o.value)"
+    assert page.evaluate(usable) == ["bits_per_weight", "code_bits", "num_entries", "vector_size"]
+    assert page.evaluate("document.querySelector('#layers-allocation .plot').hidden") is False
+
+
+def numbers(page: Page, key: str) -> list[list[str]]:
+    """The rows of a chart's table of numbers, the heading first."""
+    page.evaluate(f"document.querySelector('#{key} .numbers summary').click()")
+    page.evaluate("new Promise(done => setTimeout(done, 50))")  # toggle events come later
+    rows = f"[...document.querySelectorAll('#{key} .numbers tr')]"
+    return page.evaluate(f"{rows}.map(r => [...r.cells].map(c => c.textContent))")
+
+
+def test_every_chart_gives_its_numbers_as_a_table(
+    report: Path, page: Page, project: Project
+) -> None:
+    page.open(report, width=1280)
+    head, *rows = numbers(page, "quality-0")
+    assert head == ["run", "bits per weight", "Perplexity: wikipedia", "compared"]
+    shown = {row[0]: row[1:3] for row in rows}
+    for name in WEIGHTS:
+        metrics = project.read("metrics", name)
+        assert float(shown[name][0]) == pytest.approx(metrics["size"]["bits_per_weight"], rel=1e-3)
+        perplexity = metrics["quality"]["perplexity"]["wikipedia"]
+        assert float(shown[name][1]) == pytest.approx(perplexity, rel=1e-3)
+    assert "smollm2" in shown
+    head, *rows = numbers(page, "layers-run")
+    assert head == ["layer", "block 0", "block 1", "block 2", "block 3"]
+    assert [row[0] for row in rows][-1] == "mlp.down_proj"
+    head, *rows = numbers(page, "cost-seconds")
+    assert head == ["run", "compress, seconds", "finetune, seconds"]
+    assert rows[0][0] == "rtn-4bit"
+    head, *rows = numbers(page, "layers-groups")
+    assert head == ["decoder block", "8-bit", "2-bit"]
+    assert rows[1] == ["1", "5", "20"]
+    choose(page, "#quality-0 select", "kl_code")
+    caption = "document.querySelector('#quality-0 .numbers caption').textContent"
+    assert "KL divergence, nats: code" in page.evaluate(caption)
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_every_text_has_enough_contrast(report: Path, page: Page, dark: bool) -> None:
+    page.open(report, width=1280, dark=dark)
+    page.evaluate("new Promise(done => setTimeout(done, 50))")
+    contrasts = page.evaluate(CONTRASTS)
+    assert len(contrasts) > 1000
+    assert [(text, round(ratio, 2)) for ratio, text in contrasts if ratio < 4.5] == []
+
+
+def test_marks_have_enough_contrast_on_both_pages(report: Path) -> None:
+    pages = re.findall(r"--page: (#\w{6})", report.read_text(encoding="utf-8"))
+    assert len(pages) == 2
+    for background in pages:
+        for color in (*COLORS, GREY):
+            low, high = sorted([_light(color), _light(background)])
+            assert (high + 0.05) / (low + 0.05) >= 3, (color, background)
+
+
+def _light(color: str) -> float:
+    """Relative luminance of ``#rrggbb``, as WCAG defines it."""
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_what_can_be_used_has_a_name(report: Path, page: Page) -> None:
+    page.open(report, width=1280)
+    page.call("Accessibility.enable")
+    nodes = page.call("Accessibility.getFullAXTree")["nodes"]
+    page.call("Accessibility.disable")
+    roles = {"button", "checkbox", "combobox", "link", "searchbox", "region", "table", "image"}
+    seen: dict[str, list[str]] = {}
+    for node in nodes:
+        role = node.get("role", {}).get("value")
+        if not node["ignored"] and role in roles:
+            seen.setdefault(role, []).append(node.get("name", {}).get("value", "").strip())
+    assert not [(role, name) for role, names in seen.items() for name in names if not name]
+    assert len(seen["image"]) == CHARTS
+    assert {"searchbox", "combobox", "checkbox", "table"} <= set(seen)
+    assert page.evaluate("document.querySelectorAll('th:not([scope])').length") == 0
+    assert page.evaluate("document.querySelectorAll('main table:not(.numbers table)').length") > 10
+    bare = "[...document.querySelectorAll('main table')].filter(t => !t.caption && t.rows.length)"
+    assert page.evaluate(f"{bare}.length") == 0
+
+
+def test_paper_holds_everything_but_the_controls(report: Path, page: Page) -> None:
+    page.open(report, width=1280)
+    closed = "document.querySelectorAll('details:not([open], .numbers)').length"
+    before = page.evaluate(closed)
+    assert before > 0
+    pdf = base64.b64decode(page.call("Page.printToPDF")["data"])
+    assert pdf.startswith(b"%PDF")
+    assert 5 < len(re.findall(rb"/Type\s*/Page\b", pdf)) < 60
+    page.call("Emulation.setEmulatedMedia", media="print", features=[])
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate(closed) == 0
+    visible = "[...document.querySelectorAll('{}')].filter(e => e.checkVisibility()).length"
+    assert page.evaluate(visible.format(".filters input, .columns, nav, .modebar, .numbers")) == 0
+    assert page.evaluate(visible.format(".runs tbody tr, .pairs tr")) > 100
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate(closed) == before
+    page.call("Emulation.setEmulatedMedia", media="", features=[])
+
+
+def test_a_browser_that_cannot_unpack_says_so(report: Path, page: Page, tmp_path: Path) -> None:
+    text = report.read_text(encoding="utf-8")
+    broken = tmp_path / "broken.html"
+    start = text.index('id="packed-figures">') + len('id="packed-figures">')
+    broken.write_text(text[:start] + "AAAA" + text[text.index("<", start) :], encoding="utf-8")
+    with pytest.raises(RuntimeError):
+        page.open(broken, width=1280)
+    note = page.evaluate("document.querySelector('#quality-0 .note').textContent")
+    assert note.startswith("The chart cannot be drawn: ")

@@ -1,8 +1,8 @@
 """What all figures of the report share: an empty figure in the report's look, and its texts.
 
 A figure is plotly's JSON as a dictionary, ready for the page: building and validating graph objects
-takes half a minute for a report, so the tests do that. Colours of text and background are left to
-the page's style.
+takes half a minute for a report, so the tests do that. The look is plotly's own template, which the
+page holds once. Colours of text and background are left to the page's style.
 """
 
 import base64
@@ -20,6 +20,36 @@ FONT = 'system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'  # t
 GREY = "#808080"
 GRID = "rgba(128,128,128,0.25)"
 
+_AXIS = {
+    "gridcolor": GRID,
+    "zeroline": False,
+    "showline": True,
+    "linecolor": GREY,
+    "automargin": True,
+}
+TEMPLATE: Figure = {
+    "layout": {
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": FONT, "size": 12, "color": GREY},
+        "margin": {"l": 8, "r": 16, "t": 34, "b": 8},  # the buttons stand above the plot
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": GREY, "activecolor": COLORS[0]},
+        "dragmode": False,
+        "hovermode": "closest",
+        "hoverlabel": {"bgcolor": "#1f2733", "bordercolor": "#1f2733", "font": {"color": "#fff"}},
+        "legend": {
+            "orientation": "h",
+            "yref": "container",
+            "y": 0,
+            "yanchor": "bottom",
+            "x": 0,
+            "traceorder": "normal",
+        },
+        "xaxis": _AXIS,
+        "yaxis": _AXIS,
+    },
+}
+
 
 def new_figure(x: str, y: str, *, height: int, log_y: bool = False) -> Figure:
     """Return an empty figure.
@@ -30,37 +60,13 @@ def new_figure(x: str, y: str, *, height: int, log_y: bool = False) -> Figure:
         height: In pixels; the width is the page's.
         log_y: Whether the vertical axis is logarithmic.
     """
-    axis = {"gridcolor": GRID, "zeroline": False, "linecolor": GREY, "automargin": True}
+    logarithmic = {"type": "log", "tickformat": ".3~g", "nticks": 4} if log_y else {}
     return {
         "data": [],
         "layout": {
-            "paper_bgcolor": "rgba(0,0,0,0)",
-            "plot_bgcolor": "rgba(0,0,0,0)",
-            "font": {"family": FONT, "size": 12, "color": GREY},
             "height": height,
-            "margin": {"l": 8, "r": 16, "t": 34, "b": 8},  # the buttons stand above the plot
-            "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": GREY, "activecolor": COLORS[0]},
-            "dragmode": False,
-            "hovermode": "closest",
-            "hoverlabel": {
-                "bgcolor": "#1f2733",
-                "bordercolor": "#1f2733",
-                "font": {"color": "#fff"},
-            },
-            "legend": {
-                "orientation": "h",
-                "yref": "container",
-                "y": 0,
-                "yanchor": "bottom",
-                "x": 0,
-                "traceorder": "normal",
-            },
-            "xaxis": {**axis, "title": {"text": text(x)}},
-            "yaxis": {
-                **axis,
-                "title": {"text": text(y)},
-                **({"type": "log", "tickformat": ".3~g", "nticks": 4} if log_y else {}),
-            },
+            "xaxis": {"title": {"text": text(x)}},
+            "yaxis": {"title": {"text": text(y)}, **logarithmic},
         },
     }
 

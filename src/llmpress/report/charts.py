@@ -6,8 +6,9 @@ from typing import Any
 
 import pandas as pd
 
-from llmpress.report import figures
-from llmpress.report.measures import SIZE_AXES, quality_measures
+from llmpress.report import allocation, figures
+from llmpress.report.measures import LAYER_ERRORS, SIZE_AXES, LayerMeasure, quality_measures
+from llmpress.report.quality import quality_figure
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,16 @@ def quality_charts(summary: pd.DataFrame) -> dict[str, list[Chart]]:
         [compressed["kind"] == "delta", compressed["original"].fillna("")], sort=True
     )
     for index, ((is_delta, original), runs) in enumerate(groups):
-        references = models[models["name"].isin([original, *runs["base"].dropna()])]
+        related = [original, *runs["base"].dropna().drop_duplicates()]
+        peers = [name for name in models["name"] if name not in related]
+        names = [name for name in (*related, *peers) if name in set(models["name"])]
+        references = models.set_index("name", drop=False).loc[names].to_dict("records")
+        rows = runs.to_dict("records")
         measures = [m for m in quality_measures(summary.columns) if runs[m.column].notna().any()]
         sizes = [size for size in SIZE_AXES if runs[size.column].notna().any()]
         variants = {
             f"{measure.column}|{size.column}": (
-                figures.quality_figure(runs, references, size, measure, methods)
+                quality_figure(rows, references, size, measure, methods)
             )
             for measure in measures
             for size in sizes
@@ -67,8 +72,11 @@ def quality_charts(summary: pd.DataFrame) -> dict[str, list[Chart]]:
                 key=f"quality-{index}",
                 title=f"Runs compared with {original}" if original else "Runs of unknown origin",
                 caption=f"Quality of the {what} against the true size of {bits}, codebooks, scales "
-                "and padding included; dashed lines are uncompressed models, grey lines join a run "
-                "before and after finetuning.",
+                "and padding included. Filled points lie on the Pareto front, the stepped line: no "
+                "other run is as small and as good. Hollow points do not. The dashed line is the "
+                "original, dotted ones are other uncompressed models (perplexities compare only "
+                "between models of one tokenizer); a thin line joins a run before and after "
+                "finetuning.",
                 choices=[
                     Choice("Quality", options),
                     Choice("Size", {"": [(size.column, size.label) for size in sizes]}),
@@ -79,39 +87,96 @@ def quality_charts(summary: pd.DataFrame) -> dict[str, list[Chart]]:
     return charts
 
 
-def layer_charts(layers: pd.DataFrame) -> list[Chart]:
-    """Return the heat map of one run's layers and the comparison of runs by block."""
-    if layers.empty:
+def layer_charts(layers: pd.DataFrame) -> dict[str, list[Chart]]:
+    """Return the charts of the layers: maps of one run, and lines of one kind of layer."""
+    inside = layers[layers["block"] >= 0]
+    if inside.empty:
+        return {"layer_maps": [], "layer_lines": []}
+    inside = allocation.with_allocation(inside)
+    errors = _measured(inside, LAYER_ERRORS)
+    given = _measured(inside, allocation.MEASURES)
+    runs = list(inside["run"].drop_duplicates())
+    modules = list(inside["module"].drop_duplicates())
+    return {
+        "layer_maps": [
+            *_heat_maps(
+                "layers-run",
+                "Errors of one run",
+                "Error of every compressed linear layer: the squared distance of its outputs on "
+                "the calibration text, or of its weights, over the square of the original's.",
+                inside,
+                errors,
+            ),
+            *_heat_maps(
+                "layers-allocation",
+                "What one run gave each layer",
+                "Stored bits per weight, ranks, codebooks or kept weights of every linear layer; a "
+                "layer left dense has 16 bits.",
+                inside,
+                given,
+            ),
+        ],
+        "layer_lines": [
+            *_rank_groups(inside),
+            Chart(
+                key="layers-kind",
+                title="One kind of layer, all runs",
+                caption="The same numbers for one kind of linear layer, one line per run.",
+                choices=[
+                    Choice("Layer", _plain_options(modules)),
+                    Choice("Number", _grouped(errors, given[:2])),
+                ],
+                variants={
+                    f"{module}|{measure.column}": figures.layer_lines(rows, runs, measure)
+                    for measure in (*errors, *given[:2])
+                    for module, rows in _known(inside, measure).groupby("module")
+                },
+            ),
+        ],
+    }
+
+
+def _heat_maps(
+    key: str,
+    title: str,
+    caption: str,
+    layers: pd.DataFrame,
+    measures: Sequence[LayerMeasure],
+) -> list[Chart]:
+    """Return a heat map per run and number; runs whose first number varies stand first."""
+    if not measures:
         return []
-    measures = [m for m in figures.LAYER_MEASURES if layers[m.column].notna().any()]
-    by_measure = Choice("Number", {"": [(m.column, m.label) for m in measures]})
-    runs = list(layers["run"].drop_duplicates())
-    modules = list(layers.loc[layers["block"] >= 0, "module"].drop_duplicates())
-    heat, lines = {}, {}
-    for measure in measures:
-        known = layers[layers[measure.column].notna()]
-        for run, rows in known.groupby("run"):
-            if (rows["block"] >= 0).any():
-                heat[f"{run}|{measure.column}"] = figures.layer_heatmap(rows, measure)
-        for module, rows in known[known["block"] >= 0].groupby("module"):
-            figure = figures.layer_lines(rows, runs, measure)
-            lines[f"{module}|{measure.column}"] = figure
+    spread = layers.groupby("run", sort=False)[[m.column for m in measures]].nunique().max(axis=1)
+    varied = [str(run) for run in spread.index if spread[run] > 1]
+    runs = [*varied, *(str(run) for run in spread.index if str(run) not in varied)]
+    variants = {
+        f"{run}|{measure.column}": figures.layer_heatmap(rows, measure)
+        for measure in measures
+        for run, rows in _known(layers, measure).groupby("run")
+    }
+    shown = [run for run in runs if any(f"{run}|{m.column}" in variants for m in measures)]
+    choices = [Choice("Run", _plain_options(shown)), Choice("Number", _grouped(measures))]
+    return [Chart(key, title, caption, choices, variants)]
+
+
+def _rank_groups(layers: pd.DataFrame) -> list[Chart]:
+    """Return the stacked bars of layers that hold ranks at several precisions."""
+    mixed = layers[[bool(settings) and "groups" in settings for settings in layers["settings"]]]
+    if mixed.empty:
+        return []
+    runs, modules = (list(mixed[column].drop_duplicates()) for column in ("run", "module"))
     return [
         Chart(
-            key="layers-run",
-            title="One run, all layers",
-            caption="Error and size of every compressed linear layer of one run; the output error "
-            "is that of the layer on calibration inputs, relative to the output's norm.",
-            choices=[Choice("Run", _plain_options(runs)), by_measure],
-            variants=heat,
-        ),
-        Chart(
-            key="layers-kind",
-            title="One kind of layer, all runs",
-            caption="The same numbers for one kind of linear layer, one line per run.",
-            choices=[Choice("Layer", _plain_options(modules)), by_measure],
-            variants=lines,
-        ),
+            key="layers-groups",
+            title="Ranks by precision",
+            caption="How many singular vectors each layer keeps at which number of bits; the "
+            "leading vectors have the most.",
+            choices=[Choice("Run", _plain_options(runs)), Choice("Layer", _plain_options(modules))],
+            variants={
+                f"{run}|{module}": allocation.rank_groups_figure(rows)
+                for (run, module), rows in mixed.groupby(["run", "module"])
+            },
+        )
     ]
 
 
@@ -161,9 +226,9 @@ def cost_charts(summary: pd.DataFrame) -> list[Chart]:
         ),
         (
             "cost-memory",
-            "Peak memory while compressing",
-            "Largest memory of the compression process, in MB.",
-            {"compress_peak_memory_bytes": "compress"},
+            "Peak memory of compression",
+            "Largest memory of compressing or, for finetuned runs, of finetuning, in MB.",
+            {"compress_peak_memory_bytes": "compress", "finetune_peak_memory_bytes": "finetune"},
             ("MB", 1e-6),
         ),
         (
@@ -171,6 +236,13 @@ def cost_charts(summary: pd.DataFrame) -> list[Chart]:
             "Speed of generation",
             "Tokens decoded per second by the model as stored, one sequence at a time.",
             {"decode_tokens_per_second": "decode"},
+            ("tokens/s", 1.0),
+        ),
+        (
+            "cost-prefill",
+            "Speed of reading",
+            "Tokens of a prompt read per second by the model as stored, one sequence at a time.",
+            {"prefill_tokens_per_second": "prefill"},
             ("tokens/s", 1.0),
         ),
         (
@@ -191,6 +263,18 @@ def cost_charts(summary: pd.DataFrame) -> list[Chart]:
 def _preferred(measures: Sequence[Any], prefix: str) -> list[Any]:
     """Return the measures with those of the prefix first: the first option is what opens."""
     return sorted(measures, key=lambda measure: not measure.column.startswith(prefix))
+
+
+def _measured(layers: pd.DataFrame, measures: Sequence[LayerMeasure]) -> list[LayerMeasure]:
+    return [measure for measure in measures if layers[measure.column].notna().any()]
+
+
+def _known(layers: pd.DataFrame, measure: LayerMeasure) -> pd.DataFrame:
+    return layers[layers[measure.column].notna()]
+
+
+def _grouped(*measures: Sequence[LayerMeasure]) -> dict[str, list[tuple[str, str]]]:
+    return {"": [(measure.column, measure.label) for group in measures for measure in group]}
 
 
 def _plain_options(names: Sequence[str]) -> dict[str, list[tuple[str, str]]]:

@@ -7,6 +7,7 @@ from typing import Any
 from llmpress.report.measures import plain
 from llmpress.report.tables import Result, Results
 
+SHOWN_PACKAGES = ("llmpress", "torch", "transformers")
 VARYING_KEYS = re.compile(r"second|memory|created|fingerprint|file", re.IGNORECASE)
 
 
@@ -42,6 +43,21 @@ def hardware(results: Results) -> list[str]:
         if isinstance(record.get("hardware"), Mapping)
     )
     return list(machines)
+
+
+def versions(results: Results) -> list[str]:
+    """Return the versions of the main packages the results were made with, as ``torch 2.13.0``."""
+    packages = [
+        record["packages"]
+        for result in results.found
+        for record in _records(result)
+        if isinstance(record.get("packages"), Mapping)
+    ]
+    return [
+        f"{name} {' and '.join(numbers)}"
+        for name in SHOWN_PACKAGES
+        if (numbers := sorted({str(p[name]) for p in packages if p.get(name)}))
+    ]
 
 
 def evaluation_settings(results: Results) -> tuple[list[tuple[str, str]], list[str]]:

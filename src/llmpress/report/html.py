@@ -1,15 +1,18 @@
 """One self-contained HTML file: plotly once, styles and scripts inline, nothing is loaded.
 
-Names, settings and generated text come from outside: jinja2 escapes all of it, data for the charts
-is JSON whose ``<``, ``>`` and ``&`` are escaped, and a content security policy lets only the page's
-own two scripts run and forbids every request.
+Names, settings and generated text come from outside: jinja2 escapes all of it, and a content
+security policy lets only the page's own scripts run and forbids every request. Plotly and the data
+of the charts, together three quarters of the page, are held as base64 of gzip.
 """
 
 import base64
+import functools
+import gzip
 import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,13 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from llmpress.report import charts, context
+from llmpress.report.canvas import TEMPLATE
+from llmpress.report.gaps import Gap, find_gaps
 from llmpress.report.measures import NO_VALUE, Measure, decimals, significant, table_measures
+from llmpress.report.skipped import skipped
 from llmpress.report.tables import Results, blocks_frame, layers_frame, summary_frame
 
+SCRIPTS = ("charts.js", "table.js", "page.js")
 WORST_LAYERS = 3
 KIND_LABELS = {
     "model": "model",
@@ -31,7 +38,15 @@ KIND_LABELS = {
 }
 
 
-def write_report(results: Results, params: Mapping[str, Any], report: Path, summary: Path) -> None:
+def write_report(
+    results: Results,
+    params: Mapping[str, Any],
+    report: Path,
+    summary: Path,
+    *,
+    pipeline: Path | None = None,
+    logs: Path | None = None,
+) -> None:
     """Write the report and the table of all runs, each whole or not at all.
 
     Args:
@@ -39,15 +54,27 @@ def write_report(results: Results, params: Mapping[str, Any], report: Path, summ
         params: Content of params.yaml.
         report: The HTML file.
         summary: The CSV file, one row per model and run.
+        pipeline: dvc.yaml, which tells what missing results wait for; may be absent.
+        logs: Folder of ``<stage>/<name>.log``, read for missing results; may be absent.
     """
     frame = summary_frame(results)
-    page = render(results, frame, params)
+    gaps = find_gaps(results.missing, params, pipeline, logs)
+    page = render(results, frame, params, gaps)
     write_text(summary, frame.to_csv(index=False))
     write_text(report, page)
 
 
-def render(results: Results, summary: pd.DataFrame, params: Mapping[str, Any]) -> str:
-    """Return the report as HTML; the same results give the same text."""
+def render(
+    results: Results, summary: pd.DataFrame, params: Mapping[str, Any], gaps: Sequence[Gap]
+) -> str:
+    """Return the report as HTML; the same results give the same text.
+
+    Args:
+        results: What `read_results` found.
+        summary: One row per model and run.
+        params: Content of params.yaml.
+        gaps: Why results are missing.
+    """
     environment = Environment(
         loader=PackageLoader("llmpress.report"),
         autoescape=True,
@@ -58,32 +85,39 @@ def render(results: Results, summary: pd.DataFrame, params: Mapping[str, Any]) -
     layers, blocks = layers_frame(results), blocks_frame(results)
     evaluation, warnings = context.evaluation_settings(results)
     quality = charts.quality_charts(summary)
-    scripts = [_inline(get_plotlyjs()), _inline(_read("report.js"))]
+    shown = {
+        "weight_charts": quality["weights"],
+        "delta_charts": quality["deltas"],
+        **charts.layer_charts(layers),
+        "finetuning_charts": charts.finetuning_charts(blocks),
+        "cost_charts": charts.cost_charts(summary),
+    }
+    figures = {chart.key: chart.variants for group in shown.values() for chart in group}
+    scripts = [_inline(_read(name)) for name in SCRIPTS]
     return environment.get_template("report.html.j2").render(
         style=_inline(_read("report.css")),
         scripts=scripts,
-        script_hashes=[_csp_hash(script) for script in scripts],
+        plotly=_packed_plotly(),
+        figures=_packed(json.dumps({"template": TEMPLATE, "charts": figures})),
+        script_hashes=[_csp_hash(script) for script in (get_plotlyjs(), *scripts)],
         date=context.date(results),
         machines=context.hardware(results),
+        versions=context.versions(results),
         found=results.found,
-        missing=results.missing,
+        gaps=gaps,
+        skipped=skipped(results, layers, blocks, params),
         warnings=[*warnings, *results.remarks],
         notes=context.low_bit_sources(results, params),
         evaluation=evaluation,
         measured=context.measured(results),
         sources=context.sources(params),
         table=_table(summary),
-        weight_charts=quality["weights"],
-        delta_charts=quality["deltas"],
-        layer_charts=charts.layer_charts(layers),
         worst_layers=list(_worst_layers(layers)),
-        finetuning_charts=charts.finetuning_charts(blocks),
         blocks=list(_block_rows(blocks)),
-        cost_charts=charts.cost_charts(summary),
+        **shown,
         samples=list(_samples(results)),
         provenance=[(result, context.provenance(result)) for result in results.found],
         kind_labels=KIND_LABELS,
-        no_value=NO_VALUE,
     )
 
 
@@ -121,7 +155,11 @@ def _table(summary: pd.DataFrame) -> dict[str, Any]:
         }
         for _, row in summary.iterrows()
     ]
-    return {"groups": groups, "measures": measures, "rows": rows}
+    choices = {
+        label: list(dict.fromkeys(row[key] for row in rows if row[key] != NO_VALUE))
+        for key, label in (("kind", "What"), ("method", "Method"))
+    }
+    return {"groups": groups, "rows": rows, "choices": choices}
 
 
 def _worst_layers(layers: pd.DataFrame) -> Iterator[dict[str, str]]:
@@ -197,6 +235,16 @@ def _inline(text: str) -> Markup:
     if "</script" in text.lower() or "</style" in text.lower():
         raise ValueError("an inline script or style must not hold its own end tag")
     return Markup(text)
+
+
+@functools.cache
+def _packed_plotly() -> Markup:
+    return _packed(get_plotlyjs())
+
+
+def _packed(text: str) -> Markup:
+    """Return what `unpack` in charts.js turns back into ``text``."""
+    return Markup(base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode())
 
 
 def _csp_hash(script: str) -> str:

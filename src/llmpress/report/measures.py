@@ -1,9 +1,9 @@
 """What each number is called, in which unit it is shown, and on which axis it is drawn."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -24,6 +24,7 @@ class Measure:
         span: Largest number drawn, as a multiple of the smallest: a broken run has a perplexity of
             millions and would press all others together.
         stderr: Name of the column with its standard error.
+        best: Whether low or high numbers are good.
     """
 
     column: str
@@ -34,13 +35,14 @@ class Measure:
     scale: float = 1.0
     span: float = math.inf
     stderr: str | None = None
+    best: Literal["low", "high"] = "low"
 
     @property
     def title(self) -> str:
         """Heading that stands alone."""
         return f"{self.group}: {self.label}" if self.group else self.label
 
-    def text(self, row: pd.Series) -> str:
+    def text(self, row: pd.Series | Mapping[Hashable, Any]) -> str:
         """Return what the table shows for this column of ``row``."""
         value = row[self.column]
         if pd.isna(value) or (self.group == "Cost" and value == 0):  # 0: the step does not apply
@@ -50,6 +52,21 @@ class Measure:
         if self.stderr and pd.notna(row[self.stderr]):
             return f"{self.show(value)} ± {self.show(row[self.stderr])}"
         return self.show(value)
+
+
+@dataclass(frozen=True)
+class LayerMeasure:
+    """One number per layer: its column, its name, and whether its axis is logarithmic."""
+
+    column: str
+    label: str
+    log: bool
+
+
+LAYER_ERRORS = (
+    LayerMeasure("relative_output_error", "Relative output error", log=True),
+    LayerMeasure("relative_weight_error", "Relative weight error", log=True),
+)
 
 
 def significant(value: float) -> str:
@@ -78,8 +95,8 @@ def decimals(digits: int) -> Callable[[float], str]:
 
 FIXED_FRONT = (
     Measure("bits_per_weight", "Size", "bits per weight", decimals(3)),
-    Measure("model_bytes", "Size", "MB on disk", megabytes),
-    Measure("ratio", "Size", "ratio to bf16", decimals(2)),
+    Measure("model_bytes", "Size", "MB on disk", megabytes, scale=1e-6),
+    Measure("ratio", "Size", "ratio to bf16", decimals(2), best="high"),
 )
 FIXED_BACK = (
     Measure("compress_seconds", "Cost", "compress, s", decimals(1)),
@@ -90,7 +107,7 @@ FIXED_BACK = (
     Measure("prefill_tokens_per_second", "Speed", "prefill, tokens/s", decimals(0)),
     Measure("peak_memory_bytes", "Speed", "peak MB", megabytes),
 )
-SIZE_AXES = FIXED_FRONT[:1] + FIXED_FRONT[2:]
+SIZE_AXES = FIXED_FRONT
 
 
 def quality_measures(columns: Iterable[str]) -> list[Measure]:
@@ -101,13 +118,16 @@ def quality_measures(columns: Iterable[str]) -> list[Measure]:
     """
     columns = list(columns)
     per_corpus = (
-        ("perplexity_", "Perplexity", significant, True, 1.0, 100.0),
-        ("kl_", "KL divergence, nats", significant, True, 1.0, math.inf),
-        ("top1_agreement_", "Top-1 agreement, %", percent, False, 100.0, math.inf),
+        ("perplexity_", Measure("", "Perplexity", "", significant, log=True, span=100.0)),
+        ("kl_", Measure("", "KL divergence, nats", "", significant, log=True)),
+        (
+            "top1_agreement_",
+            Measure("", "Top-1 agreement, %", "", percent, scale=100.0, best="high"),
+        ),
     )
     measures = [
-        Measure(column, group, column.removeprefix(prefix), show, log, scale, span)
-        for prefix, group, show, log, scale, span in per_corpus
+        replace(measure, column=column, label=column.removeprefix(prefix))
+        for prefix, measure in per_corpus
         for column in columns
         if column.startswith(prefix)
     ]
@@ -115,14 +135,26 @@ def quality_measures(columns: Iterable[str]) -> list[Measure]:
     for column in columns:
         if column.startswith("accuracy_"):
             task = column.removeprefix("accuracy_")
-            stderr = f"stderr_{task}"
-            measures.append(Measure(column, group, task, percent, scale=100.0, stderr=stderr))
-    return [*measures, Measure("mean_accuracy", group, "mean", percent, scale=100.0)]
+            measures.append(
+                Measure(
+                    column,
+                    group,
+                    task,
+                    percent,
+                    scale=100.0,
+                    stderr=f"stderr_{task}",
+                    best="high",
+                )
+            )
+    mean = Measure("mean_accuracy", group, "mean", percent, scale=100.0, best="high")
+    return [*measures, mean]
 
 
 def table_measures(columns: Iterable[str]) -> list[Measure]:
     """Return every numeric column of the run table, in its order."""
-    recovery = Measure("recovery", "Task accuracy, %", "recovery", percent, scale=100.0)
+    recovery = Measure(
+        "recovery", "Task accuracy, %", "recovery", percent, scale=100.0, best="high"
+    )
     return [*FIXED_FRONT, *quality_measures(columns), recovery, *FIXED_BACK]
 
 

@@ -111,7 +111,7 @@ def read_results(metrics: Path, details: Path, params: Mapping[str, Any]) -> Res
     for name, (kind, settings) in named.items():
         path = metrics / f"{name}.json"
         if not path.is_file():
-            missing[name] = f"no metrics file {path.name}: its evaluation has not run or has failed"
+            missing[name] = f"There is no {path.name}: its evaluation has not run or has failed."
             continue
         record: Mapping[str, Any] = {}
         if (details / path.name).is_file():
@@ -198,7 +198,7 @@ LAYER_NUMBERS = (
     "relative_output_error",
     "seconds",
 )
-LAYER_COLUMNS = ["run", "name", "block", "module", "kind", "method", "shape", *LAYER_NUMBERS]
+LAYER_COLUMNS = ["run", "name", "block", "module", "kind", "settings", "shape", *LAYER_NUMBERS]
 BLOCK_COLUMNS = [
     "run",
     "index",

@@ -1,0 +1,198 @@
+"""Why a name in params.yaml has no result: which stage has not finished, and what its log says.
+
+The stages, their inputs and outputs are taken from dvc.yaml, the logs are where the Snakemake rules
+put them. All of it is looked at for missing results only, so complete results give the same report
+whatever else lies around; without dvc.yaml or logs less is said.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MAX_ERROR = 400  # characters
+ERROR_LINES = (  # the first pattern that the log holds; of several such lines the last
+    r"error: .+",
+    r"(?:[\w.]*(?:Error|Exception|Interrupt)|Killed)\b.*",
+    r"ERROR: .+",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage for one name, as dvc.yaml says.
+
+    Attributes:
+        stage: Key below ``stages``.
+        key: Which of its ``foreach``; empty for a plain stage.
+        inputs: What it reads, relative to dvc.yaml.
+        outputs: What it makes.
+    """
+
+    stage: str
+    key: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.stage} {self.key}".strip()
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A stage that has not finished.
+
+    Attributes:
+        job: Such as ``compress rtn-3bit``.
+        absent: Which of its outputs are not there.
+        log: What its log says, as a sentence.
+        error: The last error in the log; empty when there is none.
+    """
+
+    job: str
+    absent: str
+    log: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A name without a result, what `read_results` says of it, and the stages it waits for."""
+
+    name: str
+    reason: str
+    causes: tuple[Cause, ...]
+
+
+def find_gaps(
+    missing: Mapping[str, str],
+    params: Mapping[str, Any],
+    pipeline: Path | None = None,
+    logs: Path | None = None,
+) -> list[Gap]:
+    """Return why each of the missing results is missing.
+
+    Args:
+        missing: Name -> that there is no metrics file.
+        params: Content of params.yaml.
+        pipeline: dvc.yaml; its folder is where artifacts are looked for.
+        logs: Folder of ``<stage>/<name>.log``.
+    """
+    if not missing:
+        return []
+    jobs = read_jobs(pipeline, params) if pipeline else []
+    root = pipeline.parent if pipeline else Path()
+    return [
+        Gap(
+            name,
+            reason,
+            tuple(
+                _cause(job, root, logs)
+                for job in dict.fromkeys(
+                    culprit
+                    for job in jobs
+                    if any(Path(output).name == f"{name}.json" for output in job.outputs)
+                    for culprit in _culprits(job, jobs, root)
+                )
+            ),
+        )
+        for name, reason in missing.items()
+    ]
+
+
+def read_jobs(pipeline: Path, params: Mapping[str, Any]) -> list[Job]:
+    """Return every stage of dvc.yaml for every name; none where it cannot be read.
+
+    Args:
+        pipeline: dvc.yaml.
+        params: Content of params.yaml, which its templates refer to.
+    """
+    try:
+        stages = yaml.safe_load(pipeline.read_text(encoding="utf-8"))["stages"]
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):
+        return []
+    return [job for stage, entry in stages.items() for job in _jobs(str(stage), entry, params)]
+
+
+def last_error(text: str) -> str:
+    """Return the last line of a log that tells an error; empty when none does."""
+    lines = [line.strip() for line in re.split(r"[\r\n]+", text)]  # progress bars return
+    for pattern in ERROR_LINES:
+        for line in reversed(lines):
+            if re.fullmatch(pattern, line):
+                return line if len(line) <= MAX_ERROR else f"{line[:MAX_ERROR]}…"
+    return ""
+
+
+def _jobs(stage: str, entry: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[Job]:
+    if "foreach" not in entry:
+        yield Job(stage, "", _paths(entry, ("deps",), {}), _paths(entry, _OUTPUTS, {}))
+        return
+    items = entry["foreach"]
+    if isinstance(items, str):
+        items = _lookup(items.removeprefix("${").removesuffix("}"), params)
+    pairs = items.items() if isinstance(items, Mapping) else ((item, item) for item in items or ())
+    for key, item in pairs:
+        names = {"key": key, "item": item}
+        do = entry["do"]
+        yield Job(stage, str(key), _paths(do, ("deps",), names), _paths(do, _OUTPUTS, names))
+
+
+_OUTPUTS = ("outs", "metrics", "plots")
+
+
+def _paths(
+    entry: Mapping[str, Any], kinds: Sequence[str], names: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """Return the paths below these keys, with ``${item.model}`` and the like put in."""
+    found = [path for kind in kinds for path in entry.get(kind) or ()]
+    plain = (str(next(iter(path)) if isinstance(path, Mapping) else path) for path in found)
+    return tuple(
+        re.sub(r"\$\{([\w.-]+)\}", lambda match: str(_lookup(match[1], names)), path)
+        for path in plain
+    )
+
+
+def _lookup(name: str, values: Any) -> Any:
+    """Return the value of a dotted name; None when there is none."""
+    for part in name.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values
+
+
+def _culprits(job: Job, jobs: Sequence[Job], root: Path) -> list[Job]:
+    """Return the first unfinished stages among those that the job needs, else the job itself."""
+    found = [
+        culprit
+        for other in jobs
+        if any(_within(made, needed) for made in other.outputs for needed in job.inputs)
+        and _absent(other, root)
+        for culprit in _culprits(other, jobs, root)
+    ]
+    return found or [job]
+
+
+def _within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder.rstrip('/')}/")
+
+
+def _absent(job: Job, root: Path) -> list[str]:
+    return [output for output in job.outputs if not (root / output).exists()]
+
+
+def _cause(job: Job, root: Path, logs: Path | None) -> Cause:
+    path = (logs / job.stage / f"{job.key}.log") if logs else None
+    error, said = "", ""
+    if path and path.is_file():
+        error = last_error(path.read_text(encoding="utf-8", errors="replace"))
+        said = (
+            f"{path} ends with this error:"
+            if error
+            else f"{path} holds no error: the stage is running or was stopped."
+        )
+    elif path:
+        said = f"There is no {path}: the stage has not started, or ran outside of Snakemake."
+    return Cause(str(job), ", ".join(_absent(job, root) or job.outputs), said, error)

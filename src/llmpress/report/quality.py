@@ -1,0 +1,263 @@
+"""Figures of quality against true size: a point per run, the Pareto front, uncompressed models."""
+
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import pandas as pd
+
+from llmpress.report.canvas import COLORS, GREY, SYMBOLS, Figure, add, array, new_figure, say, text
+from llmpress.report.labels import positions
+from llmpress.report.measures import Measure
+from llmpress.report.pareto import Place, dominated_by, front_corners
+
+FRONT = "Pareto front"
+REFERENCE_DASHES = ("dash", "dot", "dashdot")
+Row = Mapping[Hashable, Any]  # of the summary
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run in a figure.
+
+    Attributes:
+        row: Its row of the summary.
+        x: Size, in the axis' unit.
+        y: Quality, in the axis' unit.
+        better: Name of a run that dominates it; empty on the front.
+    """
+
+    row: Row
+    x: float
+    y: float
+    better: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return str(self.row["name"])
+
+
+def quality_figure(
+    runs: Sequence[Row],
+    references: Sequence[Row],
+    size: Measure,
+    measure: Measure,
+    methods: Sequence[str],
+) -> Figure:
+    """Draw quality against true size: a point per run, a line per uncompressed model.
+
+    Points on the Pareto front are filled, the others hollow.
+
+    Args:
+        runs: Rows of the summary to draw.
+        references: Rows of the models drawn as horizontal lines, the original first.
+        size: The horizontal axis.
+        measure: The vertical axis.
+        methods: All methods of the report, so that a method looks the same in every figure.
+    """
+    if measure.column.startswith(("kl_", "top1_")):
+        references = ()  # a model agrees with itself: no line to compare with
+    levels = [
+        (str(row["name"]), float(row[measure.column]) * measure.scale)
+        for row in references
+        if _is_finite(row[measure.column])
+    ]
+    known = _points(runs, size, measure)
+    drawn, note = _drawable(runs, known, [level for _, level in levels], measure)
+    front = [point for point in drawn if not point.better]
+    ends = _range([point.x for point in drawn])
+    corners = front_corners([(p.x, p.y) for p in front], size.best, ends) if front else []
+    figure = new_figure(size.label, measure.title, log_y=measure.log, height=460)
+    figure["layout"]["xaxis"]["range"] = list(ends)
+    _add_references(figure, levels, ends, log=measure.log)
+    _add_finetuning(figure, drawn)
+    if corners:
+        _add_line(figure, corners, name=FRONT, line={"color": GREY, "width": 3}, hoverinfo="skip")
+    places = _places(drawn, [level for _, level in levels], corners, ends, log=measure.log)
+    looks: dict[tuple[str, bool], list[Point]] = {}
+    for point in sorted(drawn, key=lambda point: (_method(point), _tuned(point), point.x)):
+        looks.setdefault((_method(point), _tuned(point)), []).append(point)
+    for look, points in looks.items():
+        _add_points(figure, points, [places[p.name] for p in points], size, measure, look, methods)
+    alt = (
+        f"Scatter plot of {len(drawn)} runs: {measure.title} against {size.label}; on the "
+        f"{FRONT}: {', '.join(point.name for point in front) or 'none'}."
+    )
+    return say(figure, alt, note)
+
+
+def _points(runs: Sequence[Row], size: Measure, measure: Measure) -> list[Point]:
+    """Return the runs with both numbers, each with a run that dominates it."""
+    points = [
+        Point(row, float(row[size.column]) * size.scale, float(row[measure.column]) * measure.scale)
+        for row in runs
+        if _is_finite(row[size.column]) and _is_finite(row[measure.column])
+    ]
+    better = dominated_by([(point.x, point.y) for point in points], (size.best, measure.best))
+    return [
+        replace(point, better="" if index is None else points[index].name)
+        for point, index in zip(points, better, strict=True)
+    ]
+
+
+def _drawable(
+    runs: Sequence[Row], known: Sequence[Point], levels: Sequence[float], measure: Measure
+) -> tuple[list[Point], str]:
+    """Return the points that have a place on the axes, and a note on the other runs."""
+    drawn = [point for point in known if point.y > 0 or not measure.log]
+    names = {point.name for point in drawn}
+    absent = [str(row["name"]) for row in runs if row["name"] not in names]
+    notes = []
+    if absent:
+        reason = "no finite number" + (", or zero on a logarithmic axis" if measure.log else "")
+        notes.append(f"Not drawn ({reason}): {', '.join(absent)}.")
+    least = min([*(point.y for point in drawn), *levels], default=0.0)
+    limit = measure.span * least if math.isfinite(measure.span) else math.inf
+    far = [f"{point.name} ({measure.text(point.row)})" for point in drawn if point.y > limit]
+    if far:
+        notes.append(f"Far above the others, not drawn: {', '.join(far)}.")
+    return [point for point in drawn if point.y <= limit], " ".join(notes)
+
+
+def _add_points(
+    figure: Figure,
+    points: Sequence[Point],
+    places: Sequence[str],
+    size: Measure,
+    measure: Measure,
+    look: tuple[str, bool],
+    methods: Sequence[str],
+) -> None:
+    """Add the runs of one method, finetuned or not; ``places`` are those of their names."""
+    name, color, symbol = _style(*look, methods)
+    errors = {}
+    if measure.stderr:
+        spread = array([float(point.row[measure.stderr]) * measure.scale for point in points])
+        errors = {"error_y": {"array": spread, "thickness": 1, "width": 3}}
+    add(
+        figure,
+        "scatter",
+        x=array([point.x for point in points]),
+        y=array([point.y for point in points]),
+        **errors,
+        name=text(name),
+        text=[f" {text(point.name)} " for point in points],
+        customdata=[
+            text(f"not as good as {point.better}" if point.better else f"on the {FRONT}")
+            for point in points
+        ],
+        mode="markers+text",
+        textposition=list(places),
+        cliponaxis=False,
+        marker={
+            "color": color,
+            "symbol": [f"{symbol}-open" if point.better else symbol for point in points],
+            "size": 15 if symbol == "star" else 11,
+            "line": {"width": 2, "color": color},
+        },
+        hovertemplate=f"<b>%{{text}}</b><br>%{{x:.4g}} {text(size.label)}"
+        f"<br>%{{y:.4g}} {text(measure.title)}<br>%{{customdata}}<extra></extra>",
+    )
+
+
+def _add_line(figure: Figure, corners: Iterable[Place], **look: Any) -> None:
+    x, y = zip(*corners, strict=True)
+    add(figure, "scatter", x=array(x), y=array(y), mode="lines", **look)
+
+
+def _add_references(
+    figure: Figure, levels: Sequence[tuple[str, float]], ends: Place, *, log: bool
+) -> None:
+    """Add a horizontal line per uncompressed model, with its name on it."""
+    labels = []
+    for index, (name, level) in enumerate(levels):
+        _add_line(
+            figure,
+            [(ends[0], level), (ends[1], level)],
+            name=text(name),
+            showlegend=False,
+            line={"color": GREY, "width": 2, "dash": REFERENCE_DASHES[min(index, 2)]},
+            hovertemplate="%{y:.4g}<extra>%{fullData.name}</extra>",
+        )
+        right = index % 2 == 0  # names of neighbours stand at different ends
+        labels.append(
+            {
+                "text": text(name),
+                "showarrow": False,
+                "xref": "paper",
+                "x": 1 if right else 0,
+                "xanchor": "right" if right else "left",
+                "y": math.log10(level) if log else level,
+                "yanchor": "bottom",
+            }
+        )
+    if labels:
+        figure["layout"]["annotations"] = labels
+
+
+def _add_finetuning(figure: Figure, points: Sequence[Point]) -> None:
+    """Join every finetuned run with the run it was made from."""
+    by_name = {point.name: point for point in points}
+    for after in points:
+        before = by_name.get(after.row["tuned_from"])
+        if before is not None:
+            corners = [(before.x, before.y), (after.x, after.y)]
+            line = {"color": GREY, "width": 1}
+            _add_line(figure, corners, line=line, showlegend=False, hoverinfo="skip")
+
+
+def _places(
+    points: Sequence[Point],
+    levels: Sequence[float],
+    corners: Sequence[Place],
+    ends: Place,
+    *,
+    log: bool,
+) -> dict[str, str]:
+    """Return where each run's name stands beside its point, best off all lines."""
+    heights = [math.log10(y) if log else y for y in (*(point.y for point in points), *levels)]
+    if not heights:
+        return {}
+    low, high = min(heights), max(heights)
+
+    def relative(place: Place) -> Place:
+        y = math.log10(place[1]) if log else place[1]
+        x = (place[0] - ends[0]) / (ends[1] - ends[0])
+        return x, 0.05 + 0.9 * (y - low) / (high - low) if high > low else 0.5
+
+    lines = [(*relative((ends[0], level)), *relative((ends[1], level))) for level in levels]
+    steps = [relative(corner) for corner in corners]
+    lines += [(*start, *end) for start, end in pairwise(steps)]
+    names = [point.name for point in points]
+    chosen = positions([relative((point.x, point.y)) for point in points], names, lines)
+    return dict(zip(names, chosen, strict=True))
+
+
+def _range(sizes: Sequence[float]) -> tuple[float, float]:
+    """Return the ends of the axis of sizes; sizes that are nearly equal stay close together."""
+    low, high = (min(sizes), max(sizes)) if sizes else (0.0, 1.0)
+    margin = max(0.05 * (high - low), 0.1 * high)
+    return low - margin, high + margin
+
+
+def _style(method: str, tuned: bool, methods: Sequence[str]) -> tuple[str, str, str]:
+    """Return the name in the legend, the color and the symbol."""
+    index = list(methods).index(method) if method in methods else len(methods)
+    color, symbol = COLORS[index % len(COLORS)], SYMBOLS[index % len(SYMBOLS)]
+    return (f"{method}, finetuned", color, "star") if tuned else (method, color, symbol)
+
+
+def _method(point: Point) -> str:
+    method = point.row["method"]
+    return "unknown" if pd.isna(method) else str(method)
+
+
+def _tuned(point: Point) -> bool:
+    return bool(point.row["kind"] == "finetuned")
+
+
+def _is_finite(value: Any) -> bool:
+    return not pd.isna(value) and math.isfinite(value)
