@@ -206,7 +206,8 @@ def push_artifact(
         info = api.model_info(repository, revision=revision, timeout=_SECONDS_TO_ANSWER)
         if private and not info.private:
             raise HubError(
-                f"hub repository {repository}: is public; pass private=False (--public) to publish there"
+                f"hub repository {repository}: is public; pass private=False (--public) to publish "
+                "there"
             )
         present = {sibling.rfilename for sibling in info.siblings or ()}
         stale = _stale(repository, str(info.sha), present) - contents.keys()

@@ -11,8 +11,6 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 from stand_in import READER, StandIn, serve
 
-PROJECT = Path(__file__).parents[2]
-
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:

@@ -172,7 +172,7 @@ def tree(hub: StandIn, name: str, revision: str, folder: str, token: str | None)
     for path, content in hub.repositories[name].files(revision).items():
         row = {"type": "file", "path": path, "size": len(content), "oid": git_sha(content)}
         lfs = {"oid": sha(content), "size": len(content), "pointerSize": 130}
-        rows.append(row | ({"lfs": lfs} if large(path) else {}))
+        rows.append(row | ({"lfs": lfs, "xetHash": sha(content)} if large(path) else {}))
     return say(rows)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT
 from huggingface_hub import constants
 from safetensors.torch import save
 from stand_in import READER, WRITER, Answer, StandIn
@@ -76,6 +75,16 @@ def test_a_sharded_model_comes_whole_and_nothing_else_with_it(hub: StandIn, tmp_
     assert contents(tmp_path / "out") == SHARDED
     asked = " ".join(request.path for request in hub.seen if "/api/" not in request.path)
     assert not any(name in asked for name in NOT_WANTED)
+
+
+def test_xet_is_not_asked_where_it_is_installed(
+    hub: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    hub.add("team/model", SHARDED)
+    fetch(tmp_path / "out", "team/model@main")
+    assert contents(tmp_path / "out") == SHARDED
+    assert not any("xet" in request.path for request in hub.seen)
 
 
 def test_what_is_cached_is_not_fetched_again(hub: StandIn, tmp_path: Path) -> None:
@@ -392,7 +401,7 @@ def test_the_script_fetches_or_says_why_not(
     }
     (tmp_path / "params.yaml").write_text(json.dumps({"models": params}))
     order = ["--help", "sharded", *WRONG, "cut"]
-    script = str(PROJECT / "workflow/scripts/fetch_model.py")
+    script = str(Path(__file__).parents[2] / "workflow/scripts/fetch_model.py")
     rows = [
         json.loads(line)
         for line in elsewhere(SCRIPT.replace("NAMES", repr(order)).replace("FILE", repr(script)))

@@ -454,3 +454,5 @@ def test_no_earlier_download_is_trusted(artifact: Path, writer: StandIn) -> None
         fetch_artifact(f"{NAME}@main")
     assert contents(fetch_artifact(f"{NAME}@main")) == contents(artifact)
     assert len(writer.gets("model.safetensors")) == 2
+    writer.down = 503
+    assert fetch_artifact(f"{NAME}@main") == folder, "without the hub, what is cached"
