@@ -1,112 +1,23 @@
-"""Shared fixtures: a tiny Llama with a real tokenizer, trained for seconds on real text."""
+"""Shared fixtures: tiny trained models, and artifacts made from them (tiny_artifacts.py)."""
 
-import itertools
 import os
 import random
-import sysconfig
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tiny_models import (
+    HELD_OUT_PACKAGES,
+    build_tiny_finetuned,
+    build_tiny_model,
+    built_once,
+    library_text,
+    tokenize,
+)
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-VOCABULARY = 512
-TRAIN_PACKAGES = ("json", "email", "http", "logging", "unittest")
-OTHER_PACKAGES = ("xml", "importlib", "concurrent")
-HELD_OUT_PACKAGES = ("asyncio",)
-
-
-def library_text(packages: tuple[str, ...]) -> list[str]:
-    """The sources of standard library packages, one document per file, in sorted order."""
-    root = Path(sysconfig.get_path("stdlib"))
-    files = itertools.chain.from_iterable(sorted((root / name).glob("*.py")) for name in packages)
-    return [file.read_text(encoding="utf-8") for file in files]
-
-
-def tokenize(tokenizer: Tokenizer | PreTrainedTokenizerFast, documents: list[str]) -> Tensor:
-    """All tokens of the documents, joined by a blank line: int64 ``[tokens]``."""
-    encoded = tokenizer.encode("\n\n".join(documents))
-    return torch.tensor(encoded.ids if isinstance(tokenizer, Tokenizer) else encoded)
-
-
-def train(model: LlamaForCausalLM, tokens: Tensor, steps: int, learning_rate: float) -> None:
-    """Next-token training on random stretches of 64 tokens, batch 8; deterministic."""
-    generator = torch.Generator().manual_seed(0)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * (1 - step / steps)
-        starts = torch.randint(len(tokens) - 64, (8,), generator=generator)
-        batch = torch.stack([tokens[start : start + 64] for start in starts])  # [8, 64]
-        model(input_ids=batch, labels=batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.requires_grad_(requires_grad=True).eval()
-
-
-def build_tiny_model(folder: Path) -> None:
-    """Train the tokenizer and the model and save both as a Hugging Face folder in fp32."""
-    documents = library_text(TRAIN_PACKAGES)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        documents,
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
-            special_tokens=["<|endoftext|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=64,
-            intermediate_size=176,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=0,
-            pad_token_id=0,
-        )
-    )
-    train(model, tokenize(tokenizer, documents), steps=200, learning_rate=4e-3)
-    model.save_pretrained(folder)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
-    ).save_pretrained(folder)
-
-
-def build_tiny_finetuned(base: Path, folder: Path) -> None:
-    """The tiny model some steps further on other text; embeddings (and so the head) stay."""
-    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model.get_input_embeddings().requires_grad_(requires_grad=False)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
-    train(model, tokenize(tokenizer, library_text(OTHER_PACKAGES)), steps=30, learning_rate=5e-4)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def built_once(root: Path, name: str, build: Callable[[Path], None]) -> Path:
-    """A folder that one worker of a test session builds and the others wait for."""
-    folder, done = root / name, root / f"{name}.done"
-    with FileLock(root / f"{name}.lock"):
-        if not done.exists():
-            build(folder)
-            done.touch()
-    return folder
+pytest_plugins = ["tiny_artifacts"]
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from llmpress.artifacts import read_json, save_tensors, write_json
+from llmpress.artifacts import read_json, read_provenance, save_tensors, write_json
 from llmpress.blocks import BlockWalk, progress
 from llmpress.errors import ArtifactError, NumericalError
 from llmpress.methods.base import InputStatistics
@@ -78,6 +78,27 @@ class Statistics(Mapping[str, InputStatistics]):
     def __len__(self) -> int:
         """Return the number of layers."""
         return len(self._where)
+
+
+def check_calibration(folder: Path, fingerprint: str, name: str) -> None:
+    """Refuse statistics of another model than the one they are to be used for.
+
+    Args:
+        folder: A calibration artifact.
+        fingerprint: Of the model.
+        name: Of the model, for the message.
+
+    Raises:
+        ArtifactError: It was made on another model, or is no calibration.
+    """
+    inputs = read_provenance(folder).get("inputs") or {}
+    if not (folder / INDEX).is_file() or "model" not in inputs:
+        raise ArtifactError(f"{folder}: is no calibration; make one with `llmpress calibrate`")
+    if inputs["model"] != fingerprint:
+        raise ArtifactError(
+            f"{folder}: was made on another model ({inputs['model'][:12]}) than {name} "
+            f"({fingerprint[:12]}); calibrate {name}"
+        )
 
 
 def load_statistics(folder: Path) -> Statistics:

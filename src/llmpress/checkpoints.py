@@ -48,7 +48,10 @@ class Checkpoint:
     def _files(self) -> dict[str, Path]:
         if (self.folder / WEIGHTS_INDEX).is_file():
             index = read_json(self.folder / WEIGHTS_INDEX)
-            names = sorted(set(index["weight_map"].values()))
+            where = index.get("weight_map") if isinstance(index, dict) else None
+            if not isinstance(where, dict) or not all(isinstance(n, str) for n in where.values()):
+                raise ArtifactError(f"{self.folder / WEIGHTS_INDEX}: damaged; fetch the model again")
+            names = sorted(set(where.values()))
         elif (self.folder / WEIGHTS).is_file():
             names = [WEIGHTS]
         elif any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt")):

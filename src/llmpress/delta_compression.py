@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from llmpress.artifacts import artifact_folder, fingerprint, write_json
-from llmpress.calibration import load_statistics
+from llmpress.calibration import check_calibration, load_statistics
 from llmpress.compression import compress_layers, totals
 from llmpress.delta_files import EXACT, DeltaFolder, DeltaWriter
 from llmpress.errors import ConfigError
@@ -115,6 +115,9 @@ def compress_delta_artifact(
     opened = DeltaFolder(delta, "delta")
     inputs = {"delta": delta} | ({"calibration": calibration} if calibration else {})
     with artifact_folder(out, stage="compress_delta", settings=settings, inputs=inputs) as folder:
+        if calibration:
+            finetuned = opened.header["finetuned"]
+            check_calibration(calibration, finetuned["fingerprint"], finetuned["name"])
         decided_by = {**settings, **{role: fingerprint(path) for role, path in inputs.items()}}
         store = BlockStore(f"compress-delta-{out.name}", decided_by, scratch)
         compress_delta(

@@ -60,9 +60,9 @@ def load_model(
         ConfigError: No such device here.
     """
     place = pick_device(device)
-    checkpoint = Checkpoint(Path(folder))  # names a missing or damaged file before transformers
-    if (checkpoint.folder / PROVENANCE).is_file():
-        verify(checkpoint.folder)
+    if (Path(folder) / PROVENANCE).is_file():
+        verify(Path(folder))
+    Checkpoint(Path(folder))  # names what is missing or damaged before transformers does
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, trust_remote_code=False, local_files_only=True
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from llmpress.artifacts import artifact_folder, fingerprint
-from llmpress.calibration import load_statistics
+from llmpress.calibration import check_calibration, load_statistics
 from llmpress.checkpoints import Checkpoint
 from llmpress.compressed_checkpoints import write_compressed_model
 from llmpress.compression import compress_layers, model_shapes
@@ -48,11 +48,13 @@ def compress_model(
         ValueError: Settings that no layer of this model allows.
     """
     settings = {"method": method_name, **asdict(method), "seed": seed}
-    checkpoint = Checkpoint(model)
-    if is_compressed(checkpoint):
-        raise ArtifactError(f"{model}: is compressed already; compress the model it was made from")
     inputs = {"model": model} | ({"calibration": calibration} if calibration else {})
     with artifact_folder(out, stage="compress", settings=settings, inputs=inputs) as folder:
+        checkpoint = Checkpoint(model)
+        if is_compressed(checkpoint):
+            raise ArtifactError(f"{model}: is compressed already; compress its original")
+        if calibration:
+            check_calibration(calibration, fingerprint(model), model.name)
         model_weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
         store = BlockStore(
             f"compress-{out.name}",

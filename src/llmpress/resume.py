@@ -10,6 +10,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ class BlockStore:
         """Remove all checkpoints of this task, of older settings too."""
         for folder in self._root.glob(self._pattern):
             shutil.rmtree(folder)
+        with suppress(OSError):  # another task's checkpoints are in there, or there were none
+            self._root.rmdir()
 
 
 def _code_fingerprint() -> str:

@@ -33,12 +33,16 @@ def compare(
     from llmpress.cli.options import model_folder, quiet
     from llmpress.cli.output import bytes_text, print_json, print_table
     from llmpress.cli.texts import evaluation_text
+    from llmpress.delta_files import HEADER
     from llmpress.devices import pick_device
+    from llmpress.errors import ConfigError
     from llmpress.evaluation.comparison import compare_models
 
     quiet()
     texts = {path.name: evaluation_text(path) for path in text}
     delta = Path(other) if base is not None else None
+    if delta is None and (Path(other) / HEADER).is_file():
+        raise ConfigError(f"{other} is a delta: name the model it is put on with --base")
     result = compare_models(
         model_folder(original),
         model_folder(base if base is not None else other),

@@ -54,7 +54,13 @@ def compress(
     Example: llmpress compress data/models/smollm2 --method rtn --bits 3 --out smollm2-3bit
     """
     from llmpress.cli.inspect import print_summary
-    from llmpress.cli.options import check_out, method_settings, model_folder, quiet
+    from llmpress.cli.options import (
+        check_out,
+        method_settings,
+        model_folder,
+        quiet,
+        scratch_folder,
+    )
     from llmpress.cli.output import print_json
     from llmpress.devices import pick_device
     from llmpress.inspection import describe
@@ -74,6 +80,7 @@ def compress(
             calibration=known,
             seed=seed,
             device=place,
+            scratch=scratch_folder(out),
         )
     description = describe(out)
     if as_json:

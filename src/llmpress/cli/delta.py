@@ -71,7 +71,13 @@ def compress(
     """Compress an extracted delta; what is no linear layer is kept exactly, and counted."""
     from llmpress.cli.compress import SUMMARY, statistics
     from llmpress.cli.inspect import print_summary
-    from llmpress.cli.options import check_out, method_settings, model_folder, quiet
+    from llmpress.cli.options import (
+        check_out,
+        method_settings,
+        model_folder,
+        quiet,
+        scratch_folder,
+    )
     from llmpress.cli.output import print_json
     from llmpress.delta_compression import compress_delta_artifact
     from llmpress.devices import pick_device
@@ -94,6 +100,7 @@ def compress(
             calibration=known,
             seed=seed,
             device=place,
+            scratch=scratch_folder(out),
         )
     description = describe(out)
     if as_json:

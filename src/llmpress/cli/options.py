@@ -81,6 +81,11 @@ def check_out(out: Path, *, force: bool) -> None:
         raise ArtifactError(f"{out}: exists already; choose another --out, or add --force")
 
 
+def scratch_folder(out: Path) -> Path:
+    """Return where the finished blocks of an unfinished command lie: beside its result."""
+    return out.parent / f".{out.name}.unfinished"
+
+
 def method_settings(name: str, bits: float | None, assignments: Sequence[str] | None) -> "Method":
     """Return a method with the settings of the command line, checked.
 

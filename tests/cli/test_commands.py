@@ -1,0 +1,200 @@
+"""Every command does what it says, for people and for scripts."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import llmpress
+from tiny_artifacts import Make
+from transformers import AutoModelForCausalLM
+
+from llmpress.artifacts import read_json, sha256
+from llmpress.layers import CodebookLinear
+from llmpress.methods import known_methods
+
+COMMANDS = [
+    [],
+    ["compress"],
+    ["calibrate"],
+    ["inspect"],
+    ["generate"],
+    ["compare"],
+    ["export"],
+    ["methods"],
+    ["plan"],
+    ["delta"],
+    ["delta", "extract"],
+    ["delta", "compress"],
+    ["delta", "apply"],
+    ["hub"],
+    ["hub", "push"],
+    ["hub", "fetch"],
+]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.py"
+    path.write_text("\n".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(200)))
+    return path
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_explains_every_option(command: list[str]) -> None:
+    done = llmpress(*command, "--help")
+    assert done.code == 0
+    assert "Usage: llmpress" in done.out
+
+
+def test_version() -> None:
+    assert llmpress("--version").out.startswith("llmpress 0.")
+
+
+def test_a_wrong_command_line_is_exit_code_2() -> None:
+    assert llmpress("compress").code == 2
+    assert llmpress("comprss").code == 2
+
+
+def test_methods_lists_all_of_them() -> None:
+    listed = llmpress("methods", "--json").json
+    assert [method["name"] for method in listed] == known_methods()
+    for method in listed:
+        assert method["summary"]
+        assert all(setting["meaning"] for setting in method["settings"]), method
+    assert "vector_size" in llmpress("methods", "cluscomp").out
+
+
+def test_compress_with_text(tiny_model_folder: Path, text: Path, tmp_path: Path) -> None:
+    done = llmpress("compress", tiny_model_folder, "-m", "cluscomp", "--bits", 4, "-o",
+                    tmp_path / "out", "--set", "iterations=2", "--text", text, "--windows", 2,
+                    "--length", 64, "--json")  # fmt: skip
+    assert done.code == 0, done.err
+    assert done.json["size"]["bits_per_weight"] <= 4
+    assert done.json["settings"]["iterations"] == 2
+    assert "calibration" in read_json(tmp_path / "out/provenance.json")["inputs"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert isinstance(model.model.layers[0].mlp.up_proj, CodebookLinear)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_compress_without_calibration_says_so(tiny_model_folder: Path, tmp_path: Path) -> None:
+    done = llmpress("compress", tiny_model_folder, "-m", "svd", "-s", "rank=8", "-o",
+                    tmp_path / "out")  # fmt: skip
+    assert done.code == 0, done.err
+    assert "svd does better with calibration" in done.err
+    assert "bits per weight" in done.out
+
+
+def test_the_same_command_gives_the_same_bytes_and_force_replaces(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    command = ["compress", tiny_model_folder, "-m", "rtn", "--bits", 3, "-s", "group_size=16",
+               "-o", tmp_path / "out"]  # fmt: skip
+    assert llmpress(*command).code == 0
+    digest = sha256(tmp_path / "out/model.safetensors")
+    assert "exists already" in llmpress(*command).error
+    assert llmpress(*command, "--force").code == 0
+    assert sha256(tmp_path / "out/model.safetensors") == digest
+
+
+def test_calibrate_once_compress_many(tiny_model_folder: Path, text: Path, tmp_path: Path) -> None:
+    done = llmpress("calibrate", tiny_model_folder, "--text", text, "--windows", 2, "--length", 32,
+                    "-o", tmp_path / "known", "--json")  # fmt: skip
+    assert done.json["tokens"] == 64
+    for method, setting in (("gptq", "group_size=16"), ("svd", "whiten=true")):
+        done = llmpress("compress", tiny_model_folder, "-m", method, "--bits", 4, "-s", setting,
+                        "--calibration", tmp_path / "known", "-o", tmp_path / method)  # fmt: skip
+        assert done.code == 0, done.err
+
+
+def test_inspect_tells_what_it_is(
+    compressed: Make, compressed_delta: Path, tiny_delta: Path, calibration: Path,
+    tiny_model_folder: Path,
+) -> None:  # fmt: skip
+    kinds = {
+        compressed("gptq"): "compressed model",
+        compressed_delta: "compressed delta",
+        tiny_delta: "delta",
+        calibration: "calibration",
+        tiny_model_folder: "model",
+    }
+    for folder, kind in kinds.items():
+        record = llmpress("inspect", folder, "--json").json
+        assert record["kind"] == kind
+        assert record["verified"] == (folder != tiny_model_folder)
+        assert kind in llmpress("inspect", folder).out
+    shown = llmpress("inspect", compressed("gptq"), "--layers").out
+    assert shown.count("_proj") >= 21
+    assert "All 21 layers" in shown
+
+
+def test_generate_streams_and_counts(tiny_model_folder: Path, compressed_delta: Path) -> None:
+    plain = llmpress("generate", tiny_model_folder, "def f(", "--max-tokens", 8)
+    assert plain.code == 0, plain.err
+    record = llmpress("generate", tiny_model_folder, "def f(", "--max-tokens", 8, "--json").json
+    assert record["text"].strip() == plain.out.strip()
+    assert 1 <= record["new_tokens"] <= 8
+    piped = llmpress("generate", tiny_model_folder, "--max-tokens", 8, "--json", stdin="def f(")
+    assert piped.json["text"] == record["text"]
+    sampled = [
+        llmpress("generate", tiny_model_folder, "def f(", "--max-tokens", 8, "--temperature", 1.5,
+                 "--seed", seed, "--json").json["text"]
+        for seed in (1, 1, 2)
+    ]  # fmt: skip
+    assert sampled[0] == sampled[1] != sampled[2]
+    tuned = llmpress("generate", tiny_model_folder, "def f(", "--delta", compressed_delta)
+    assert tuned.code == 0, tuned.err
+
+
+def test_compare_a_model_with_itself_and_with_less(
+    tiny_model_folder: Path, compressed: Make, text: Path
+) -> None:
+    command = ["compare", tiny_model_folder]
+    options = ["--text", text, "--windows", 2, "--length", 64, "--json"]
+    same = llmpress(*command, tiny_model_folder, *options).json["texts"][text.name]
+    assert same["kl_divergence_nats"] == pytest.approx(0, abs=1e-6)
+    assert same["top1_agreement"] == 1
+    assert same["num_tokens"] == 2 * 63
+    assert same["original_perplexity"] == same["other_perplexity"]
+    less = llmpress(*command, compressed("rtn"), *options).json
+    assert less["texts"][text.name]["kl_divergence_nats"] > 1e-4
+    assert less["other_size"]["ratio"] > less["original_size"]["ratio"]
+    assert "KL, nats" in llmpress(*command, compressed("rtn"), *options[:-1]).out
+
+
+def test_a_delta_from_two_models_to_one(
+    tiny_model_folder: Path, tiny_finetuned_folder: Path, text: Path, tmp_path: Path
+) -> None:
+    done = llmpress("delta", "extract", tiny_model_folder, tiny_finetuned_folder, "-o",
+                    tmp_path / "delta")  # fmt: skip
+    assert done.code == 0, done.err
+    done = llmpress("delta", "compress", tmp_path / "delta", "-m", "delta_come", "--bits", 4, "-s",
+                    "group_size=16", "--finetuned", tiny_finetuned_folder, "--text", text,
+                    "--windows", 2, "--length", 64, "-o", tmp_path / "small", "--json")  # fmt: skip
+    assert done.json["size"]["bits_per_weight"] <= 4
+    options = ["--text", text, "--windows", 2, "--length", 64, "--json"]
+    kl = {
+        name: llmpress("compare", tiny_finetuned_folder, *other, *options).json["texts"][text.name][
+            "kl_divergence_nats"
+        ]
+        for name, other in {
+            "base": [tiny_model_folder],
+            "base and delta": [tmp_path / "small", "--base", tiny_model_folder],
+        }.items()
+    }
+    assert kl["base and delta"] < 0.2 * kl["base"]
+    done = llmpress("delta", "apply", tiny_model_folder, tmp_path / "small", "-o",
+                    tmp_path / "dense", "--dtype", "float32")  # fmt: skip
+    assert done.code == 0, done.err
+    dense = llmpress("compare", tiny_finetuned_folder, tmp_path / "dense", *options).json
+    found = dense["texts"][text.name]["kl_divergence_nats"]
+    assert found == pytest.approx(kl["base and delta"], rel=1e-3)
+
+
+def test_export_dense(compressed: Make, tmp_path: Path) -> None:
+    done = llmpress("export", compressed("svd"), "--dense", "--dtype", "float16", "-o",
+                    tmp_path / "dense", "--json")  # fmt: skip
+    assert done.json["dtype"] == "float16"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto")
+    assert model.dtype == torch.float16
+    assert "say --dense" in llmpress("export", compressed("svd"), "-o", tmp_path / "x").error

@@ -1,0 +1,98 @@
+"""Tiny artifacts of every kind, made once per test session through the library's front door."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import built_once, library_text
+
+from llmpress.calibration import CalibrationSettings
+from llmpress.delta_compression import compress_delta_artifact
+from llmpress.delta_extraction import extract_delta_artifact
+from llmpress.model_calibration import CalibrationText, calibrate_model
+from llmpress.model_compression import compress_model
+from llmpress.runs import build_method
+
+CPU = torch.device("cpu")
+WEIGHT_METHODS = {
+    "rtn": {"num_bits": 4, "group_size": 16},
+    "gptq": {"num_bits": 3, "group_size": 16},
+    "cluscomp": {"bits": 4.0, "iterations": 3},
+    "svd": {"rank": 16},
+    "lillama": {"reduction": 0.2},
+    "bitdelta": {},
+    "magnitude": {"sparsity": 0.5},
+    "delta_come": {"bits": 4.0, "group_size": 16},
+}
+
+Make = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def calibration(shared_folder: Path, tiny_model_folder: Path) -> Path:
+    """Statistics of the tiny model over a little text."""
+    return built_once(
+        shared_folder,
+        "tiny-calibration",
+        lambda out: calibrate_model(
+            tiny_model_folder,
+            {"code": CalibrationText(library_text(("xml",)), library_text(("asyncio",)))},
+            CalibrationSettings(("code",), windows=4, length=64, validation_windows=1),
+            out,
+            inputs={},
+            device=CPU,
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def compressed(shared_folder: Path, tiny_model_folder: Path, calibration: Path) -> Make:
+    """The tiny model, compressed by a method."""
+
+    def make(name: str) -> Path:
+        return built_once(
+            shared_folder,
+            f"tiny-{name}",
+            lambda out: compress_model(
+                tiny_model_folder,
+                out,
+                method_name=name,
+                method=build_method(name, WEIGHT_METHODS[name], name),
+                calibration=calibration,
+                seed=0,
+                device=CPU,
+                scratch=shared_folder / f"scratch-{name}",
+            ),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_delta(shared_folder: Path, tiny_model_folder: Path, tiny_finetuned_folder: Path) -> Path:
+    """What the tiny fine-tuned model learned, as it is."""
+    return built_once(
+        shared_folder,
+        "tiny-delta",
+        lambda out: extract_delta_artifact(tiny_model_folder, tiny_finetuned_folder, out),
+    )
+
+
+@pytest.fixture(scope="session")
+def compressed_delta(shared_folder: Path, tiny_delta: Path) -> Path:
+    """The same, compressed."""
+    return built_once(
+        shared_folder,
+        "tiny-compressed-delta",
+        lambda out: compress_delta_artifact(
+            tiny_delta,
+            out,
+            method_name="svd",
+            method=build_method("svd", {"rank": 8}, "svd"),
+            calibration=None,
+            seed=0,
+            device=CPU,
+            scratch=shared_folder / "scratch-delta",
+        ),
+    )
