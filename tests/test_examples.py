@@ -5,6 +5,7 @@ import doctest
 import json
 import re
 import runpy
+import shutil
 import sys
 import types
 import typing
@@ -17,10 +18,13 @@ import torch
 from transformers import LlamaForCausalLM
 
 import llmpress
+from llmpress import methods
 from llmpress.artifacts import read_json
 from llmpress.compression import LayerRecord
 from llmpress.layers import KINDS, build_layer
 from llmpress.methods import known_methods, method_class
+from llmpress.model_compression import compress_model
+from llmpress.runs import build_method
 from llmpress.tuning import BlockRecord, TuningSettings
 
 ROOT = Path(__file__).parents[1]
@@ -99,6 +103,30 @@ def test_export_for_other_tools(run: Run, compressed: Path, tmp_path: Path) -> N
 
 def test_own_method(run: Run) -> None:
     assert "bits per weight" in run("05_own_method")
+
+
+def test_own_method_is_found_by_its_file(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own").mkdir()
+    shutil.copy(EXAMPLES / "05_own_method.py", tmp_path / "own" / "ternary.py")
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path / "own")])
+    compress_model(
+        tiny_model_folder,
+        tmp_path / "out",
+        method_name="ternary",
+        method=build_method("ternary", {"threshold": 0.5}, "test"),
+        calibration=None,
+        seed=0,
+        device=torch.device("cpu"),
+        scratch=tmp_path / "scratch",
+    )
+    monkeypatch.delitem(sys.modules, "llmpress.methods.ternary")
+    assert read_json(tmp_path / "out" / "layers.json")["totals"]["bits_per_weight"] < 3
+    assert (
+        llmpress.load_model(tmp_path / "out").get_submodule("model.layers.0.mlp.up_proj").num_bits
+        == 2
+    )
 
 
 def test_every_example_is_short_and_tested() -> None:
