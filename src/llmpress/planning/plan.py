@@ -1,0 +1,513 @@
+"""From params.yaml to one row per stage instance: what it needs and whether that fits.
+
+Stages that fetch something and the report are left out: what is downloaded is not known before,
+and the report takes seconds. A model that is not there yet gives rows that say how to get it.
+"""
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmpress.artifacts import read_json
+from llmpress.calibration import CalibrationSettings
+from llmpress.config import build, section, suggestion
+from llmpress.errors import ArtifactError, ConfigError
+from llmpress.evaluation.settings import EvaluationSettings
+from llmpress.methods.base import Method
+from llmpress.planning import stages
+from llmpress.planning.machine import Machine
+from llmpress.planning.shapes import ModelShapes, read_shapes
+from llmpress.planning.sizes import planned_layers
+from llmpress.planning.stages import Estimate, TaskText
+from llmpress.runs import build_method, read_delta_run, read_finetune, read_run
+from llmpress.training import TrainingSettings
+
+FASTER, SLOWER = 0.6, 2.5
+"""A stage is expected to take between these multiples of the estimate. Constants were measured on
+an idle machine, the default run they were checked against shared its two hyperthreads."""
+
+FASTER_ON_DEVICE, SLOWER_ON_DEVICE = 0.3, 4.0
+"""The same on a GPU, where the constants were never calibrated."""
+
+CHARACTERS_PER_TOKEN = 4.2
+"""Of English; every digit is taken for a token of its own."""
+
+REMEDIES = {
+    "calibrate": "lower `windows` or `length` of the calibration, or use a smaller model",
+    "compress": "use a smaller model, or a method with a smaller work space",
+    "compress_delta": "use a smaller model, or a method with a smaller work space",
+    "finetune": "lower `batch_size`, or `windows` and `length` of the calibration",
+    "train_task": "lower `batch_size`, or use a smaller model",
+    "extract_delta": "use a smaller model",
+    "evaluate": "use a smaller model, bfloat16 as `dtype`, or a lower `length` of the evaluation",
+}
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One stage instance; every number is an estimate but for exact disk bytes.
+
+    Attributes:
+        stage: Name in dvc.yaml without its key.
+        name: Its key.
+        unknown: Why nothing is known, with what to do; None where the rest holds.
+        memory_bytes: Memory of the computer at the peak.
+        device_memory_bytes: Memory of the GPU at the peak; 0 without a GPU.
+        mapped_bytes: Pages of weight files that show in the resident size on top of
+            ``memory_bytes`` and that the system drops when it needs them.
+        disk_bytes: The artifact that stays; DVC's cache shares it by a link.
+        disk_exact: Whether its tensor files are counted exactly; otherwise the values decide.
+        scratch_bytes: Disk used on top until the stage is done.
+        seconds: Expected time.
+        seconds_low: Lower end of the expected range.
+        seconds_high: Upper end.
+        present: Whether the artifact lies there already; the engine decides if it is up to date.
+        fits: Whether it fits the machine by itself; None where nothing is known.
+        problems: What does not fit, by how much, what to lower.
+    """
+
+    stage: str
+    name: str
+    unknown: str | None = None
+    memory_bytes: int = 0
+    device_memory_bytes: int = 0
+    mapped_bytes: int = 0
+    disk_bytes: int = 0
+    disk_exact: bool = True
+    scratch_bytes: int = 0
+    seconds: float = 0.0
+    seconds_low: float = 0.0
+    seconds_high: float = 0.0
+    present: bool = False
+    fits: bool | None = None
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All rows and what they add up to.
+
+    Attributes:
+        rows: In the order in which the stages depend on each other.
+        machine: What they were compared with.
+        memory_bytes: Of the row that needs most.
+        device_memory_bytes: The same on the GPU.
+        disk_bytes: Of all artifacts.
+        disk_missing_bytes: Of the artifacts that are not there yet, with the largest scratch.
+        seconds: Of all rows one after another, artifacts that are there included.
+        seconds_low: Lower end of the expected range.
+        seconds_high: Upper end.
+        fits: Whether every row fits, and all missing artifacts together fit the disk.
+        problems: Of all artifacts together.
+    """
+
+    rows: tuple[PlanRow, ...]
+    machine: Machine
+    memory_bytes: int = 0
+    device_memory_bytes: int = 0
+    disk_bytes: int = 0
+    disk_missing_bytes: int = 0
+    seconds: float = 0.0
+    seconds_low: float = 0.0
+    seconds_high: float = 0.0
+    fits: bool = True
+    problems: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain values for JSON."""
+        return asdict(self)
+
+
+def plan_compression(
+    model: ModelShapes, name: str, method_name: str, method: Method, machine: Machine
+) -> Plan:
+    """Plan one compression without a params.yaml.
+
+    Args:
+        model: What is compressed.
+        name: What the row is called.
+        method_name: Name of a file in ``llmpress.methods``.
+        method: Its settings.
+        machine: What the plan is compared with.
+
+    Raises:
+        ValueError: A budget that the model or a layer cannot meet.
+    """
+    estimate = stages.compress(model, method_name, method)
+    return summarize([fitted("compress", name, estimate, machine)], machine)
+
+
+def plan_project(
+    params: Mapping[str, Any],
+    machine: Machine,
+    *,
+    names: Sequence[str] = (),
+    model: ModelShapes | None = None,
+    root: Path = Path(),
+) -> Plan:
+    """Plan the stages of a params.yaml.
+
+    Args:
+        params: Its content.
+        machine: What the plan is compared with.
+        names: Runs, delta runs, finetunes or models to plan with all they are made from; all by
+            default.
+        model: Layout that stands for every model, instead of those of data/models.
+        root: The project's folder.
+
+    Raises:
+        ConfigError: An unknown name, or a mistake in params.yaml.
+    """
+    project = _Project(params, machine, model, root)
+    tasks = project.tasks()
+    known = sorted({name for _, name in tasks})
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{name!r} is nothing to plan{suggestion(name, known)}")
+    wanted = [key for key in tasks if not names or key[1] in names]
+    closure: set[tuple[str, str]] = set()
+    while wanted:
+        key = wanted.pop()
+        if key in tasks and key not in closure:
+            closure.add(key)
+            wanted.extend(tasks[key].needs)
+    rows = [project.row(key, tasks[key]) for key in tasks if key in closure]
+    return summarize(rows, machine)
+
+
+def fitted(
+    stage: str, name: str, estimate: Estimate, machine: Machine, *, present: bool = False
+) -> PlanRow:
+    """Return an estimate as a row, compared with the machine."""
+    on_device = machine.device != "cpu"
+    memory = estimate.staging_bytes if on_device else estimate.host_bytes
+    device = estimate.device_bytes if on_device else 0
+    disk = estimate.artifact.num_bytes
+    seconds = estimate.work.seconds(machine.rates)
+    low, high = (FASTER_ON_DEVICE, SLOWER_ON_DEVICE) if on_device else (FASTER, SLOWER)
+    remedy = REMEDIES["evaluate" if stage.startswith("evaluate") else stage]
+    needed = [
+        ("memory", memory, machine.memory_available_bytes, remedy),
+        ("disk", disk + estimate.scratch_bytes, machine.disk_free_bytes, "free some disk"),
+    ]
+    if machine.device_memory_free_bytes is not None:
+        needed.append(("GPU memory", device, machine.device_memory_free_bytes, remedy))
+    problems = tuple(
+        f"{what}: {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free, "
+        f"{(need - free) / 1e9:.1f} GB too much; {advice}"
+        for what, need, free, advice in needed
+        if need > free and not (what == "disk" and present)
+    )
+    return PlanRow(
+        stage=stage,
+        name=name,
+        memory_bytes=memory,
+        device_memory_bytes=device,
+        mapped_bytes=estimate.mapped_bytes,
+        disk_bytes=disk,
+        disk_exact=estimate.artifact.exact,
+        scratch_bytes=estimate.scratch_bytes,
+        seconds=seconds,
+        seconds_low=low * seconds,
+        seconds_high=high * seconds,
+        present=present,
+        fits=not problems,
+        problems=problems,
+    )
+
+
+def summarize(rows: Sequence[PlanRow], machine: Machine) -> Plan:
+    """Add rows up and compare all missing artifacts together with the free disk."""
+    missing = [row for row in rows if not row.present]
+    scratch = max((row.scratch_bytes for row in missing), default=0)
+    disk_missing = sum(row.disk_bytes for row in missing) + scratch
+    over = disk_missing - machine.disk_free_bytes
+    problems = (
+        (
+            f"disk: all artifacts together need {over / 1e9:.1f} GB more than are free; "
+            "free some disk, or leave some runs out",
+        )
+        if over > 0 and not any(problem.startswith("disk") for r in rows for problem in r.problems)
+        else ()
+    )
+    return Plan(
+        rows=tuple(rows),
+        machine=machine,
+        memory_bytes=max((row.memory_bytes for row in rows), default=0),
+        device_memory_bytes=max((row.device_memory_bytes for row in rows), default=0),
+        disk_bytes=sum(row.disk_bytes for row in rows),
+        disk_missing_bytes=disk_missing,
+        seconds=sum(row.seconds for row in rows),
+        seconds_low=sum(row.seconds_low for row in rows),
+        seconds_high=sum(row.seconds_high for row in rows),
+        fits=over <= 0 and all(row.fits is not False for row in rows),
+        problems=problems,
+    )
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A stage instance: how it is estimated, what it is made from, where its artifact lies."""
+
+    estimate: Callable[[], Estimate]
+    needs: tuple[tuple[str, str], ...]
+    folder: Path
+
+
+@dataclass
+class _Project:
+    """params.yaml with the layouts of its models, each read once."""
+
+    params: Mapping[str, Any]
+    machine: Machine
+    model: ModelShapes | None
+    root: Path
+    _shapes: dict[str, ModelShapes] = field(default_factory=dict)
+    _evaluation: EvaluationSettings | None = None
+    _answers: dict[str, TaskText] = field(default_factory=dict)
+
+    def row(self, key: tuple[str, str], task: _Task) -> PlanRow:
+        """Estimate one stage instance, or say why that is not possible yet."""
+        stage, name = key
+        try:
+            estimate = task.estimate()
+        except ArtifactError as error:
+            return PlanRow(stage, name, unknown=str(error))
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"{stage} {name}: {error}") from None
+        present = self.model is None and (self.root / task.folder).exists()
+        return fitted(stage, name, estimate, self.machine, present=present)
+
+    def tasks(self) -> dict[tuple[str, str], _Task]:
+        """Return every stage instance in the order of dvc.yaml."""
+        groups: tuple[tuple[str, str, Callable[[str], _Task]], ...] = (
+            ("finetuned_models", "train_task", self._train_task),
+            ("deltas", "extract_delta", self._extract_delta),
+            ("calibrations", "calibrate", self._calibrate),
+            ("runs", "compress", self._compress),
+            ("delta_runs", "compress_delta", self._compress_delta),
+            ("finetunes", "finetune", self._finetune),
+        )
+        tasks = {
+            (stage, str(name)): make(str(name))
+            for group, stage, make in groups
+            for name in self.params.get(group) or {}
+        }
+        if "evaluation" not in self.params:
+            return tasks
+        for name in section(self.params, "evaluation.models"):
+            tasks["evaluate_model", name] = self._evaluate_model(name)
+        for group, stage, made in (
+            ("runs", "evaluate", "compress"),
+            ("delta_runs", "evaluate_delta", "compress_delta"),
+            ("finetunes", "evaluate_finetuned", "finetune"),
+        ):
+            for name in self.params.get(group) or {}:
+                tasks[stage, str(name)] = self._evaluate(stage, str(name), made)
+        return tasks
+
+    def _layout(self, name: str) -> ModelShapes:
+        """Return the layout of a model of params.yaml.
+
+        Raises:
+            ArtifactError: It has to be fetched first.
+        """
+        if self.model is not None:
+            return self.model
+        if name not in self._shapes:
+            self._shapes[name] = self._read_layout(name)
+        return self._shapes[name]
+
+    def _read_layout(self, name: str) -> ModelShapes:
+        folder = self.root / "data/models" / name
+        if (folder / "config.json").is_file():
+            return read_shapes(folder)
+        trained = (self.params.get("finetuned_models") or {}).get(name)
+        if trained is not None:
+            import torch
+
+            return self._layout(str(trained["base"])).stored_as(torch.float32)
+        source = section(self.params, f"models.{name}")
+        if "path" in source and "file" not in source and Path(source["path"]).is_dir():
+            return read_shapes(Path(source["path"]))
+        raise ArtifactError(f"fetch the model first: python workflow/scripts/fetch_model.py {name}")
+
+    def _calibration(self, name: str) -> CalibrationSettings:
+        where = f"calibrations.{name}"
+        return build(CalibrationSettings, section(self.params, where), where)
+
+    def _exact_tensors(self, name: str) -> Collection[str]:
+        """Return what fine-tuning changes outside the linears: as known, or at most everything."""
+        header = self.root / "data/deltas" / name / "delta.json"
+        if self.model is None and header.is_file():
+            return list(read_json(header)["exact"])
+        if name in (self.params.get("finetuned_models") or {}):
+            return ()  # train_task leaves everything else alone
+        layout = self._layout(name)
+        linears = {f"{linear}.weight" for linear in layout.linears}
+        return [tensor for tensor in layout.tensors if tensor not in linears]
+
+    def _train_task(self, name: str) -> _Task:
+        where = f"finetuned_models.{name}"
+        settings = build(TrainingSettings, section(self.params, where), where)
+        return _Task(
+            lambda: stages.train_task(
+                self._layout(settings.base),
+                settings.steps,
+                settings.batch_size,
+                self._text(settings.task, "train.jsonl"),
+            ),
+            (),
+            Path("data/models") / name,
+        )
+
+    def _extract_delta(self, name: str) -> _Task:
+        return _Task(
+            lambda: stages.extract_delta(self._layout(name), self._exact_tensors(name)),
+            (("train_task", name),),
+            Path("data/deltas") / name,
+        )
+
+    def _calibrate(self, name: str) -> _Task:
+        settings = self._calibration(name)
+        return _Task(
+            lambda: stages.calibrate(self._layout(name), settings),
+            (("train_task", name),),
+            Path("data/calibration") / name,
+        )
+
+    def _compress(self, name: str) -> _Task:
+        run = read_run(self.params, name)
+        method = build_method(run.method, run.settings, f"runs.{name}")
+        return _Task(
+            lambda: stages.compress(self._layout(run.model), run.method, method),
+            (("calibrate", run.model),),
+            Path("data/compressed") / name,
+        )
+
+    def _compress_delta(self, name: str) -> _Task:
+        run = read_delta_run(self.params, name)
+        method = build_method(run.method, run.settings, f"delta_runs.{name}")
+        return _Task(
+            lambda: stages.compress_delta(
+                self._layout(run.finetuned), run.method, method, self._exact_tensors(run.finetuned)
+            ),
+            (("extract_delta", run.finetuned), ("calibrate", run.finetuned)),
+            Path("data/compressed") / name,
+        )
+
+    def _finetune(self, name: str) -> _Task:
+        finetune = read_finetune(self.params, name)
+        run = read_run(self.params, finetune.run)
+        method = build_method(run.method, run.settings, f"runs.{finetune.run}")
+        return _Task(
+            lambda: stages.finetune(
+                self._layout(run.model),
+                run.method,
+                method,
+                finetune.settings,
+                self._calibration(run.model),
+            ),
+            (("compress", finetune.run),),
+            Path("data/finetuned") / name,
+        )
+
+    def _evaluation_settings(self) -> EvaluationSettings:
+        if self._evaluation is None:
+            values = {k: v for k, v in section(self.params, "evaluation").items() if k != "models"}
+            self._evaluation = build(EvaluationSettings, values, "evaluation")
+        return self._evaluation
+
+    def _texts(self) -> dict[str, TaskText]:
+        for name, drawn in self._evaluation_settings().tasks.items():
+            if name not in self._answers:
+                self._answers[name] = self._text(name, "test.jsonl", drawn)
+        return self._answers
+
+    def _evaluate_model(self, name: str) -> _Task:
+        settings = self._evaluation_settings()
+        return _Task(
+            lambda: stages.evaluate(self._layout(name), settings, self._texts()),
+            (("train_task", name),),
+            Path("results/metrics") / f"{name}.json",
+        )
+
+    def _evaluate(self, stage: str, name: str, made: str) -> _Task:
+        settings = self._evaluation_settings()
+        if stage == "evaluate_delta":
+            delta_run = read_delta_run(self.params, name)
+            original, method_name = delta_run.finetuned, delta_run.method
+            method = build_method(method_name, delta_run.settings, f"delta_runs.{name}")
+        else:
+            of = read_finetune(self.params, name).run if stage == "evaluate_finetuned" else name
+            run = read_run(self.params, of)
+            original, method_name = run.model, run.method
+            method = build_method(method_name, run.settings, f"runs.{of}")
+
+        def estimate() -> Estimate:
+            layout = self._layout(original)
+            layers = planned_layers(layout, method_name, method)
+            delta = stage == "evaluate_delta"
+            return stages.evaluate(layout, settings, self._texts(), layers, delta=delta)
+
+        return _Task(estimate, ((made, name),), Path("results/metrics") / f"{name}.json")
+
+    def _text(self, task: str, split: str, drawn: int | None = None) -> TaskText:
+        """Return the tokens of a task's items, guessed where the task is not there yet."""
+        folder = self.root / "data/tasks" / task
+        generator = (self.params.get("tasks") or {}).get(task, {}).get("generator")
+        guess = TaskText(1, 45, 70, 32) if generator else TaskText()
+        if not (folder / split).is_file():
+            return guess
+        lines = (folder / split).read_text(encoding="utf-8").splitlines()
+        items = [json.loads(line) for line in lines if line.strip()]
+        if not items:
+            return guess
+        return task_text(items, drawn, _generated_tokens(folder / "task.yaml"))
+
+
+def task_text(
+    items: Sequence[Mapping[str, Any]], drawn: int | None = None, generated_tokens: int = 0
+) -> TaskText:
+    """Measure items with a ``query`` and either ``choices`` or a ``target``.
+
+    Args:
+        items: At least one.
+        drawn: How many of them will be drawn at random; None for all. The longest of a few is
+            shorter than the longest of all.
+        generated_tokens: Of each item, where answers are generated.
+    """
+    lengths = sorted(
+        _num_tokens(item.get("query", "") + str(answer))
+        for item in items
+        for answer in item.get("choices") or [item.get("target", "")]
+    )
+    beyond = 0 if drawn is None else len(items) // (2 * drawn)  # of twice as many items, one
+    requests = len(lengths) / len(items)
+    return TaskText(
+        requests=requests,
+        tokens=sum(lengths) / len(lengths),
+        longest_tokens=lengths[-1 - min(int(beyond * requests), len(lengths) - 1)],
+        generated_tokens=generated_tokens,
+        items=len(items),
+    )
+
+
+def _num_tokens(text: str) -> float:
+    digits = sum(character.isdigit() for character in text)
+    return digits + (len(text) - digits) / CHARACTERS_PER_TOKEN
+
+
+def _generated_tokens(file: Path) -> int:
+    if not file.is_file():
+        return 0
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if config.get("output_type") != "generate_until":
+        return 0
+    return int(config.get("generation_kwargs", {}).get("max_gen_toks", 256))

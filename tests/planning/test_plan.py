@@ -1,0 +1,388 @@
+"""Rows of a params.yaml, and the command."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+import yaml
+from planning_examples import write_config
+from typer.testing import CliRunner, Result
+
+from llmpress.cli.plan import duration_text, plan
+from llmpress.errors import ArtifactError, ConfigError
+from llmpress.planning import Machine, ModelShapes, measure_machine, plan_project
+from llmpress.planning.plan import task_text
+
+PARAMS: dict[str, Any] = {
+    "seed": 0,
+    "models": {"tiny": {"hub": "someone/tiny@main", "license": "MIT"}},
+    "corpora": {"text": {"python_stdlib": True, "license": "PSF-2.0"}},
+    "tasks": {"sums": {"generator": "arithmetic", "license": "Apache-2.0"}},
+    "finetuned_models": {"tiny-sums": {"base": "tiny", "task": "sums", "steps": 10}},
+    "deltas": {"tiny-sums": {"base": "tiny"}},
+    "calibrations": {
+        name: {"corpora": ["text"], "windows": 2, "length": 32} for name in ("tiny", "tiny-sums")
+    },
+    "runs": {
+        "three-bit": {"model": "tiny", "method": "rtn", "settings": {"num_bits": 3}},
+        "clusters": {"model": "tiny", "method": "cluscomp", "settings": {"bits": 5.0}},
+    },
+    "delta_runs": {
+        "signs": {"base": "tiny", "finetuned": "tiny-sums", "method": "bitdelta", "settings": {}}
+    },
+    "finetunes": {
+        "clusters-tuned": {
+            "run": "clusters",
+            "model": "tiny",
+            "method": "cluscomp",
+            "settings": {"epochs": 1, "learning_rate": 1e-3},
+        }
+    },
+    "evaluation": {
+        "models": ["tiny", "tiny-sums"],
+        "corpora": ["text"],
+        "windows": 1,
+        "length": 32,
+        "dtype": "float32",
+        "tasks": {"sums": 4},
+        "task_dtype": "bfloat16",
+        "prefill_tokens": 8,
+        "decode_tokens": 2,
+        "sample_tokens": 4,
+    },
+}
+STAGES = [
+    ("train_task", "tiny-sums"),
+    ("extract_delta", "tiny-sums"),
+    ("calibrate", "tiny"),
+    ("calibrate", "tiny-sums"),
+    ("compress", "three-bit"),
+    ("compress", "clusters"),
+    ("compress_delta", "signs"),
+    ("finetune", "clusters-tuned"),
+    ("evaluate_model", "tiny"),
+    ("evaluate_model", "tiny-sums"),
+    ("evaluate", "three-bit"),
+    ("evaluate", "clusters"),
+    ("evaluate_delta", "signs"),
+    ("evaluate_finetuned", "clusters-tuned"),
+]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: Machine) -> Path:
+    """A project whose model's config.json is there, on a machine of fixed size."""
+    write_tiny(tmp_path / "data/models/tiny")
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(PARAMS, sort_keys=False))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("llmpress.planning.measure_machine", lambda _=None: machine)
+    return tmp_path
+
+
+def write_tiny(folder: Path) -> Path:
+    sizes = {"hidden_size": 64, "intermediate_size": 176, "vocab_size": 512}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    return write_config(folder, **sizes, **heads)
+
+
+def run(*arguments: str) -> Result:
+    app = typer.Typer()
+    app.command()(plan)
+    return CliRunner().invoke(app, arguments)
+
+
+def run_json(*arguments: str) -> dict[str, Any]:
+    result = run(*arguments, "--json")
+    value: dict[str, Any] = json.loads(result.stdout)
+    return value
+
+
+def changed(section: str, name: str, **values: object) -> Mapping[str, Any]:
+    entry = {**PARAMS[section].get(name, {}), **values}
+    return {**PARAMS, section: {**PARAMS[section], name: entry}}
+
+
+def test_one_row_for_each_stage_instance(project: Path, machine: Machine) -> None:
+    made = plan_project(PARAMS, machine, root=project)
+
+    assert [(row.stage, row.name) for row in made.rows] == STAGES
+    assert all(row.fits and not row.unknown for row in made.rows)
+    assert made.fits
+    assert made.memory_bytes == max(row.memory_bytes for row in made.rows)
+    assert made.seconds == pytest.approx(sum(row.seconds for row in made.rows))
+    for row in made.rows:
+        assert 0 < row.seconds_low < row.seconds < row.seconds_high
+        assert row.disk_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["three-bit"], ["calibrate tiny", "compress three-bit", "evaluate three-bit"]),
+        (
+            ["clusters-tuned"],
+            [
+                "calibrate tiny",
+                "compress clusters",
+                "finetune clusters-tuned",
+                "evaluate_finetuned clusters-tuned",
+            ],
+        ),
+        (
+            ["signs"],
+            [
+                "train_task tiny-sums",
+                "extract_delta tiny-sums",
+                "calibrate tiny-sums",
+                "compress_delta signs",
+                "evaluate_delta signs",
+            ],
+        ),
+    ],
+    ids=["run", "finetune", "delta"],
+)
+def test_a_run_brings_what_it_is_made_from(
+    names: list[str], expected: list[str], project: Path, machine: Machine
+) -> None:
+    made = plan_project(PARAMS, machine, names=names, root=project)
+
+    assert [f"{row.stage} {row.name}" for row in made.rows] == expected
+
+
+def test_an_unknown_run_is_refused_with_the_nearest(project: Path, machine: Machine) -> None:
+    with pytest.raises(ConfigError, match="'clusers' is nothing to plan: did you mean 'clusters'"):
+        plan_project(PARAMS, machine, names=["clusers"], root=project)
+
+
+def test_models_that_are_not_there_are_said_and_not_guessed(
+    tmp_path: Path, machine: Machine
+) -> None:
+    made = plan_project(PARAMS, machine, root=tmp_path)
+
+    assert all(row.fits is None and row.memory_bytes == 0 for row in made.rows)
+    unknown = {row.unknown for row in made.rows}
+    assert unknown == {"fetch the model first: python workflow/scripts/fetch_model.py tiny"}
+    assert made.fits
+
+
+def test_a_local_model_is_planned_before_it_is_fetched(tmp_path: Path, machine: Machine) -> None:
+    source = write_tiny(tmp_path / "elsewhere")
+    params = {**PARAMS, "models": {"tiny": {"path": str(source), "license": "MIT"}}}
+
+    made = plan_project(params, machine, names=["three-bit"], root=tmp_path / "project")
+
+    assert all(row.fits for row in made.rows)
+
+
+def test_a_given_model_stands_for_every_model(
+    tmp_path: Path, machine: Machine, llama_70b: ModelShapes
+) -> None:
+    made = plan_project(PARAMS, machine, model=llama_70b, root=tmp_path)
+
+    rows = {(row.stage, row.name): row for row in made.rows}
+    assert not any(row.unknown for row in made.rows)
+    assert not rows["evaluate", "three-bit"].fits
+    assert rows["compress", "three-bit"].fits
+    assert "evaluation" in rows["evaluate", "three-bit"].problems[0]
+    assert "`batch_size`" in rows["train_task", "tiny-sums"].problems[0]
+
+
+def test_artifacts_that_are_there_need_no_disk(project: Path, machine: Machine) -> None:
+    before = plan_project(PARAMS, machine, names=["three-bit"], root=project)
+    (project / "data/compressed/three-bit").mkdir(parents=True)
+    after = plan_project(PARAMS, machine, names=["three-bit"], root=project)
+
+    assert [row.present for row in after.rows] == [False, True, False]
+    written = before.rows[1].disk_bytes + before.rows[1].scratch_bytes
+    assert before.disk_missing_bytes - after.disk_missing_bytes == written
+    assert after.disk_bytes == before.disk_bytes
+
+
+@pytest.mark.parametrize(
+    ("resource", "word"), [("memory_available_bytes", "memory"), ("disk_free_bytes", "disk")]
+)
+def test_what_does_not_fit_is_said(
+    resource: str, word: str, project: Path, machine: Machine
+) -> None:
+    poor = replace(machine, **{resource: 1000})
+
+    made = plan_project(PARAMS, poor, names=["three-bit"], root=project)
+
+    assert not made.fits
+    assert all(not row.fits for row in made.rows)
+    assert all(row.problems[0].startswith(f"{word}: ") for row in made.rows)
+
+
+def test_artifacts_that_fit_one_by_one_may_not_fit_together(
+    project: Path, machine: Machine
+) -> None:
+    full = plan_project(PARAMS, machine, root=project)
+    largest = max(row.disk_bytes + row.scratch_bytes for row in full.rows)
+
+    made = plan_project(PARAMS, replace(machine, disk_free_bytes=largest), root=project)
+
+    assert all(row.fits for row in made.rows)
+    assert not made.fits
+    assert "all artifacts together" in made.problems[0]
+
+
+def test_a_gpu_takes_the_work_and_the_host_the_rest(project: Path, machine: Machine) -> None:
+    gpu = replace(machine, device="cuda", device_memory_free_bytes=80 * 10**9)
+
+    on_gpu = plan_project(PARAMS, gpu, root=project)
+    on_cpu = plan_project(PARAMS, machine, root=project)
+
+    for there, here in zip(on_gpu.rows, on_cpu.rows, strict=True):
+        assert there.memory_bytes <= here.memory_bytes
+        assert here.device_memory_bytes == 0
+        assert there.device_memory_bytes > 0 or there.stage == "extract_delta"
+        assert there.seconds_high / there.seconds_low > here.seconds_high / here.seconds_low
+    tight = plan_project(PARAMS, replace(gpu, device_memory_free_bytes=1000), root=project)
+    assert not tight.fits
+    assert "GPU memory" in tight.rows[0].problems[0]
+
+
+def test_budgets_that_cannot_be_met_name_the_run(project: Path, machine: Machine) -> None:
+    params = changed("runs", "clusters", settings={"bits": 0.2})
+    with pytest.raises(ConfigError, match=r"compress clusters: bits=0\.2"):
+        plan_project(params, machine, root=project)
+
+
+@pytest.mark.usefixtures("project")
+def test_json_has_every_number_with_its_unit() -> None:
+    made = run_json()
+
+    assert set(made["rows"][0]) == {
+        "stage",
+        "name",
+        "unknown",
+        "memory_bytes",
+        "device_memory_bytes",
+        "mapped_bytes",
+        "disk_bytes",
+        "disk_exact",
+        "scratch_bytes",
+        "seconds",
+        "seconds_low",
+        "seconds_high",
+        "present",
+        "fits",
+        "problems",
+    }
+    assert set(made) >= {"memory_bytes", "disk_bytes", "disk_missing_bytes", "seconds_high"}
+    assert made["machine"]["memory_available_bytes"] == 16 * 10**9
+
+
+@pytest.mark.usefixtures("project")
+def test_the_table_and_its_exit_code() -> None:
+    result = run("three-bit")
+
+    assert result.exit_code == 0
+    for word in ("compress", "three-bit", "calibrate", "available", "yes"):
+        assert word in result.stdout
+
+
+@pytest.mark.usefixtures("project")
+def test_exit_code_2_when_something_does_not_fit(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poor = replace(machine, memory_available_bytes=1000)
+    monkeypatch.setattr("llmpress.planning.measure_machine", lambda _=None: poor)
+
+    result = run("three-bit")
+
+    assert result.exit_code == 2
+    assert "NO" in result.stdout
+    assert "lower `windows`" in " ".join(result.stdout.split())
+
+
+def test_unfetched_models_in_the_table(project: Path) -> None:
+    (project / "data/models/tiny/config.json").unlink()
+
+    result = run("three-bit")
+
+    assert result.exit_code == 0
+    assert "unknown" in result.stdout
+    assert "fetch the model first" in result.stdout
+
+
+def test_one_compression_without_a_params_file(project: Path) -> None:
+    (project / "params.yaml").unlink()
+    config = str(project / "data/models/tiny/config.json")
+
+    made = run_json("--model", config, "--method", "cluscomp", "--set", "bits=5.0")
+
+    (row,) = made["rows"]
+    assert (row["stage"], row["name"], row["fits"]) == ("compress", "tiny", True)
+    lower = run_json("--model", config, "--method", "cluscomp", "--bits", "4")
+    assert lower["rows"][0]["disk_bytes"] < row["disk_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "rnt"], "did you mean 'rtn'"),
+        (["--method", "rtn", "--set", "num_bit=3"], "did you mean 'num_bits'"),
+        (["--method", "rtn", "three-bit"], "leave the names"),
+        (["--set", "bits=3"], "need a --method"),
+    ],
+    ids=["method", "setting", "names", "no method"],
+)
+def test_mistakes_on_the_command_line(arguments: list[str], message: str, project: Path) -> None:
+    result = run("--model", str(project / "data/models/tiny"), *arguments)
+
+    assert result.exit_code == 1
+    assert isinstance(result.exception, ConfigError)
+    assert message in str(result.exception)
+
+
+@pytest.mark.usefixtures("project")
+def test_method_without_model() -> None:
+    assert isinstance(run("--method", "rtn").exception, ConfigError)
+    assert isinstance(run("--model", "nowhere").exception, ArtifactError)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [
+        (6.2, 20.6, "6.2-21 s"),
+        (60.0, 240.0, "1-4 min"),
+        (3600.0, 4 * 3600.0, "1-4 h"),
+        (86400.0, 5 * 86400.0, "1-5 days"),
+        (0.5, 0.9, "0.5-0.9 s"),
+    ],
+    ids=str,
+)
+def test_durations(low: float, high: float, text: str) -> None:
+    assert duration_text(low, high) == text
+
+
+def test_items_are_measured() -> None:
+    items = [{"query": "How far?", "choices": ["near", "far away from here"]}] * 9
+    items.append({"query": "Q" * 420, "choices": ["a", "b"]})
+
+    every, few = task_text(items), task_text(items, drawn=2, generated_tokens=5)
+
+    assert every.requests == 2
+    assert every.longest_tokens == pytest.approx(421 / 4.2)
+    assert few.longest_tokens < 10  # two of ten items hardly meet the longest
+    assert few.generated_tokens == 5
+    digits = task_text([{"query": "12345", "target": "6"}])
+    assert digits.tokens == 6
+
+
+def test_this_machine_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+
+    measured = measure_machine(tmp_path)
+
+    assert torch.get_num_threads() == threads == measured.threads
+    assert measured.memory_available_bytes > 0
+    assert measured.disk_free_bytes > 0
+    assert measured.rates.fp32_flops_per_second > 1e8
+    assert measured.rates.bytes_per_second > 1e7

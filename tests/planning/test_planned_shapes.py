@@ -1,0 +1,90 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, MixtralConfig, OPTConfig, PretrainedConfig
+
+from llmpress.checkpoints import copy_companions
+from llmpress.errors import ArtifactError
+from llmpress.planning import ModelShapes, read_shapes
+
+
+def test_config_alone_gives_the_layout_of_the_weights(
+    tiny: ModelShapes, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_model_folder / "config.json").read_bytes())
+
+    expected = read_shapes(tmp_path)
+
+    assert expected.tensors == tiny.tensors  # the tied head is stored once
+    assert expected.linears == tiny.linears
+    assert expected.num_weights == sum(t.num_entries for t in tiny.tensors.values())
+    assert (expected.hidden, expected.vocabulary) == (64, 512)
+    assert not expected.companion_files
+
+
+def test_layout_of_a_70b_model_needs_no_weights(llama_70b: ModelShapes) -> None:
+    assert llama_70b.num_weights == 70_553_706_496
+    assert llama_70b.num_bytes == 2 * llama_70b.num_weights
+    assert llama_70b.linear_weights == 80 * (2 * 8192**2 + 2 * 1024 * 8192 + 3 * 28672 * 8192)
+    assert llama_70b.block_weights == llama_70b.linear_weights // 80 + 2 * 8192
+
+
+def test_inputs_are_shared_as_calibration_finds_them(
+    tiny: ModelShapes, tiny_calibration: Path
+) -> None:
+    index = json.loads((tiny_calibration / "index.json").read_text())["layers"]
+
+    assert set(tiny.leaders) == set(index)
+    for name, (_, leader) in index.items():
+        assert tiny.leaders[name].endswith(f".{leader}")
+    assert [list(block.values()) for block in tiny.inputs] == [[64, 64, 64, 176]] * 3
+
+
+@pytest.mark.parametrize(
+    ("config", "inputs_per_block"),
+    [
+        (OPTConfig(num_hidden_layers=2, hidden_size=96, ffn_dim=128, word_embed_proj_dim=96), 4),
+        # its experts do not run on the meta device, its attention does
+        (MixtralConfig(num_hidden_layers=2, hidden_size=64, intermediate_size=128), 2),
+    ],
+    ids=["opt", "mixtral"],
+)
+def test_other_architectures(
+    config: PretrainedConfig, inputs_per_block: int, tmp_path: Path
+) -> None:
+    config.save_pretrained(tmp_path)
+
+    shapes = read_shapes(tmp_path / "config.json")
+
+    assert [len(block) for block in shapes.inputs] == [inputs_per_block] * 2
+
+
+def test_companions_are_those_that_are_copied(
+    tiny: ModelShapes, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    copy_companions(tiny_model_folder, tmp_path)
+
+    assert tiny.companion_files == {p.name: p.stat().st_size for p in tmp_path.iterdir()}
+    assert "tokenizer.json" in tiny.companion_files
+
+
+def test_stored_as_changes_bytes_only(llama_70b: ModelShapes) -> None:
+    assert llama_70b.stored_as(torch.float32).num_bytes == 2 * llama_70b.num_bytes
+
+
+@pytest.mark.parametrize(
+    "content", [None, "{}", '{"model_type": "never-heard-of"}', "no JSON"], ids=str
+)
+def test_folders_without_a_model_are_refused(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"config\.json"):
+        read_shapes(tmp_path)
+
+
+def test_models_without_blocks_are_refused(tmp_path: Path) -> None:
+    LlamaConfig(num_hidden_layers=0).save_pretrained(tmp_path)
+    with pytest.raises(ArtifactError, match="blocks"):
+        read_shapes(tmp_path)

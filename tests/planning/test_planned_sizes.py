@@ -1,0 +1,176 @@
+"""Predicted bytes against those of real artifacts."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from planning_examples import CALIBRATION
+from transformers import AutoModelForCausalLM
+
+from llmpress.artifacts import read_json
+from llmpress.checkpoints import CheckpointWriter
+from llmpress.delta_compression import compress_delta_artifact
+from llmpress.layers import CompressedLinear
+from llmpress.methods import known_methods
+from llmpress.model_compression import compress_model
+from llmpress.planning import ModelShapes, sizes
+from llmpress.planning.costs import METHOD_COSTS
+from llmpress.planning.shapes import TensorSpec
+from llmpress.runs import build_method
+
+METHODS: list[tuple[str, dict[str, Any]]] = [
+    ("bitdelta", {}),
+    ("cluscomp", {"bits": 6.0, "iterations": 2}),
+    ("cluscomp", {"num_entries": 5, "vector_size": 3, "iterations": 1}),
+    ("delta_come", {"bits": 3.0}),
+    ("gptq", {"num_bits": 3, "group_size": 48}),
+    ("lillama", {"reduction": 0.3}),
+    ("lillama", {"reduction": 0.1, "strategy": "top"}),
+    ("magnitude", {"sparsity": 0.5}),
+    ("magnitude", {"bits": 2.0}),
+    ("rtn", {"num_bits": 4, "group_size": 1000}),
+    ("svd", {"keep": 0.5}),
+    ("svd", {"rank": 7}),
+]
+IDS = [f"{name} {' '.join(settings)}".strip() for name, settings in METHODS]
+DELTA_METHODS = [(name, settings) for name, settings in METHODS if "strategy" not in settings]
+DELTA_IDS = [f"{name} {' '.join(settings)}".strip() for name, settings in DELTA_METHODS]
+
+Layers = Mapping[str, CompressedLinear | None]
+
+
+def tensor_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def check(predicted: sizes.ArtifactSize, folder: Path) -> None:
+    assert predicted.exact
+    assert predicted.tensor_bytes == tensor_bytes(folder)
+    assert predicted.num_bytes == pytest.approx(folder_bytes(folder), rel=0.02)
+
+
+def check_layers(predicted: sizes.ArtifactSize, layers: Layers, folder: Path) -> None:
+    """Exact, or where the values decide, what the layers store within 2 %.
+
+    Then the number of tensors is not known either, and their names take as much room in a tiny
+    file as they do.
+    """
+    if predicted.exact:
+        check(predicted, folder)
+        return
+    stored_bits = read_json(folder / "layers.json")["totals"]["stored_bits"]
+    assert 8 * sizes.checkpoint_bytes(layers) == pytest.approx(stored_bits, rel=0.02)
+    assert predicted.num_bytes == pytest.approx(folder_bytes(folder), rel=0.05)
+
+
+def test_every_method_is_tried() -> None:
+    assert sorted({name for name, _ in METHODS}) == known_methods() == sorted(METHOD_COSTS)
+
+
+@pytest.mark.parametrize(("name", "settings"), METHODS, ids=IDS)
+def test_compressed_model(
+    name: str,
+    settings: dict[str, Any],
+    tiny: ModelShapes,
+    tiny_model_folder: Path,
+    tiny_calibration: Path,
+    tmp_path: Path,
+) -> None:
+    method = build_method(name, settings, "test")
+    compress_model(
+        tiny_model_folder,
+        tmp_path / "out",
+        method_name=name,
+        method=method,
+        calibration=tiny_calibration,
+        seed=0,
+        device=torch.device("cpu"),
+        scratch=tmp_path / "scratch",
+    )
+
+    layers = sizes.planned_layers(tiny, name, method)
+    exact = METHOD_COSTS[name].exact
+
+    check_layers(sizes.compressed_model_size(tiny, layers, exact=exact), layers, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("name", "settings"), DELTA_METHODS, ids=DELTA_IDS)
+def test_compressed_delta(
+    name: str,
+    settings: dict[str, Any],
+    tiny: ModelShapes,
+    tiny_delta: Path,
+    tiny_finetuned_calibration: Path,
+    tmp_path: Path,
+) -> None:
+    method = build_method(name, settings, "test")
+    layers = sizes.planned_layers(tiny, name, method)
+    compress_delta_artifact(
+        tiny_delta,
+        tmp_path / "out",
+        method_name=name,
+        method=method,
+        calibration=tiny_finetuned_calibration,
+        seed=0,
+        device=torch.device("cpu"),
+        scratch=tmp_path / "scratch",
+    )
+
+    exact_tensors = list(read_json(tiny_delta / "delta.json")["exact"])
+    predicted = sizes.compressed_delta_size(
+        tiny, layers, exact=METHOD_COSTS[name].exact, exact_tensors=exact_tensors
+    )
+
+    check_layers(predicted, layers, tmp_path / "out")
+
+
+def test_delta(tiny: ModelShapes, tiny_delta: Path) -> None:
+    exact_tensors = list(read_json(tiny_delta / "delta.json")["exact"])
+    assert exact_tensors  # the norms
+
+    check(sizes.delta_size(tiny, exact_tensors), tiny_delta)
+
+
+def test_calibration(tiny: ModelShapes, tiny_calibration: Path) -> None:
+    corpora = len(CALIBRATION.corpora)
+
+    predicted = sizes.calibration_size(
+        tiny,
+        corpora * CALIBRATION.windows,
+        corpora * CALIBRATION.validation_windows,
+        CALIBRATION.length,
+    )
+
+    check(predicted, tiny_calibration)
+
+
+def test_trained_model(tiny: ModelShapes, tiny_model_folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+
+    assert sizes.trained_model_size(tiny).tensor_bytes == tensor_bytes(tmp_path)
+
+
+def test_shards_and_index(tmp_path: Path) -> None:
+    """Names of different lengths, dtypes out of order, one tensor larger than a shard."""
+    dtypes = [torch.uint8, torch.float32, torch.bfloat16, torch.int64, torch.float16]
+    tensors = {
+        f"layer.{i}.{'x' * i}": torch.zeros(i * 7, 3, dtype=dtype)
+        for i, dtype in enumerate(dtypes * 3)
+    }
+    writer = CheckpointWriter(tmp_path, max_shard_bytes=500)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.close()
+
+    specs = [(name, TensorSpec(t.dtype, tuple(t.shape))) for name, t in tensors.items()]
+    num_bytes, shards = sizes.sharded_bytes(specs, 500)
+
+    assert len(shards) == len(list(tmp_path.glob("*.safetensors"))) > 3
+    assert num_bytes == tensor_bytes(tmp_path)
