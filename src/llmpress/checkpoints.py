@@ -50,7 +50,9 @@ class Checkpoint:
             index = read_json(self.folder / WEIGHTS_INDEX)
             where = index.get("weight_map") if isinstance(index, dict) else None
             if not isinstance(where, dict) or not all(isinstance(n, str) for n in where.values()):
-                raise ArtifactError(f"{self.folder / WEIGHTS_INDEX}: damaged; fetch the model again")
+                raise ArtifactError(
+                    f"{self.folder / WEIGHTS_INDEX}: damaged; fetch the model again"
+                )
             names = sorted(set(where.values()))
         elif (self.folder / WEIGHTS).is_file():
             names = [WEIGHTS]

@@ -120,17 +120,17 @@ def compress_delta_artifact(
             check_calibration(calibration, finetuned["fingerprint"], finetuned["name"])
         decided_by = {**settings, **{role: fingerprint(path) for role, path in inputs.items()}}
         store = BlockStore(f"compress-delta-{out.name}", decided_by, scratch)
-        compress_delta(
-            opened,
-            method,
-            load_statistics(calibration) if calibration else None,
-            folder,
-            method_name=method_name,
-            seed=seed,
-            store=store,
-            device=device,
-        )
-    store.clear()
+        with store:
+            compress_delta(
+                opened,
+                method,
+                load_statistics(calibration) if calibration else None,
+                folder,
+                method_name=method_name,
+                seed=seed,
+                store=store,
+                device=device,
+            )
 
 
 def _by_block(shapes: Mapping[str, Shape]) -> list[dict[str, Shape]]:

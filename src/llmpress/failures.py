@@ -20,6 +20,7 @@ DISK_ERRORS = {
     errno.EROFS: "the file system is read-only; write to another folder",
     errno.ENOTDIR: "a file is where a folder is needed; choose another name",
     errno.EISDIR: "a folder is where a file is needed; choose another name",
+    errno.EEXIST: "exists and is no folder; choose another name",
     errno.ENAMETOOLONG: "the name is too long for this file system",
 }
 OUT_OF_MEMORY = (

@@ -63,9 +63,23 @@ def load_model(
     if (Path(folder) / PROVENANCE).is_file():
         verify(Path(folder))
     Checkpoint(Path(folder))  # names what is missing or damaged before transformers does
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=False, local_files_only=True
+    model: PreTrainedModel
+    model, loaded = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        trust_remote_code=False,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,  # named below, as missing tensors are
+        output_loading_info=True,
     )
+    for name, found, needed in sorted(loaded["mismatched_keys"]):
+        raise ArtifactError(
+            f"{folder}: {name} is {list(found)}, its configuration needs {list(needed)}; "
+            "fetch the model again"
+        )
+    if loaded["missing_keys"]:
+        name = min(loaded["missing_keys"])
+        raise ArtifactError(f"{folder}: holds no tensor {name!r}; fetch the model again")
     model.to(place)  # type: ignore[arg-type]  # a decorator hides the signature
     model.eval()
     return model

@@ -13,7 +13,7 @@ from llmpress.compressed_checkpoints import write_compressed_model
 from llmpress.compression import compress_layers, model_shapes
 from llmpress.errors import ArtifactError
 from llmpress.hf import is_compressed, skeleton
-from llmpress.methods.base import Method
+from llmpress.methods.base import Method, Shape
 from llmpress.resume import SCRATCH, BlockStore
 
 
@@ -55,21 +55,38 @@ def compress_model(
             raise ArtifactError(f"{model}: is compressed already; compress its original")
         if calibration:
             check_calibration(calibration, fingerprint(model), model.name)
+        blocks = model_shapes(skeleton(checkpoint))
+        _check_weights(checkpoint, blocks)
         model_weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
         store = BlockStore(
             f"compress-{out.name}",
             {**settings, **{role: fingerprint(path) for role, path in inputs.items()}},
             scratch,
         )
-        layers = compress_layers(
-            model_shapes(skeleton(checkpoint)),
-            checkpoint,
-            method,
-            load_statistics(calibration) if calibration else None,
-            model_weights=model_weights,
-            seed=seed,
-            device=device,
-            store=store,
-        )
-        write_compressed_model(checkpoint, layers, model_weights, folder)
-    store.clear()
+        with store:
+            layers = compress_layers(
+                blocks,
+                checkpoint,
+                method,
+                load_statistics(calibration) if calibration else None,
+                model_weights=model_weights,
+                seed=seed,
+                device=device,
+                store=store,
+            )
+            write_compressed_model(checkpoint, layers, model_weights, folder)
+
+
+def _check_weights(checkpoint: Checkpoint, blocks: list[dict[str, Shape]]) -> None:
+    """Refuse a checkpoint that lacks a layer, before anything is computed."""
+    stored = set(checkpoint.names())
+    for name, shape in (item for block in blocks for item in block.items()):
+        if f"{name}.weight" not in stored:
+            raise ArtifactError(
+                f"{checkpoint.folder}: holds no tensor '{name}.weight'; fetch the model again"
+            )
+        if (found := checkpoint.shape(f"{name}.weight")) != tuple(shape):
+            raise ArtifactError(
+                f"{checkpoint.folder}: {name}.weight is {list(found)}, its configuration needs "
+                f"{list(shape)}; fetch the model again"
+            )

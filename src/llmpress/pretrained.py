@@ -63,6 +63,22 @@ def refuse_early(source: ModelSource) -> None:
             _check_architecture(first.folder, source.hub)
 
 
+def fetch_repository(hub: str) -> Path:
+    """Download a model from the hub and return its folder in the hub's cache, to be read only.
+
+    Args:
+        hub: ``owner/name@revision``.
+
+    Raises:
+        SourceError: It cannot be reached, holds no safetensors, or needs its own code.
+    """
+    source = ModelSource(license="unknown", hub=hub)
+    refuse_early(source)
+    with opened(source.location(), source.patterns()) as fetched:
+        _check_folder(fetched, hub)
+        return fetched.folder
+
+
 def write_model(source: ModelSource, opened: Opened, out: Path) -> None:
     """Write the model into ``out``.
 

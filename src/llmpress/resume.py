@@ -12,13 +12,13 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from safetensors.torch import load_file
 from torch import Tensor
 
 from llmpress.artifacts import read_json, save_tensors, sha256, write_json
-from llmpress.errors import ArtifactError
+from llmpress.errors import ArtifactError, ConfigError, NumericalError
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,9 @@ class BlockStore:
         decided_by: Everything that decides the result, JSON-representable; the code of the loaded
             llmpress modules is added.
         root: Folder for all scratch data.
+
+    As a context manager it removes its checkpoints at the end, except when the computation was
+    interrupted or hit a limit of the machine.
     """
 
     def __init__(self, task: str, decided_by: Mapping[str, Any], root: Path = SCRATCH) -> None:
@@ -40,6 +43,15 @@ class BlockStore:
         self._pattern = f"{task}@*"
         self._root = root
         self.folder = root / f"{task}@{hashlib.sha256(state.encode()).hexdigest()[:16]}"
+
+    def __enter__(self) -> Self:
+        """Keep finished blocks while the computation runs."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Remove them when it is done, or can only be repeated with other weights or settings."""
+        if kind is None or issubclass(kind, NumericalError | ConfigError | ValueError):
+            self.clear()
 
     def load(self, index: int) -> tuple[dict[str, Tensor], Any] | None:
         """Return tensors and record of a finished block, None when it has to be computed.

@@ -54,18 +54,18 @@ def main(
                 for c in (original, compressed)
             )
             windows, validation = load_windows(inputs["calibration"])
-            blocks = tune_blocks(
-                teacher,
-                student,
-                method,
-                windows,
-                validation,
-                finetune.settings,
-                seed=seed,
-                store=store,
-            )
-            rewrite_model(compressed, blocks, folder)
-        store.clear()
+            with store:
+                blocks = tune_blocks(
+                    teacher,
+                    student,
+                    method,
+                    windows,
+                    validation,
+                    finetune.settings,
+                    seed=seed,
+                    store=store,
+                )
+                rewrite_model(compressed, blocks, folder)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import typer
 
 from llmpress.cli import calibrate, compare, compress, delta, export, generate, hub, inspect
 from llmpress.cli import methods as methods_command
+from llmpress.cli import plan as plan_command
 from llmpress.failures import script_errors
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app.command()(inspect.inspect)
 app.command()(generate.generate)
 app.command()(compare.compare)
 app.command()(export.export)
+app.command()(plan_command.plan)
 app.command()(methods_command.methods)
 app.add_typer(delta.app, name="delta")
 app.add_typer(hub.app, name="hub")

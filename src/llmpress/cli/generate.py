@@ -54,9 +54,9 @@ def generate(
 
     quiet()
     text = _prompt(prompt)
+    if (Path(model) / HEADER).is_file():
+        raise ConfigError(f"{model} is a delta: name its base as MODEL, and --delta {model}")
     folder = model_folder(model)
-    if (folder / HEADER).is_file():
-        raise ConfigError(f"{folder} is a delta: name its base as MODEL, and --delta {folder}")
     place = pick_device(device)
     tools = load_tokenizer(tokenizer or folder)
     ids = _encode(tools, text, chat, system)

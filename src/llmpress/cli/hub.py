@@ -40,6 +40,7 @@ def fetch(
     import shutil
     import tempfile
 
+    from llmpress.artifacts import PROVENANCE, read_provenance
     from llmpress.cli.options import check_out
     from llmpress.cli.output import print_facts, print_json
     from llmpress.hub import fetch_artifact
@@ -49,7 +50,9 @@ def fetch(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         copy = Path(temporary) / out.name
-        shutil.copytree(cached, copy)
+        copy.mkdir()
+        for name in (PROVENANCE, *read_provenance(cached)["files"]):
+            shutil.copyfile(cached / name, copy / name)
         if out.exists():
             shutil.rmtree(out)
         copy.rename(out)

@@ -56,17 +56,20 @@ def model_folder(model: str) -> Path:
         ArtifactError: No such folder, and no hub name either.
         SourceError: The download failed, or the repository holds no safetensors.
     """
+    from llmpress.delta_files import HEADER
     from llmpress.sources import PINNED_REPOSITORY
 
     folder = Path(model)
+    if (folder / HEADER).is_file():
+        raise ConfigError(f"{folder}: is a delta, and a model is needed here")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ArtifactError(f"{folder}: no model here (config.json is missing)")
     if folder.is_dir():
         return folder
     if "@" in model and PINNED_REPOSITORY.fullmatch(model):
-        from llmpress.pretrained import FOLDER_FILES
-        from llmpress.sources import Location, opened
+        from llmpress.pretrained import fetch_repository
 
-        with opened(Location(hub=model), FOLDER_FILES) as fetched:
-            return fetched.folder  # stays in the hub's cache
+        return fetch_repository(model)
     hint = f"; for the hub write {model}@main or another revision" if model.count("/") == 1 else ""
     raise ArtifactError(f"{model}: no such folder{hint}")
 

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -22,7 +22,8 @@ def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str
     for index, heading in enumerate(headings):
         cells = [row[index] for row in rows if row[index] not in ("", "—")]
         numeric = bool(cells) and all(cell.lstrip("+-−~<")[:1].isdigit() for cell in cells)
-        table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
+        justify: Literal["right", "left"] = "right" if numeric else "left"
+        table.add_column(heading, justify=justify, overflow="fold", no_wrap=index == 0)
     for row in rows:
         table.add_row(*row)
     console().print(table)

@@ -1,6 +1,7 @@
 """Unstructured pruning: few entries are kept, the others are zero and not stored."""
 
 from bisect import bisect_right
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,7 +80,7 @@ class Magnitude(Method):
         if within < 2:
             needed = sparse_bits(in_features, out_features, 1) / weight.numel()
             raise ValueError(
-                f"bits={self.bits}: one entry of shape {list(weight.shape)} takes {needed:.3g} "
-                "bits per weight already"
+                f"bits={self.bits}: a matrix of shape {list(weight.shape)} needs at least "
+                f"{math.ceil(needed * 1e4) / 1e4:.4f} bits per weight"
             )
         return within - 1

@@ -1,5 +1,6 @@
 """Truncated SVD: the best matrix of a given rank, for the weight or for the layer's outputs."""
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
@@ -92,7 +93,10 @@ class SVD(Method):
         rank = int(per_weight * out_features * in_features / (out_features + in_features))
         if rank < 1:
             name, value = ("keep", self.keep) if self.keep is not None else ("bits", self.bits)
+            share = (out_features + in_features) / (out_features * in_features)
+            least = share if name == "keep" else share * STORED_BITS
             raise ValueError(
-                f"{name}={value}: too small for rank 1 of shape [{out_features}, {in_features}]"
+                f"{name}={value}: rank 1 of shape [{out_features}, {in_features}] needs at least "
+                f"{math.ceil(least * 1e4) / 1e4:.4f}"
             )
         return min(rank, out_features, in_features)
