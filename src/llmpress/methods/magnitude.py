@@ -1,7 +1,7 @@
 """Unstructured pruning: few entries are kept, the others are zero and not stored."""
 
-from bisect import bisect_right
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Literal
 
