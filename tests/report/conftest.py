@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,13 @@ def project(tmp_path: Path) -> Project:
     return make_project(tmp_path / "results")
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say at the end what nobody looked at, or where what was seen can be looked at."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """Say at the very end what nobody looked at, or where what was seen can be looked at.
+
+    The main process of pytest-xdist does not load this file; there the skipped tests are listed.
+    """
+    yield
     reports = [
         report
         for kind in ("passed", "failed", "skipped")

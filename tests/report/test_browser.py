@@ -1,4 +1,7 @@
-"""The report as a reader sees it. Skipped, and said so, where no Chromium is installed."""
+"""The report as a reader sees it. Skipped, and said so, where no Chromium is installed.
+
+What was seen is left in build/screenshots.
+"""
 
 import base64
 import re

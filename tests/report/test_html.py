@@ -129,11 +129,11 @@ def points_of(figure: dict[str, Any]) -> dict[str, tuple[float, ...]]:
     """Run -> x, y and, where it is drawn, the length of the error bar."""
     points = {}
     for trace in figure["data"]:
-        if "text" in trace:
+        if "hovertext" in trace:
             arrays = [trace["x"], trace["y"]]
             arrays += [trace["error_y"]["array"]] if "error_y" in trace else []
             values = zip(*(np.frombuffer(_decoded(a), "<f4") for a in arrays), strict=True)
-            points |= dict(zip((name.strip() for name in trace["text"]), values, strict=True))
+            points |= dict(zip((name.strip() for name in trace["hovertext"]), values, strict=True))
     return points
 
 
@@ -166,9 +166,9 @@ def test_points_on_the_front_are_filled_and_the_others_tell_who_is_better(projec
     points = {
         name.strip(): (symbol, said)
         for trace in figure["data"]
-        if "text" in trace
+        if "hovertext" in trace
         for name, symbol, said in zip(
-            trace["text"], trace["marker"]["symbol"], trace["customdata"], strict=True
+            trace["hovertext"], trace["marker"]["symbol"], trace["customdata"], strict=True
         )
     }
     assert points["cluscomp-3bit-tuned"] == ("star", "on the Pareto front")
@@ -198,6 +198,35 @@ def test_a_broken_run_does_not_press_the_others_together(project: Project) -> No
         "Far above the others, not drawn: svd-20pct (1.36e+08)."
     )
     assert set(points_of(whole)) - set(points_of(broken)) == {"svd-20pct"}
+
+
+def test_sizes_far_apart_get_a_logarithmic_axis(project: Project) -> None:
+    axis = chart_data(page_of(project))["quality-0"]["perplexity_code|bits_per_weight"]["layout"][
+        "xaxis"
+    ]
+    assert axis["type"] == "log"
+    low, high = (10 ** float(end) for end in axis["range"])
+    assert 2 < low < 3.02 < 12.8 < high < 16
+    for name in ("svd-20pct", "lillama-20pct"):
+        project.edit("metrics", name, lambda m: m["size"].update(bits_per_weight=4.0))
+    axis = chart_data(page_of(project))["quality-0"]["perplexity_code|bits_per_weight"]["layout"][
+        "xaxis"
+    ]
+    assert axis.get("type") is None
+    assert axis["range"] == pytest.approx([3.02 - 0.442, 4.42 + 0.442])
+
+
+def test_names_that_crowd_are_left_out_aloud(project: Project) -> None:
+    for copy in range(30):
+        name = f"gptq-copy-{copy}"
+        project.params["runs"][name] = project.params["runs"]["gptq-3bit"]
+        for folder in (project.metrics, project.details):
+            (folder / f"{name}.json").write_bytes((folder / "gptq-3bit.json").read_bytes())
+    figure = chart_data(page_of(project))["quality-0"]["perplexity_code|bits_per_weight"]
+    assert "Names are left out" in figure["layout"]["meta"]["note"]
+    assert len(points_of(figure)) == 36
+    written = [name for trace in figure["data"] for name in trace.get("text", []) if name]
+    assert 6 < len(written) < 36
 
 
 def test_every_choice_has_a_variant_and_a_label(whole: tuple[Project, str]) -> None:

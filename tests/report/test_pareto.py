@@ -84,6 +84,13 @@ def test_names_make_room_for_each_other_and_for_lines() -> None:
     assert moved == "middle left"
 
 
+def test_a_name_without_room_is_left_out() -> None:
+    crowd = [(0.5, 0.5)] * 30
+    chosen = positions(crowd, ["cluscomp-2p6bit"] * 30)
+    assert chosen[0] is not None
+    assert 20 < chosen.count(None) < 30
+
+
 def test_the_area_that_boxes_share() -> None:
     assert Box(0, 0, 4, 4).shared(Box(2, 3, 9, 9)) == 2
     assert Box(0, 0, 4, 4).shared(Box(5, 0, 9, 9)) == 0

@@ -14,6 +14,8 @@ from llmpress.report.measures import Measure
 from llmpress.report.pareto import Place, dominated_by, front_corners
 
 FRONT = "Pareto front"
+CROWDED = "Names are left out where points crowd: point at them, or see the numbers below."
+WIDE = 3.0  # sizes as far apart as this, largest over smallest, get a logarithmic axis
 REFERENCE_DASHES = ("dash", "dot", "dashdot")
 Row = Mapping[Hashable, Any]  # of the summary
 
@@ -68,15 +70,27 @@ def quality_figure(
     known = _points(runs, size, measure)
     drawn, note = _drawable(runs, known, [level for _, level in levels], measure)
     front = [point for point in drawn if not point.better]
-    ends = _range([point.x for point in drawn])
+    ends, log_size = _range([point.x for point in drawn])
     corners = front_corners([(p.x, p.y) for p in front], size.best, ends) if front else []
     figure = new_figure(size.label, measure.title, log_y=measure.log, height=460)
-    figure["layout"]["xaxis"]["range"] = list(ends)
+    figure["layout"]["xaxis"] |= (
+        {
+            "type": "log",
+            "tickformat": ".3~g",
+            "nticks": 8,
+            "range": [math.log10(end) for end in ends],
+        }
+        if log_size
+        else {"range": list(ends)}
+    )
     _add_references(figure, levels, ends, log=measure.log)
     _add_finetuning(figure, drawn)
     if corners:
         _add_line(figure, corners, name=FRONT, line={"color": GREY, "width": 3}, hoverinfo="skip")
-    places = _places(drawn, [level for _, level in levels], corners, ends, log=measure.log)
+    heights = [level for _, level in levels]
+    places = _places(drawn, heights, corners, ends, (log_size, measure.log))
+    if None in places.values():
+        note = f"{note} {CROWDED}".strip()
     looks: dict[tuple[str, bool], list[Point]] = {}
     for point in sorted(drawn, key=lambda point: (_method(point), _tuned(point), point.x)):
         looks.setdefault((_method(point), _tuned(point)), []).append(point)
@@ -125,7 +139,7 @@ def _drawable(
 def _add_points(
     figure: Figure,
     points: Sequence[Point],
-    places: Sequence[str],
+    places: Sequence[str | None],
     size: Measure,
     measure: Measure,
     look: tuple[str, bool],
@@ -144,13 +158,17 @@ def _add_points(
         y=array([point.y for point in points]),
         **errors,
         name=text(name),
-        text=[f" {text(point.name)} " for point in points],
+        text=[
+            f" {text(point.name)} " if place else ""
+            for point, place in zip(points, places, strict=True)
+        ],
+        hovertext=[text(point.name) for point in points],
         customdata=[
             text(f"not as good as {point.better}" if point.better else f"on the {FRONT}")
             for point in points
         ],
         mode="markers+text",
-        textposition=list(places),
+        textposition=[place or "middle right" for place in places],
         cliponaxis=False,
         marker={
             "color": color,
@@ -158,7 +176,7 @@ def _add_points(
             "size": 15 if symbol == "star" else 11,
             "line": {"width": 2, "color": color},
         },
-        hovertemplate=f"<b>%{{text}}</b><br>%{{x:.4g}} {text(size.label)}"
+        hovertemplate=f"<b>%{{hovertext}}</b><br>%{{x:.4g}} {text(size.label)}"
         f"<br>%{{y:.4g}} {text(measure.title)}<br>%{{customdata}}<extra></extra>",
     )
 
@@ -214,33 +232,53 @@ def _places(
     levels: Sequence[float],
     corners: Sequence[Place],
     ends: Place,
-    *,
-    log: bool,
-) -> dict[str, str]:
-    """Return where each run's name stands beside its point, best off all lines."""
-    heights = [math.log10(y) if log else y for y in (*(point.y for point in points), *levels)]
-    if not heights:
+    logs: tuple[bool, bool],
+) -> dict[str, str | None]:
+    """Return where each run's name stands beside its point; those on the front choose first.
+
+    Args:
+        points: The drawn runs.
+        levels: Heights of the horizontal lines.
+        corners: Of the front.
+        ends: Of the axis of sizes.
+        logs: Which axes are logarithmic.
+    """
+    if not points:
         return {}
+    points = sorted(points, key=lambda point: bool(point.better))
+    places = [(point.x, point.y) for point in points]
+    heights = [_along(y, log=logs[1]) for y in (*(y for _, y in places), *levels)]
     low, high = min(heights), max(heights)
+    left, right = (_along(end, log=logs[0]) for end in ends)
 
     def relative(place: Place) -> Place:
-        y = math.log10(place[1]) if log else place[1]
-        x = (place[0] - ends[0]) / (ends[1] - ends[0])
-        return x, 0.05 + 0.9 * (y - low) / (high - low) if high > low else 0.5
+        x, y = (_along(value, log=log) for value, log in zip(place, logs, strict=True))
+        height = 0.05 + 0.9 * (y - low) / (high - low) if high > low else 0.5
+        return (x - left) / (right - left), height
 
     lines = [(*relative((ends[0], level)), *relative((ends[1], level))) for level in levels]
-    steps = [relative(corner) for corner in corners]
-    lines += [(*start, *end) for start, end in pairwise(steps)]
+    lines += [(*relative(start), *relative(end)) for start, end in pairwise(corners)]
     names = [point.name for point in points]
-    chosen = positions([relative((point.x, point.y)) for point in points], names, lines)
+    chosen = positions([relative(place) for place in places], names, lines)
     return dict(zip(names, chosen, strict=True))
 
 
-def _range(sizes: Sequence[float]) -> tuple[float, float]:
-    """Return the ends of the axis of sizes; sizes that are nearly equal stay close together."""
+def _along(value: float, *, log: bool) -> float:
+    return math.log10(value) if log else value
+
+
+def _range(sizes: Sequence[float]) -> tuple[Place, bool]:
+    """Return the ends of the axis of sizes and whether it is logarithmic.
+
+    Sizes far apart are, so that one large run does not press the others together; sizes that are
+    nearly equal stay close together.
+    """
     low, high = (min(sizes), max(sizes)) if sizes else (0.0, 1.0)
-    margin = max(0.05 * (high - low), 0.1 * high)
-    return low - margin, high + margin
+    if low > 0 and high / low >= WIDE:
+        margin = (high / low) ** 0.07
+        return (low / margin, high * margin), True
+    space = max(0.05 * (high - low), 0.1 * high)
+    return (low - space, high + space), False
 
 
 def _style(method: str, tuned: bool, methods: Sequence[str]) -> tuple[str, str, str]:

@@ -5,6 +5,8 @@ const CONFIG = {
   displaylogo: false,
   modeBarButtons: [["zoomIn2d", "zoomOut2d", "resetScale2d", "toImage"]],
 };
+const NARROW = 500, LINE = 16; // pixels: a phone's plot, a line of its legend
+
 // Base64 of gzip -> text.
 const unpack = (id) => {
   const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), (letter) => letter.charCodeAt(0));
@@ -32,12 +34,12 @@ const numbersOf = ({ data, layout }) => {
     const { x: blocks, y: modules, z } = data[0];
     return { head: ["layer", ...decoded(blocks).map((block) => `block ${block}`)], rows: decoded(z).map((row, i) => [modules[i], ...row]) };
   }
-  if (data.some((trace) => trace.text)) { // named points, with lines to compare with
-    const points = data.filter((trace) => trace.text).flatMap((trace) => {
+  if (data.some((trace) => trace.hovertext)) { // named points, with lines to compare with
+    const points = data.filter((trace) => trace.hovertext).flatMap((trace) => {
       const [sizes, values] = [decoded(trace.x), decoded(trace.y)];
-      return trace.text.map((name, i) => [name, sizes[i], values[i], trace.customdata[i]]);
+      return trace.hovertext.map((name, i) => [name, sizes[i], values[i], trace.customdata[i]]);
     });
-    const lines = data.filter((trace) => trace.name && trace.hovertemplate && !trace.text);
+    const lines = data.filter((trace) => trace.name && trace.hovertemplate && !trace.hovertext);
     const references = lines.map((trace) => [trace.name, "—", decoded(trace.y)[0], "uncompressed"]);
     return { head: ["run", x, y, "compared"], rows: [...points, ...references] };
   }
@@ -66,7 +68,10 @@ const writeNumbers = (table, figure) => {
   table.replaceChildren();
   table.createCaption().textContent = figure.layout.meta.alt;
   const top = table.createTHead().insertRow();
-  head.forEach((text) => cell(top, "th", text, "col"));
+  head.forEach((text, column) => {
+    cell(top, "th", text, "col");
+    if (typeof rows[0]?.[column] === "number") top.cells[column].className = "number";
+  });
   const body = table.createTBody();
   for (const [name, ...values] of rows) {
     const row = body.insertRow();
@@ -98,6 +103,8 @@ const prepare = (chart, variants, template) => {
     if (!figure) return;
     plot.setAttribute("aria-label", figure.layout.meta.alt);
     const { data, layout } = structuredClone(figure);
+    const legend = data.filter((trace) => trace.name && trace.showlegend !== false).length;
+    if (plot.clientWidth < NARROW && legend > 4) layout.height += LINE * legend; // one below the other
     Plotly.react(plot.firstElementChild, data, { ...layout, template }, CONFIG);
     if (numbers.open) writeNumbers(numbers.querySelector("table"), figure);
   };
