@@ -5,6 +5,7 @@ import doctest
 import json
 import re
 import runpy
+import shlex
 import shutil
 import sys
 import types
@@ -15,11 +16,13 @@ from typing import Any, Literal
 
 import pytest
 import torch
+import typer.main
 from transformers import LlamaForCausalLM
 
 import llmpress
 from llmpress import methods
 from llmpress.artifacts import read_json
+from llmpress.cli import app
 from llmpress.compression import LayerRecord
 from llmpress.layers import KINDS, build_layer
 from llmpress.methods import known_methods, method_class
@@ -223,6 +226,27 @@ def test_format_page_packs_as_the_code_does() -> None:
 def test_api_page_shows_every_public_name() -> None:
     page = (DOCS / "api" / "index.md").read_text()
     assert [name for name in llmpress.__all__ if f".{name}\n" not in page] == []
+
+
+def shown_commands() -> list[str]:
+    """Every ``llmpress ...`` line of the pages' and the README's shell blocks, joined."""
+    commands = []
+    for page in [*DOCS.rglob("*.md"), ROOT / "README.md"]:
+        for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL):
+            lines = block.replace("\\\n", " ").replace("&&", "\n").splitlines()
+            commands += [line.strip() for line in lines if line.strip().startswith("llmpress ")]
+    return commands
+
+
+def test_pages_show_commands_that_exist() -> None:
+    shown = shown_commands()
+    assert len(shown) > 10
+    for line in shown:
+        _, *words = shlex.split(line, comments=True)
+        command: Any = typer.main.get_command(app)
+        while hasattr(command, "commands"):
+            command = command.commands[words.pop(0)]
+        command.make_context(line, words)  # raises for an unknown option or a missing argument
 
 
 def test_troubleshooting_quotes_lines_that_exist() -> None:
