@@ -225,7 +225,7 @@ def test_format_page_packs_as_the_code_does() -> None:
 
 def test_api_page_shows_every_public_name() -> None:
     page = (DOCS / "api" / "index.md").read_text()
-    assert [name for name in llmpress.__all__ if f".{name}\n" not in page] == []
+    assert [name for name in llmpress.__all__ if f"::: llmpress.{name}\n" not in page] == []
 
 
 def shown_commands() -> list[str]:
