@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from llmpress.errors import LLMPressError
     from llmpress.export import export_dense
     from llmpress.hf import dequantized, load_model, load_tokenizer
-    from llmpress.hub import fetch_artifact, push_artifact
+    from llmpress.hub_artifacts import fetch_artifact, push_artifact
 
 _WHERE = {
     "LLMPressError": "llmpress.errors",
     "dequantized": "llmpress.hf",
     "export_dense": "llmpress.export",
-    "fetch_artifact": "llmpress.hub",
+    "fetch_artifact": "llmpress.hub_artifacts",
     "load_delta": "llmpress.deltas",
     "load_model": "llmpress.hf",
     "load_tokenizer": "llmpress.hf",
-    "push_artifact": "llmpress.hub",
+    "push_artifact": "llmpress.hub_artifacts",
     "remove_delta": "llmpress.deltas",
 }
 

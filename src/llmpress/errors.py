@@ -19,3 +19,7 @@ class ArtifactError(LLMPressError):
 
 class NumericalError(LLMPressError):
     """Weights, statistics or activations hold NaN or Inf, or an algorithm broke down."""
+
+
+class HubError(LLMPressError):
+    """The hub refused an upload or could not be reached, or the repository is unfit for it."""

@@ -63,8 +63,7 @@ def load_model(
     if (Path(folder) / PROVENANCE).is_file():
         verify(Path(folder))
     Checkpoint(Path(folder))  # names what is missing or damaged before transformers does
-    model: PreTrainedModel
-    model, loaded = AutoModelForCausalLM.from_pretrained(
+    opened: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
         trust_remote_code=False,
@@ -72,6 +71,8 @@ def load_model(
         ignore_mismatched_sizes=True,  # named below, as missing tensors are
         output_loading_info=True,
     )
+    model: PreTrainedModel = opened[0]
+    loaded: dict[str, Any] = opened[1]
     for name, found, needed in sorted(loaded["mismatched_keys"]):
         raise ArtifactError(
             f"{folder}: {name} is {list(found)}, its configuration needs {list(needed)}; "

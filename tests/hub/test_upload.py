@@ -23,9 +23,10 @@ from llmpress.delta_compression import compress_delta
 from llmpress.delta_extraction import extract_delta
 from llmpress.delta_files import DeltaFolder
 from llmpress.deltas import load_delta
-from llmpress.errors import ArtifactError, SourceError
+from llmpress.errors import ArtifactError, HubError, SourceError
 from llmpress.hf import load_model, skeleton
-from llmpress.hub import HubError, download, fetch_artifact, model_card, push_artifact
+from llmpress.hub import download
+from llmpress.hub_artifacts import fetch_artifact, model_card, push_artifact
 from llmpress.methods import method_class
 from llmpress.resume import BlockStore
 
@@ -441,7 +442,7 @@ def test_a_branch_may_move_on_meanwhile(
         return folder
 
     hub.add(NAME, contents(artifact))
-    monkeypatch.setattr("llmpress.hub.download", moving)
+    monkeypatch.setattr("llmpress.hub_artifacts.download", moving)
     assert contents(fetch_artifact(f"{NAME}@main")) == contents(artifact)
 
 
