@@ -69,6 +69,5 @@ def _section(heading: str, folder: str) -> str:
 
 
 def _mathml(source: str, *_: Any, **__: Any) -> str:
-    """Draw a formula in LaTeX; one line for each."""
-    lines = [convert(line, display="block") for line in source.splitlines() if line.strip()]
-    return "\n".join(lines)
+    """Draw a formula in LaTeX, as GitHub does for the same block."""
+    return str(convert(source.strip(), display="block"))

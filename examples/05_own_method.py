@@ -3,6 +3,7 @@
 python examples/05_own_method.py
 """
 
+# --8<-- [start:method]
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,6 @@ from llmpress.layers import QuantizedLinear
 from llmpress.methods.base import InputStatistics, Method, checked_weight
 
 
-# --8<-- [start:method]
 @dataclass(frozen=True)
 class Ternary(Method):
     """Every weight becomes ``-s``, ``0`` or ``s``, with one ``s`` per row.
