@@ -1,14 +1,12 @@
 """params.yaml: every mistake is one line that names the key and the nearest known one."""
 
-import errno
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from llmpress.config import build, read_params, section
-from llmpress.errors import ConfigError, SourceError
-from llmpress.failures import script_errors
+from llmpress.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -118,35 +116,15 @@ def test_build_refuses(values: object, says: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "line"),
+    ("content", "message"),
     [
-        (SourceError("no such\n  model"), "error: no such model\n"),
-        (ValueError("rank must be positive"), "error: rank must be positive\n"),
-        (MemoryError(), "error: out of memory: use fewer windows, a smaller batch"),
-        (OSError(errno.ENOSPC, "full", "data/x"), "error: data/x: no space left on the device\n"),
-        (PermissionError(errno.EACCES, "no", "data/y"), "error: data/y: permission denied\n"),
+        ("runs: true", "runs in params.yaml must map names to settings, not True"),
+        ("models: {a: 3}", "models.a must be a mapping of settings, not 3"),
+        ("evaluation: 3", "evaluation.models in params.yaml must be a list of names"),
+        ("evaluation: {models: {a: 1}}", "must be a list of names"),
     ],
-    ids=["domain", "value", "memory", "disk-full", "permission"],
 )
-def test_script_errors_prints_one_line(
-    error: Exception, line: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as caught, script_errors():
-        raise error
-    assert caught.value.code == 1
-    captured = capsys.readouterr()
-    assert captured.err.startswith(line)
-    assert captured.err.count("\n") == 1
-    assert captured.out == ""
-
-
-@pytest.mark.parametrize("error", [KeyError("bug"), FileNotFoundError(errno.ENOENT, "gone")])
-def test_script_errors_lets_bugs_through(error: Exception) -> None:
-    with pytest.raises(type(error)), script_errors():
-        raise error
-
-
-def test_script_errors_is_silent_on_success(capsys: pytest.CaptureFixture[str]) -> None:
-    with script_errors():
-        pass
-    assert capsys.readouterr() == ("", "")
+def test_sections_of_another_form_are_refused(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_params(tmp_path / "params.yaml")

@@ -18,12 +18,25 @@ from llmpress.failures import one_line
 
 T = TypeVar("T")
 
+NAMED_SECTIONS = (
+    "models",
+    "corpora",
+    "tasks",
+    "finetuned_models",
+    "deltas",
+    "calibrations",
+    "runs",
+    "delta_runs",
+    "finetunes",
+)
+"""Sections of params.yaml that map a name to its settings."""
+
 
 def read_params(path: Path) -> dict[str, Any]:
     """Read a params.yaml.
 
     Raises:
-        ConfigError: The file is missing, is not YAML, or is not a mapping.
+        ConfigError: The file is missing, is not YAML, or its sections are no mappings.
     """
     try:
         params = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -35,6 +48,7 @@ def read_params(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(params, dict):
         raise ConfigError(f"{path} must be a mapping of sections, not {type(params).__name__}")
+    _check_sections(params)
     return params
 
 
@@ -85,6 +99,20 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     if near:
         return f": did you mean {near[0]!r}?"
     return f": known are {', '.join(known)}" if known else ""
+
+
+def _check_sections(params: Mapping[str, Any]) -> None:
+    for name in NAMED_SECTIONS:
+        entries = params.get(name) or {}
+        if not isinstance(entries, dict):
+            raise ConfigError(f"{name} in params.yaml must map names to settings, not {entries!r}")
+        for key, settings in entries.items():
+            if not isinstance(settings, dict):
+                raise ConfigError(f"{name}.{key} must be a mapping of settings, not {settings!r}")
+    evaluation = params.get("evaluation") or {}
+    models = evaluation.get("models") or [] if isinstance(evaluation, dict) else None
+    if not isinstance(models, list) or not all(isinstance(name, str) for name in models):
+        raise ConfigError("evaluation.models in params.yaml must be a list of names")
 
 
 def _refuse_unknown_keys(hint: Any, value: Any, where: str) -> None:
