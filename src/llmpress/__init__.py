@@ -22,9 +22,13 @@ if TYPE_CHECKING:
     from llmpress.export import export_dense
     from llmpress.hf import dequantized, load_model, load_tokenizer
     from llmpress.hub_artifacts import fetch_artifact, push_artifact
+    from llmpress.model_compression import compress_model
+    from llmpress.runs import build_method
 
 _WHERE = {
     "LLMPressError": "llmpress.errors",
+    "build_method": "llmpress.runs",
+    "compress_model": "llmpress.model_compression",
     "dequantized": "llmpress.hf",
     "export_dense": "llmpress.export",
     "fetch_artifact": "llmpress.hub_artifacts",
@@ -37,6 +41,8 @@ _WHERE = {
 
 __all__ = [
     "LLMPressError",
+    "build_method",
+    "compress_model",
     "dequantized",
     "export_dense",
     "fetch_artifact",

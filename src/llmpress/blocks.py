@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from llmpress.architectures import decoder_blocks
-from llmpress.errors import NumericalError
+from llmpress.errors import NumericalError, SourceError
 from llmpress.layers import CompressedLinear
 
 
@@ -67,6 +67,9 @@ class BlockWalk:
 
         Returns:
             Hidden states, fp32 ``[windows, tokens, hidden]`` on the CPU.
+
+        Raises:
+            SourceError: The architecture calls its blocks in another way than most.
         """
         decoder = copy.deepcopy(self.skeleton.get_decoder())
         name = next(n for n, m in self.skeleton.named_modules() if m is self.skeleton.get_decoder())
@@ -84,19 +87,36 @@ class BlockWalk:
         hidden = []
         with torch.no_grad():
             for window in windows:
-                decoder(window.unsqueeze(0).to(self.device), use_cache=False)
+                try:
+                    decoder(window.unsqueeze(0).to(self.device), use_cache=False)
+                except TypeError as error:
+                    raise SourceError(
+                        f"{type(self.skeleton).__name__} calls its decoder blocks in a way that "
+                        f"cannot be walked block by block ({error})"
+                    ) from None
                 hidden.append(recorders[0].hidden_states.float().cpu())
         self.arguments = [recorder.arguments for recorder in recorders]
         return torch.cat(hidden)
 
     def load(self, index: int) -> nn.Module:
-        """Return decoder block ``index`` with its weights, on the device."""
+        """Return decoder block ``index`` with its weights, on the device.
+
+        Raises:
+            SourceError: The stored tensors have other names or shapes than the module's.
+        """
         prefix = f"{self.prefix}.{index}."
         names = [name for name in self.source.names() if name.startswith(prefix)]
         block = copy.deepcopy(self.blocks[index])
-        block.load_state_dict(
-            {n.removeprefix(prefix): self.source.tensor(n) for n in names}, assign=True
-        )
+        try:
+            block.load_state_dict(
+                {n.removeprefix(prefix): self.source.tensor(n) for n in names}, assign=True
+            )
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise SourceError(
+                f"{prefix.removesuffix('.')}: its stored tensors are not those of the module, so "
+                f"{type(self.skeleton).__name__} cannot be walked block by block ({reason})"
+            ) from None
         for module in block.modules():
             if not isinstance(module, CompressedLinear):
                 for parameter in module.parameters(recurse=False):

@@ -109,7 +109,9 @@ def compress_delta_artifact(
         scratch: Folder for the finished blocks of an unfinished call.
 
     Raises:
-        As `compress_delta`.
+        ArtifactError: No delta, a damaged one, or statistics of another model.
+        ConfigError: The method would leave a layer uncompressed.
+        NumericalError: A delta that cannot be compressed; names the layer.
     """
     settings = {"method": method_name, **asdict(method), "seed": seed}
     opened = DeltaFolder(delta, "delta")

@@ -11,7 +11,7 @@ from llmpress.calibration import check_calibration, load_statistics
 from llmpress.checkpoints import Checkpoint
 from llmpress.compressed_checkpoints import write_compressed_model
 from llmpress.compression import compress_layers, model_shapes
-from llmpress.errors import ArtifactError
+from llmpress.errors import ArtifactError, SourceError
 from llmpress.hf import is_compressed, skeleton
 from llmpress.methods.base import Method, Shape
 from llmpress.resume import SCRATCH, BlockStore
@@ -44,6 +44,7 @@ def compress_model(
 
     Raises:
         ArtifactError: No model, a model that is compressed already, or a damaged folder.
+        SourceError: A model without linear layers in its decoder blocks.
         NumericalError: A weight that cannot be compressed; names the layer.
         ValueError: Settings that no layer of this model allows.
     """
@@ -79,6 +80,11 @@ def compress_model(
 
 def _check_weights(checkpoint: Checkpoint, blocks: list[dict[str, Shape]]) -> None:
     """Refuse a checkpoint that lacks a layer, before anything is computed."""
+    if not any(blocks):
+        raise SourceError(
+            f"{checkpoint.folder}: {checkpoint.config.model_type} has no linear layer inside its "
+            "decoder blocks (nn.Linear), so there is nothing to compress"
+        )
     stored = set(checkpoint.names())
     for name, shape in (item for block in blocks for item in block.items()):
         if f"{name}.weight" not in stored:

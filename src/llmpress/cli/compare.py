@@ -71,7 +71,7 @@ def compare(
         [name, bytes_text(size.model_bytes), f"{size.bits_per_weight:.3f}", f"{size.ratio:.2f}"]
         for name, size in ((original, result.original_size), (other, result.other_size))
     ]
-    print_table("Size", ["", "on disk", "bits per weight", "ratio to bf16"], sizes)
+    print_table("Size", ["", "weight files", "bits per weight", "ratio to bf16"], sizes)
     rows = [
         [
             name,

@@ -31,12 +31,14 @@ def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str
 
 def print_facts(title: str, facts: Iterable[tuple[str, str]]) -> None:
     """Print names and values in two columns."""
-    grid = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False)
+    printer = console()
+    printer.print(title, style="bold", soft_wrap=True)
+    grid = Table(box=None, show_header=False)
     grid.add_column(style="dim")
     grid.add_column(overflow="fold")
     for name, value in facts:
         grid.add_row(name, value)
-    console().print(grid)
+    printer.print(grid)
 
 
 def console() -> Console:
