@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from planning_examples import CALIBRATION
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from llmpress.artifacts import read_json
@@ -174,3 +175,14 @@ def test_shards_and_index(tmp_path: Path) -> None:
 
     assert len(shards) == len(list(tmp_path.glob("*.safetensors"))) > 3
     assert num_bytes == tensor_bytes(tmp_path)
+
+
+def test_header_counts_offsets_in_the_order_of_the_file(tmp_path: Path) -> None:
+    """Wide dtypes come first: a large tensor at the front would lengthen all offsets after it."""
+    tensors = {"a": torch.zeros(10**6, dtype=torch.uint8)}
+    tensors |= {f"b{i}": torch.zeros(1, dtype=torch.float32) for i in range(50)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    specs = [(name, TensorSpec(t.dtype, tuple(t.shape))) for name, t in tensors.items()]
+
+    assert sizes.safetensors_bytes(specs) == tensor_bytes(tmp_path)

@@ -451,4 +451,4 @@ def _rebuild_bytes(layer: CompressedLinear | None) -> float:
     """Return what rebuilding a dense weight moves; scattering gradients of codes is slow."""
     if layer is None or isinstance(layer, LowRankLinear):
         return 0.0
-    return 700.0 * layer.num_weights
+    return 200.0 * layer.num_weights
