@@ -1,16 +1,17 @@
-# make report | test | test-gpu | check | docs | lock | clean: each makes .venv first when it is missing or out of date.
+# make report | test | test-gpu | bench | check | docs | lock | clean: each makes .venv first when it is missing or out of date.
 
 PYTHON ?= python3.11
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help report test test-gpu check docs lock clean
+.PHONY: help report test test-gpu bench check docs lock clean
 
 help:
 	@echo "make report    run the pipeline up to results/report.html"
 	@echo "make test      run the tests that need no GPU"
 	@echo "make test-gpu  run the tests that need one"
+	@echo "make bench     time loading on the artifacts of make report -> benchmarks/results/"
 	@echo "make check     format, lint, types, workflow, documentation: what CI runs before the tests"
 	@echo "make docs      build the documentation into build/site/index.html"
 	@echo "make lock      write the versions in $(VENV) into requirements.lock"
@@ -25,6 +26,13 @@ test: $(INSTALLED)
 
 test-gpu: $(INSTALLED)
 	pytest -m gpu
+
+ARTIFACTS := compressed/rtn-3bit compressed/gptq-3bit compressed/svd-80 compressed/lillama-80 compressed/cluscomp-2p6bit
+DELTAS := delta-come delta-svd delta-bitdelta delta-magnitude
+
+bench: $(INSTALLED)
+	python benchmarks/loading.py --base data/models/smollm2 \
+	  $(addprefix data/,models/smollm2 $(ARTIFACTS) $(addprefix compressed/,$(DELTAS)))
 
 check: $(INSTALLED)
 	ruff format --check .
