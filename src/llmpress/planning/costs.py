@@ -5,7 +5,8 @@ Dimensions of a linear layer: ``o`` outputs, ``n`` inputs, ``w = o · n`` weight
 The constants below were measured on two hyperthreads of a Xeon with AMX, layer by layer on the
 model of the default run (SmolLM2-135M: 192 to 1536 channels), one thread, little else running.
 Checked against the whole default run and on a model of other widths (768 and 3072) with other
-settings: memory within a quarter there, times within a factor of two with one exception each.
+settings: memory within a quarter there, times within a factor of two but for one stage of the
+default run; what rebuilding a codebook's weight costs in finetuning was set on both together.
 A constant in bytes per weight stands for elementwise passes over the weights: time times the
 bandwidth that `llmpress.planning.machine` measured on that machine.
 """
