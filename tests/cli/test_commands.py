@@ -9,6 +9,8 @@ from tiny_artifacts import Make
 from transformers import AutoModelForCausalLM
 
 from llmpress.artifacts import read_json, sha256
+from llmpress.deltas import load_delta
+from llmpress.hf import load_model, load_tokenizer
 from llmpress.layers import CodebookLinear
 from llmpress.methods import known_methods
 
@@ -128,7 +130,7 @@ def test_inspect_tells_what_it_is(
     assert "All 21 layers" in shown
 
 
-def test_generate_streams_and_counts(tiny_model_folder: Path, compressed_delta: Path) -> None:
+def test_generate_streams_and_counts(tiny_model_folder: Path) -> None:
     plain = llmpress("generate", tiny_model_folder, "def f(", "--max-tokens", 8)
     assert plain.code == 0, plain.err
     record = llmpress("generate", tiny_model_folder, "def f(", "--max-tokens", 8, "--json").json
@@ -142,8 +144,20 @@ def test_generate_streams_and_counts(tiny_model_folder: Path, compressed_delta: 
         for seed in (1, 1, 2)
     ]  # fmt: skip
     assert sampled[0] == sampled[1] != sampled[2]
-    tuned = llmpress("generate", tiny_model_folder, "def f(", "--delta", compressed_delta)
-    assert tuned.code == 0, tuned.err
+
+
+def test_generate_with_a_delta_is_the_finetuned_model(
+    tiny_model_folder: Path, compressed_delta: Path
+) -> None:
+    prompt = "class Handler:\n    def __init__(self"
+    model = load_delta(load_model(tiny_model_folder), compressed_delta)
+    tokenizer = load_tokenizer(tiny_model_folder)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    new = model.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+    command = ["generate", tiny_model_folder, prompt, "--max-tokens", 24, "--dtype", "float32"]
+    tuned = llmpress(*command, "--delta", compressed_delta, "--json").json["text"]
+    assert tuned == tokenizer.decode(new, skip_special_tokens=True)
+    assert tuned != llmpress(*command, "--json").json["text"]
 
 
 def test_compare_a_model_with_itself_and_with_less(
@@ -157,7 +171,11 @@ def test_compare_a_model_with_itself_and_with_less(
     assert same["num_tokens"] == 2 * 63
     assert same["original_perplexity"] == same["other_perplexity"]
     less = llmpress(*command, compressed("rtn"), *options).json
-    assert less["texts"][text.name]["kl_divergence_nats"] > 1e-4
+    lost = less["texts"][text.name]
+    assert lost["kl_divergence_nats"] > 1e-4
+    assert lost["original_perplexity"] == same["original_perplexity"]
+    assert lost["other_perplexity"] != same["original_perplexity"]
+    assert lost["top1_agreement"] < 1
     assert less["other_size"]["ratio"] > less["original_size"]["ratio"]
     assert "KL, nats" in llmpress(*command, compressed("rtn"), *options[:-1]).out
 
