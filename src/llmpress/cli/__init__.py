@@ -16,7 +16,8 @@ from llmpress.failures import script_errors
 app = typer.Typer(
     name="llmpress",
     help="Compress large language models and their fine-tuning deltas, and measure what was lost.",
-    epilog="Exit codes: 0 done, 1 an error that the last line explains, 2 a wrong command line.",
+    epilog="Exit codes: 0 done, 1 an error that the last line explains, 2 a wrong command line, "
+    "3 a plan that does not fit.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -10,7 +10,7 @@ from llmpress.cli.options import AsJson, Bits, Set
 if TYPE_CHECKING:
     from llmpress.planning import Plan, PlanRow
 
-DOES_NOT_FIT = 2
+DOES_NOT_FIT = 3
 
 Names = Annotated[
     list[str] | None,
@@ -47,7 +47,7 @@ def plan(
     Bytes are counted from the model's shapes. Times are estimates from the speed of this machine at
     this moment, with as many threads as OMP_NUM_THREADS says; expect a factor of two.
 
-    Exit codes: 0 when everything fits, 2 when something does not, 1 for a mistake.
+    Exit codes: 0 when everything fits, 3 when something does not, 1 for a mistake.
 
     Example: llmpress plan --model my-llama/config.json --method cluscomp --set bits=2.6
     """
