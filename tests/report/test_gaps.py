@@ -114,6 +114,7 @@ def test_the_log_is_told(pipeline: Path, log: str | None, error: str, said: str)
     ("log", "error"),
     [
         ("error: first\nerror: last\nmore\n", "error: last"),
+        ("blocks: 3%\rblocks: 7%\rerror: after a progress bar\r", "error: after a progress bar"),
         ("Traceback\n  File x\nValueError: bad\nERROR: failed\n", "ValueError: bad"),
         ("torch.OutOfMemoryError: CUDA out of memory\n", "torch.OutOfMemoryError: CUDA out of "
          "memory"),

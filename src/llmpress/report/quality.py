@@ -77,7 +77,6 @@ def quality_figure(
         {
             "type": "log",
             "tickformat": ".3~g",
-            "nticks": 8,
             "range": [math.log10(end) for end in ends],
         }
         if log_size
