@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,26 @@ def seeded() -> None:
     """Every test starts from the same random state."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """Say at the very end that nobody looked at the report, or where it can be looked at."""
+    yield
+    reports = [
+        report
+        for kind in ("passed", "failed", "skipped")
+        for report in terminalreporter.stats.get(kind, [])
+        if "report/test_browser.py" in report.nodeid
+    ]
+    if reports and all(report.skipped for report in reports):
+        terminalreporter.section("NO CHROMIUM", sep="!", red=True, bold=True)
+        terminalreporter.line(
+            f"{len(reports)} tests of the report in a browser DID NOT RUN: its layout, scripts, "
+            "contrast and printing are untested. Install chromium and run them again.",
+            red=True,
+            bold=True,
+        )
+    elif reports:
+        folder = Path(__file__).parents[1] / "build/screenshots"
+        terminalreporter.line(f"Screenshots of the report: {folder}")

@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import llmpress
+from huggingface_hub.utils import are_progress_bars_disabled
 from tiny_artifacts import Make
 from transformers import AutoModelForCausalLM
 
 from llmpress.artifacts import read_json, sha256
+from llmpress.cli.options import quiet
 from llmpress.deltas import load_delta
 from llmpress.hf import load_model, load_tokenizer
 from llmpress.layers import CodebookLinear
@@ -46,6 +48,11 @@ def test_help_explains_every_option(command: list[str]) -> None:
     done = llmpress(*command, "--help")
     assert done.code == 0
     assert "Usage: llmpress" in done.out
+
+
+def test_downloads_keep_their_progress_bar() -> None:
+    quiet()
+    assert not are_progress_bars_disabled()
 
 
 def test_version() -> None:

@@ -66,7 +66,8 @@ def print_summary(description: Mapping[str, Any]) -> None:
         settings = ", ".join(f"{key}={value}" for key, value in given.items())
         facts += [("method", description["method"]), ("settings", settings)]
     if size := description["size"]:
-        bits = f"{size['bits_per_weight']:.3f} over {size['compressed_weights']:,} weights"
+        bits = f"{size['bits_per_weight']:.3f} over {size['compressed_weights']:,} of "
+        bits += f"{size['model_weights']:,} weights"
         facts += [("bits per weight", bits), ("ratio to bf16", f"{size['ratio']:.2f}")]
     facts.append(
         ("verified", "yes" if description["verified"] else "no: it has no provenance.json")

@@ -104,11 +104,15 @@ def method_settings(name: str, bits: float | None, assignments: Sequence[str] | 
 
 
 def quiet() -> None:
-    """Keep transformers from talking: what a command prints is its own."""
+    """Keep transformers from talking: what a command prints is its own. Downloads keep their bar."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    wanted = not are_progress_bars_disabled()
+    logging.disable_progress_bar()  # turns the hub's bars off too
+    if wanted:
+        enable_progress_bars()
 
 
 def _assignment(text: str) -> tuple[str, Any]:

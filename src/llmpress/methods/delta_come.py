@@ -127,7 +127,7 @@ class DeltaCoMe(Method):
         residual = delta / scale
         seen = moment if self.basis == "output" else None
         values, basis = principal_outputs(residual, seen)
-        groups = self._plan_groups(values, *delta.shape)
+        groups = self.plan_groups(values, *delta.shape)
         channels = _Feedback(moment)
         done: list[tuple[Vectors, Vectors, Tensor]] = []
         for rank, num_bits in groups:
@@ -158,7 +158,7 @@ class DeltaCoMe(Method):
         moment.diagonal().add_(max(self.dampening, 1e-6))
         return moment
 
-    def _plan_groups(self, values: Tensor, out_features: int, in_features: int) -> list[Group]:
+    def plan_groups(self, values: Tensor, out_features: int, in_features: int) -> list[Group]:
         """Spend the budget on groups; none for a delta of zeros."""
         size = out_features * in_features
 

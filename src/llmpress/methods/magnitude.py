@@ -55,7 +55,7 @@ class Magnitude(Method):
         """
         del statistics
         weight = checked_weight(weight)
-        count = self._num_kept(weight)
+        count = self.num_kept(weight)
         if self.mode == "magnitude":
             # A stable sort, not topk: which of two equal entries stays is the same everywhere.
             kept = weight.flatten().abs().argsort(descending=True, stable=True)[:count]
@@ -67,7 +67,7 @@ class Magnitude(Method):
         keep[kept] = True
         return SparseLinear.from_dense(weight, keep.view_as(weight))
 
-    def _num_kept(self, weight: Tensor) -> int:
+    def num_kept(self, weight: Tensor) -> int:
         """Return how many entries stay: at least one."""
         out_features, in_features = weight.shape
         if self.sparsity is not None:

@@ -67,7 +67,7 @@ class SVD(Method):
         """
         del seed
         weight = checked_weight(weight)
-        rank = self._rank(*weight.shape)
+        rank = self.rank_of(*weight.shape)
         if self.whiten:
             moment = checked_statistics(statistics, weight).second_moment
             lower = damped_cholesky(moment, CHOLESKY_DAMPENING).factor
@@ -80,7 +80,7 @@ class SVD(Method):
         half = values.sqrt()
         return LowRankLinear.from_factors(left * half, half[:, None] * right)
 
-    def _rank(self, out_features: int, in_features: int) -> int:
+    def rank_of(self, out_features: int, in_features: int) -> int:
         """Return the rank that the budget pays for."""
         if self.rank is not None:
             return self.rank

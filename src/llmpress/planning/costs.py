@@ -209,7 +209,7 @@ def _cluscomp_workspace(settings: ClusComp, shape: Shape) -> int:
 
 
 def _low_rank(settings: SVD | Lillama, shape: Shape) -> CompressedLinear:
-    wanted = settings._rank(*shape) if isinstance(settings, SVD) else settings.rank or 1
+    wanted = settings.rank_of(*shape) if isinstance(settings, SVD) else settings.rank or 1
     rank = min(wanted, *shape)
     return LowRankLinear(shape.in_features, shape.out_features, rank=rank)
 
@@ -251,7 +251,7 @@ def _lillama_workspace(settings: Lillama, shape: Shape) -> int:
 
 def _sparse(settings: Magnitude, shape: Shape) -> CompressedLinear:
     o, n = shape
-    count = settings._num_kept(torch.empty(o, n, device="meta"))
+    count = settings.num_kept(torch.empty(o, n, device="meta"))
     index = smaller_index(n, o, count)
     return SparseLinear(n, o, num_nonzeros=count, index=index)
 
@@ -278,7 +278,7 @@ def _mixed_low_rank(settings: DeltaCoMe, shape: Shape) -> CompressedLinear:
     # like the inverse square; any falling row spends the budget up to less than one triplet.
     values = torch.arange(1, min(shape) + 1, dtype=torch.float64, device="cpu") ** -2
     with torch.device("cpu"):
-        groups = settings._plan_groups(values, *shape)
+        groups = settings.plan_groups(values, *shape)
     return MixedLowRankLinear(
         shape.in_features,
         shape.out_features,

@@ -1,5 +1,6 @@
 """Plotly figures: numbers by layer, losses by block, bars of cost."""
 
+import math
 from collections.abc import Sequence
 
 import pandas as pd
@@ -108,6 +109,7 @@ def training_figure(block: pd.Series) -> Figure:
     """Draw the losses of one finetuned block by epoch; the held-out loss starts before training."""
     figure = new_figure("epoch", "loss", log_y=True, height=380)
     held_out = [block["loss_before"], *block["validation_loss"]]
+    figure["layout"]["xaxis"]["dtick"] = math.ceil(len(held_out) / 12)  # whole epochs
     curves = (
         ("training", COLORS[1], range(1, len(block["train_loss"]) + 1), block["train_loss"]),
         ("held out", COLORS[0], range(len(held_out)), held_out),
