@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import enable_progress_bars
 from tiny_models import (
     HELD_OUT_PACKAGES,
     build_tiny_finetuned,
@@ -54,7 +55,8 @@ def tiny_windows(tiny_model_folder: Path) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Every test starts from the same random state."""
+    """Every test starts from the same random state, and with progress bars."""
+    enable_progress_bars()
     random.seed(0)
     torch.manual_seed(0)
 

@@ -104,8 +104,8 @@ def method_settings(name: str, bits: float | None, assignments: Sequence[str] | 
 
 
 def quiet() -> None:
-    """Keep transformers from talking: what a command prints is its own. Downloads keep their bar."""
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    """Keep transformers from talking, but not downloads from showing their progress."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 
     logging.set_verbosity_error()
