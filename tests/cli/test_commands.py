@@ -55,6 +55,17 @@ def test_downloads_keep_their_progress_bar() -> None:
     assert not are_progress_bars_disabled()
 
 
+def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llmpress.inspection.describe", interrupted)
+    done = llmpress("inspect", tmp_path)
+    assert done.code == 130
+    assert done.err.endswith("error: interrupted; the same command continues after the last "
+                             "finished block\n")  # fmt: skip
+
+
 def test_version() -> None:
     assert llmpress("--version").out.startswith("llmpress 0.")
 

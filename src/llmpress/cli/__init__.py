@@ -11,7 +11,7 @@ import typer
 from llmpress.cli import calibrate, compare, compress, delta, export, generate, hub, inspect
 from llmpress.cli import methods as methods_command
 from llmpress.cli import plan as plan_command
-from llmpress.failures import script_errors
+from llmpress.failures import INTERRUPTED, script_errors
 
 app = typer.Typer(
     name="llmpress",
@@ -55,4 +55,9 @@ def _main(
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 1."""
     with script_errors():
-        app()
+        try:
+            app()
+        except SystemExit as done:
+            if done.code == INTERRUPTED:  # typer has caught the interrupt, and says nothing
+                raise KeyboardInterrupt from None
+            raise
