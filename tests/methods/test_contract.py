@@ -1,9 +1,10 @@
 """What every method must do. A new method is found by its file; it only needs examples here."""
 
 import json
+import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn import functional
 from llmpress.layers import CompressedLinear, build_layer
 from llmpress.linalg import relative_output_error, relative_weight_error
 from llmpress.methods import known_methods, method_class
-from llmpress.methods.base import InputStatistics, Method
+from llmpress.methods.base import InputStatistics, Method, Shape
 
 
 @dataclass(frozen=True)
@@ -348,6 +349,40 @@ def test_missing_or_unfit_statistics_are_refused(name: str, example: Example) ->
     for statistics in (None, InputStatistics(torch.eye(59), 100), nan):
         with pytest.raises(ValueError, match="statistics"):
             method.compress(layer.weight, statistics)
+
+
+BUDGETED = {
+    "cluscomp": {},
+    "delta_come": {"group_size": 16},
+    "magnitude": {},
+    "svd": {},
+}
+SHAPES = {"wide": Shape(24, 64), "tall": Shape(96, 32), "small": Shape(16, 16)}
+
+
+def test_every_method_that_is_told_bits_knows_the_smallest() -> None:
+    told = [n for n in known_methods() if "bits" in {f.name for f in fields(method_class(n))}]
+    assert told == sorted(BUDGETED)
+
+
+@pytest.mark.parametrize("name", BUDGETED)
+def test_the_smallest_budget_is_named_and_enough_for_all_layers(name: str) -> None:
+    cls = method_class(name)
+    with pytest.raises(ValueError, match=r"smallest possible budget here is .* small of") as caught:
+        cls(bits=0.11, **BUDGETED[name]).plan(SHAPES, 1)
+    found = re.search(r"here is (\d+\.\d+) bits", str(caught.value))
+    assert found is not None
+    enough = cls(bits=float(found[1]), **BUDGETED[name])
+    for layer, settings in enough.plan(SHAPES, 1).items():
+        weight = torch.randn(*SHAPES[layer])
+        assert settings is not None
+        packed = settings.compress(weight)
+        assert packed.stored_bits() <= float(found[1]) * weight.numel()
+    less = cls(bits=float(found[1]) * 0.99, **BUDGETED[name])
+    with pytest.raises(ValueError, match="small of shape"):
+        less.plan(SHAPES, 1)
+    with pytest.raises(ValueError, match="bits"):
+        less.compress(torch.randn(*SHAPES["small"]))
 
 
 def test_unknown_methods_get_a_suggestion() -> None:

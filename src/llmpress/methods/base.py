@@ -5,6 +5,7 @@ frozen
 dataclass whose fields are its settings. Tensors in, modules out: it knows no model, file or device.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,9 +66,27 @@ class Method(ABC):
 
         Returns:
             For each layer the settings to compress it with, None where it is left as it is.
+
+        Raises:
+            ValueError: The budget is too small for some layer; names the smallest that is not.
         """
         del model_weights
+        bits = getattr(self, "bits", None)
+        least = {name: self.smallest_bits(shape) for name, shape in shapes.items()}
+        name = max(least, key=lambda name: least[name] or 0.0, default="")
+        needed = least.get(name)
+        if bits is not None and needed is not None and bits < needed:
+            raise ValueError(
+                f"bits={bits}: the smallest possible budget here is "
+                f"{math.ceil(1e4 * needed) / 1e4:.4f} bits per weight, which {name} of shape "
+                f"{list(shapes[name])} needs"
+            )
         return dict.fromkeys(shapes, self)
+
+    def smallest_bits(self, shape: Shape) -> float | None:
+        """Return the smallest ``bits`` that pay for a matrix of this shape; None without budget."""
+        del shape
+        return None
 
     @abstractmethod
     def compress(

@@ -77,6 +77,10 @@ class ClusComp(Method, Tunable):
         if self.iterations < 1:
             raise ValueError(f"iterations={self.iterations}: must be positive")
 
+    def smallest_bits(self, shape: Shape) -> float | None:
+        """Return the bits of the smallest codebook: two entries of the longest vectors."""
+        return None if self.bits is None else smallest_true_bits(shape)
+
     def codebook_size(self, shape: Shape) -> CodebookSize:
         """Return the codebook that a matrix of this shape gets.
 
@@ -136,6 +140,11 @@ def true_bits(shape: Shape, size: CodebookSize) -> float:
     return (8 * code_bytes + codebook) / (shape.out_features * shape.in_features)
 
 
+def smallest_true_bits(shape: Shape) -> float:
+    """Return the bits per weight of the smallest codebook there is for a matrix."""
+    return min(true_bits(shape, CodebookSize(2, d)) for d in range(1, MAX_VECTOR_SIZE + 1))
+
+
 def choose_codebook_size(shape: Shape, bits: float) -> CodebookSize:
     """Choose the codebook with the smallest expected error among those within ``bits``.
 
@@ -147,7 +156,7 @@ def choose_codebook_size(shape: Shape, bits: float) -> CodebookSize:
     """
     within = [size for size in _largest_sizes(shape, bits) if true_bits(shape, size) <= bits]
     if not within:
-        smallest = min(true_bits(shape, CodebookSize(2, d)) for d in range(1, MAX_VECTOR_SIZE + 1))
+        smallest = smallest_true_bits(shape)
         raise ValueError(
             f"bits={bits}: a matrix of shape {list(shape)} needs at least {smallest:.3f} bits "
             "per weight"

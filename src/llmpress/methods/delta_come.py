@@ -24,7 +24,7 @@ from llmpress.layers.mixed_low_rank import (
     group_bits,
 )
 from llmpress.linalg import damped_inverse_cholesky
-from llmpress.methods.base import InputStatistics, Method, checked_statistics, checked_weight
+from llmpress.methods.base import InputStatistics, Method, Shape, checked_statistics, checked_weight
 from llmpress.uniform import SMALLEST_SCALE, Grid, fit_grid
 
 GAUSSIAN_DISTORTION = (1, 0.648, 0.136, 0.0349, 0.00913, 0.00229, 0.000575, 0.000142, 0.0000352)
@@ -157,6 +157,13 @@ class DeltaCoMe(Method):
         moment = moment / mean
         moment.diagonal().add_(max(self.dampening, 1e-6))
         return moment
+
+    def smallest_bits(self, shape: Shape) -> float | None:
+        """Return the bits of a single triplet at the lowest precision."""
+        out_features, in_features = shape
+        last = self.precisions[-1]
+        bits = group_bits(in_features, out_features, 1, last, self.group_size) + SCALE_BITS
+        return bits / (out_features * in_features)
 
     def plan_groups(self, values: Tensor, out_features: int, in_features: int) -> list[Group]:
         """Spend the budget on groups; none for a delta of zeros."""

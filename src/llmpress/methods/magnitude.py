@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmpress.layers import SparseLinear
 from llmpress.layers.sparse import sparse_bits
-from llmpress.methods.base import InputStatistics, Method, checked_weight
+from llmpress.methods.base import InputStatistics, Method, Shape, checked_weight
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,11 @@ class Magnitude(Method):
         keep = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
         keep[kept] = True
         return SparseLinear.from_dense(weight, keep.view_as(weight))
+
+    def smallest_bits(self, shape: Shape) -> float | None:
+        """Return the bits of a single entry."""
+        out_features, in_features = shape
+        return sparse_bits(in_features, out_features, 1) / (out_features * in_features)
 
     def num_kept(self, weight: Tensor) -> int:
         """Return how many entries stay: at least one."""

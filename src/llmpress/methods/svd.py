@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmpress.layers import LowRankLinear
 from llmpress.linalg import damped_cholesky, truncated_svd
-from llmpress.methods.base import InputStatistics, Method, checked_statistics, checked_weight
+from llmpress.methods.base import InputStatistics, Method, Shape, checked_statistics, checked_weight
 
 STORED_BITS = 16  # the factors are stored in bfloat16
 CHOLESKY_DAMPENING = 1e-6  # fraction of the mean E[x²]; only decides between near-equal directions
@@ -79,6 +79,11 @@ class SVD(Method):
             left, values, right = truncated_svd(weight, rank)
         half = values.sqrt()
         return LowRankLinear.from_factors(left * half, half[:, None] * right)
+
+    def smallest_bits(self, shape: Shape) -> float | None:
+        """Return the bits of rank 1."""
+        out_features, in_features = shape
+        return STORED_BITS * (out_features + in_features) / (out_features * in_features)
 
     def rank_of(self, out_features: int, in_features: int) -> int:
         """Return the rank that the budget pays for."""
