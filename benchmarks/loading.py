@@ -55,7 +55,7 @@ print(json.dumps({
 def main(
     folders: list[Path] = typer.Argument(help="Artifacts; the first is the baseline."),
     base: Path = typer.Option(..., help="The model that deltas are put on."),
-    repetitions: int = typer.Option(5, min=2, help="Processes per artifact; the first is dropped."),
+    repetitions: int = typer.Option(4, min=2, help="Processes per artifact; the first is dropped."),
     out: Path = typer.Option(Path("benchmarks/results/loading.csv"), help="Rows are appended."),
 ) -> None:
     """Measure loading in bf16 and append a row per artifact."""
@@ -105,7 +105,7 @@ def main(
             "date": datetime.now(UTC).date().isoformat(),
         }
         rows.append(row)
-        print({key: row[key] for key in list(row)[:11]})
+        print({key: row[key] for key in list(row)[:10]})
     out.parent.mkdir(parents=True, exist_ok=True)
     is_new = not out.exists()
     with out.open("a", newline="", encoding="utf-8") as file:
