@@ -147,12 +147,12 @@ def wrong_shape(world: World) -> Done:
     return llmpress("generate", model, "x")
 
 
-def missing_tensor(world: World) -> Done:
+def without_a_tensor(world: World) -> Path:
     model = world.copy(world.model)
     tensors = load_file(model / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    return compress(world, model=model)
+    return model
 
 
 def pickle_only(world: World) -> Done:
@@ -293,7 +293,14 @@ CASES: dict[str, tuple[Callable[[World], Done], str]] = {
     "corrupted safetensors": (corrupted_header, r"model\.safetensors: damaged .*fetch the model"),
     "corrupted artifact": (corrupted_artifact, r"model\.safetensors: differs from its checksum"),
     "tensor of another shape": (wrong_shape, r"up_proj\.weight.*\[175, 64\].*\[176, 64\]"),
-    "missing tensor": (missing_tensor, r"holds no tensor .*model\.layers\.1\.mlp\.up_proj\.weight"),
+    "missing tensor when opened": (
+        lambda w: llmpress("generate", without_a_tensor(w), "x"),
+        r"holds no tensor 'model\.layers\.1\.mlp\.up_proj\.weight'; fetch the model again",
+    ),
+    "missing tensor": (
+        lambda w: compress(w, model=without_a_tensor(w)),
+        r"holds no tensor .*model\.layers\.1\.mlp\.up_proj\.weight",
+    ),
     "pickled weights": (pickle_only, "only pickle weights, which are not opened; save"),
     "no tokenizer": (no_tokenizer, "no tokenizer here"),
     "compressed twice": (lambda w: compress(w, model=w.packed), "is compressed already"),
