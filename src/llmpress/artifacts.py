@@ -29,7 +29,7 @@ from llmpress.errors import ArtifactError
 PROVENANCE = "provenance.json"
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 """What a model folder without provenance is fingerprinted by."""
-SHOW_PROGRESS_ABOVE = 2_000_000_000  # bytes; hashing fewer takes about a second
+SHOW_PROGRESS_ABOVE = 2_000_000_000  # bytes; hashing fewer takes some three seconds
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from llmpress.architectures import replace_module
 from llmpress.artifacts import PROVENANCE, fingerprint, verify
 from llmpress.delta_files import EXACT, DeltaFolder
 from llmpress.errors import ArtifactError
-from llmpress.layers import AdaptedLinear, CompressedLinear, build_layer
+from llmpress.layers import AdaptedLinear, CompressedLinear, filled_layer
 
 APPLIED = "_llmpress_delta"
 
@@ -120,13 +120,9 @@ def _check_base(model: PreTrainedModel, delta: DeltaFolder, base_folder: Path | 
 def _build(name: str, entry: dict[str, Any], delta: DeltaFolder) -> CompressedLinear:
     out_features, in_features = entry["shape"]
     try:
-        with torch.device("meta"):
-            layer = build_layer(entry["kind"], in_features, out_features, dict(entry["spec"]))
-        layer.load_state_dict(delta.tensors(f"{name}."), assign=True)
-    except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ArtifactError(f"{delta.folder}: layer {name} is damaged: {reason}") from None
-    return layer.requires_grad_(False)
+        return filled_layer(entry, in_features, out_features, delta.tensors(f"{name}."))
+    except ValueError as error:
+        raise ArtifactError(f"{delta.folder}: layer {name} is damaged: {error}") from None
 
 
 def _check_layers(

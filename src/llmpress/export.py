@@ -13,7 +13,7 @@ from llmpress.checkpoints import Checkpoint, CheckpointWriter, copy_companions
 from llmpress.delta_files import EXACT, DeltaFolder
 from llmpress.errors import ArtifactError
 from llmpress.hf import compressed_layers
-from llmpress.layers import CompressedLinear, build_layer
+from llmpress.layers import filled_layer
 
 
 def export_dense(
@@ -77,49 +77,39 @@ def _dense_tensors(source: Checkpoint, delta: DeltaFolder | None) -> Iterator[tu
     changes = delta.header["layers"] if delta else {}
     exact = set(delta.exact_names()) if delta else set()
     linears = dict(source.skeleton().named_modules())
-    packed = {f"{name}.{key}" for name in entries for key in source.tensors(f"{name}.")}
-    plain = set(source.names()) - packed
-    for name in progress(sorted(plain | exact | {f"{n}.weight" for n in entries}), "export"):
+    stored = set(source.names())
+    packed = {name for name in stored if name.rpartition(".")[0] in entries}
+    biases = {name for name in packed if name.endswith(".bias")}
+    weights = {f"{name}.weight" for name in entries}
+    for name in progress(sorted((stored - packed) | biases | weights | exact), "export"):
         layer = name.removesuffix(".weight")
         if name in exact and delta is not None:
             yield name, delta.tensor(EXACT + name)
             continue
-        if layer in entries:
-            linear = linears[layer]
-            weight = _filled(layer, entries[layer], linear, source.tensors(f"{layer}."))
-            tensor = weight.dequantize()
+        if name in weights:
+            tensor = _dequantized(layer, entries[layer], linears.get(layer), source)
         else:
             tensor = source.tensor(name)
         if layer in changes and delta is not None:
             out_features, in_features = changes[layer]["shape"]
             like = nn.Linear(in_features, out_features, bias=False, device="meta")
-            change = _filled(layer, changes[layer], like, delta.tensors(f"{layer}."))
-            tensor = tensor.float() + change.dequantize()
+            tensor = tensor.float() + _dequantized(layer, changes[layer], like, delta)
         yield name, tensor
-    for layer in entries:  # biases are stored with the packed layer
-        if f"{layer}.bias" in packed and f"{layer}.bias" not in exact:
-            yield f"{layer}.bias", source.tensor(f"{layer}.bias")
 
 
-def _filled(
-    name: str, entry: Mapping[str, Any], linear: nn.Module, tensors: dict[str, Tensor]
-) -> CompressedLinear:
+def _dequantized(
+    name: str, entry: Mapping[str, Any], linear: nn.Module | None, source: Checkpoint | DeltaFolder
+) -> Tensor:
+    """Return the weight of a stored layer; ``linear`` tells its shape and whether it has a bias."""
     if not isinstance(linear, nn.Linear):
         raise ArtifactError(f"{name}: compressed in the artifact, but the model has no such linear")
+    tensors = source.tensors(f"{name}.")
+    shape = (linear.in_features, linear.out_features)
     try:
-        with torch.device("meta"):
-            layer = build_layer(
-                entry["kind"],
-                linear.in_features,
-                linear.out_features,
-                dict(entry["spec"]),
-                bias=linear.bias is not None,
-            )
-        layer.load_state_dict(tensors, assign=True)
-    except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ArtifactError(f"layer {name} is damaged: {reason}") from None
-    return layer.requires_grad_(requires_grad=False)
+        layer = filled_layer(entry, *shape, tensors, bias=linear.bias is not None)
+    except ValueError as error:
+        raise ArtifactError(f"{source.folder}: layer {name} is damaged: {error}") from None
+    return layer.dequantize()
 
 
 def _plain_config(

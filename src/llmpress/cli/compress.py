@@ -53,7 +53,7 @@ def compress(
 
     Example: llmpress compress data/models/smollm2 --method rtn --bits 3 --out smollm2-3bit
     """
-    from llmpress.cli.inspect import print_summary
+    from llmpress.cli.inspect import print_made
     from llmpress.cli.options import (
         check_out,
         method_settings,
@@ -61,9 +61,7 @@ def compress(
         quiet,
         scratch_folder,
     )
-    from llmpress.cli.output import print_json
     from llmpress.devices import pick_device
-    from llmpress.inspection import describe
     from llmpress.model_compression import compress_model
 
     quiet()
@@ -82,11 +80,7 @@ def compress(
             device=place,
             scratch=scratch_folder(out),
         )
-    description = describe(out)
-    if as_json:
-        print_json({key: description[key] for key in SUMMARY})
-    else:
-        print_summary(description)
+    print_made(out, SUMMARY, as_json=as_json)
 
 
 @contextmanager

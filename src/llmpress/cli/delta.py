@@ -34,19 +34,13 @@ def extract(
     as_json: AsJson = False,
 ) -> None:
     """Subtract a base model from its fine-tuned version, tensor by tensor."""
-    from llmpress.cli.inspect import print_summary
+    from llmpress.cli.inspect import print_made
     from llmpress.cli.options import check_out, model_folder
-    from llmpress.cli.output import print_json
     from llmpress.delta_extraction import extract_delta_artifact
-    from llmpress.inspection import describe
 
     check_out(out, force=force)
     extract_delta_artifact(model_folder(base), model_folder(finetuned), out)
-    description = describe(out)
-    if as_json:
-        print_json({key: description[key] for key in ("folder", "kind", "bytes")})
-    else:
-        print_summary(description)
+    print_made(out, ("folder", "kind", "bytes"), as_json=as_json)
 
 
 @app.command()
@@ -70,7 +64,7 @@ def compress(
 ) -> None:
     """Compress an extracted delta; what is no linear layer is kept exactly, and counted."""
     from llmpress.cli.compress import SUMMARY, statistics
-    from llmpress.cli.inspect import print_summary
+    from llmpress.cli.inspect import print_made
     from llmpress.cli.options import (
         check_out,
         method_settings,
@@ -78,11 +72,9 @@ def compress(
         quiet,
         scratch_folder,
     )
-    from llmpress.cli.output import print_json
     from llmpress.delta_compression import compress_delta_artifact
     from llmpress.devices import pick_device
     from llmpress.errors import ConfigError
-    from llmpress.inspection import describe
 
     quiet()
     check_out(out, force=force)
@@ -102,11 +94,7 @@ def compress(
             device=place,
             scratch=scratch_folder(out),
         )
-    description = describe(out)
-    if as_json:
-        print_json({key: description[key] for key in SUMMARY})
-    else:
-        print_summary(description)
+    print_made(out, SUMMARY, as_json=as_json)
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """``llmpress inspect``: what lies in a folder, how large it is, where it comes from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,6 +54,18 @@ def inspect(
         )
     if provenance := description["provenance"]:
         print_facts("Provenance", _origin(provenance))
+
+
+def print_made(out: Path, keys: Sequence[str], *, as_json: bool) -> None:
+    """Print what a command has just made: these keys of its description, or the summary."""
+    from llmpress.cli.output import print_json
+    from llmpress.inspection import describe
+
+    description = describe(out)
+    if as_json:
+        print_json({key: description[key] for key in keys})
+    else:
+        print_summary(description)
 
 
 def print_summary(description: Mapping[str, Any]) -> None:

@@ -1,6 +1,10 @@
 """Linear layers that compute from compressed weights, one file per storage format."""
 
+from collections.abc import Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from llmpress.layers.base import CompressedLinear
 from llmpress.layers.codebook import CodebookLinear
@@ -40,6 +44,37 @@ def build_layer(
         raise ValueError(f"layer kind {kind!r} does not take {sorted(spec)}: {error}") from None
 
 
+def filled_layer(
+    entry: Mapping[str, Any],
+    in_features: int,
+    out_features: int,
+    tensors: Mapping[str, Tensor],
+    *,
+    bias: bool = False,
+) -> CompressedLinear:
+    """Build a stored layer around its tensors, which are not copied.
+
+    Args:
+        entry: Its ``kind`` and ``spec``.
+        in_features: Inputs of the layer.
+        out_features: Outputs of the layer.
+        tensors: Everything the layer stores, by name.
+        bias: Whether a bias is among them.
+
+    Raises:
+        ValueError: An unknown kind or spec, or tensors that are missing or of another shape.
+    """
+    with torch.device("meta"):
+        layer = build_layer(
+            entry["kind"], in_features, out_features, dict(entry["spec"]), bias=bias
+        )
+    try:
+        layer.load_state_dict(dict(tensors), assign=True)
+    except RuntimeError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    return layer.requires_grad_(requires_grad=False)
+
+
 __all__ = [
     "KINDS",
     "AdaptedLinear",
@@ -51,4 +86,5 @@ __all__ = [
     "SignLinear",
     "SparseLinear",
     "build_layer",
+    "filled_layer",
 ]
