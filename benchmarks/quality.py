@@ -1,0 +1,192 @@
+"""Quality against true bits: llmpress's artifacts and other tools' models, one evaluator for all.
+
+A folder is an artifact of llmpress, a model as it is, or the dense weights that another tool's
+quantized model stands for with a peer.json beside them (benchmarks/peers/). Perplexity is that of
+the test text's first windows; KL is the mean divergence from the original's predictions, in nats.
+
+    python benchmarks/quality.py data/models/smollm2 data/compressed/gptq-3bit
+"""
+
+import csv
+import json
+import subprocess
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import typer
+from tqdm import tqdm
+
+from llmpress.artifacts import PROVENANCE, read_json, read_provenance
+from llmpress.calibration import INDEX
+from llmpress.corpora import load_text, token_windows
+from llmpress.environment import hardware, packages
+from llmpress.evaluation.comparison import folder_size
+from llmpress.evaluation.likelihood import likelihood
+from llmpress.evaluation.sizes import cost
+from llmpress.hf import dequantized, load_model, load_tokenizer
+
+PEER = "peer.json"
+
+
+class Remembered:
+    """The original, whose logits are computed once for all folders: 200 kB per token here."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self._known = model, {}
+
+    def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        """Return an output with the logits, as the model itself does."""
+        key = tuple(input_ids.flatten().tolist())
+        if key not in self._known:
+            self._known[key] = self.model(input_ids=input_ids, use_cache=use_cache).logits
+        return SimpleNamespace(logits=self._known[key])
+
+
+def main(
+    folders: list[Path] = typer.Argument(help="Artifacts, models, or peers' dense exports."),
+    original: Path = typer.Option(Path("data/models/smollm2"), help="What KL is measured from."),
+    text: list[Path] = typer.Option(
+        [Path("data/corpora/wikipedia"), Path("data/corpora/code")], help="Corpora; repeatable."
+    ),
+    windows: int = typer.Option(16, min=1, help="Windows of each test text."),
+    length: int = typer.Option(512, min=2, help="Tokens of a window."),
+    calibrations: list[Path] = typer.Option(
+        [Path("data/calibration"), Path("build/quality")],
+        help="Where calibrations are looked for, for the number of their tokens.",
+    ),
+    name: str = typer.Option(None, help="Name in the table, of a single folder."),
+    out: Path = typer.Option(Path("benchmarks/results/quality.csv"), help="Rows are appended."),
+) -> None:
+    """Measure perplexity and divergence in fp32 and append a row per folder."""
+    for folder in (*folders, *text, original):
+        if not folder.is_dir():
+            raise SystemExit(f"error: {folder}: no such folder; make report makes the default ones")
+    if name is not None and len(folders) > 1:
+        raise SystemExit("error: --name names one folder")
+    tokenizer = load_tokenizer(original)
+    cut = {
+        path.name: token_windows(load_text(path, "test"), tokenizer, length, windows)
+        for path in text
+    }
+    machine, versions = hardware(), packages()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    reference = Remembered(load_model(original))
+    for folder in tqdm(folders, desc="folders", unit="folder"):
+        is_original = folder.resolve() == original.resolve()
+        model = reference if is_original else dequantized(load_model(folder))
+        if is_original:
+            model.device = reference.model.device
+        results = {
+            corpus: likelihood(model, None if is_original else reference, tokens, corpus)
+            for corpus, tokens in cut.items()
+        }
+        del model
+        row = {"name": name or folder.name} | described(folder, calibrations)
+        row |= {f"perplexity_{c}": round(r.perplexity, 4) for c, r in results.items()}
+        row |= {f"kl_nats_{c}": round(r.kl_divergence_nats, 5) for c, r in results.items()}
+        row |= {f"top1_agreement_{c}": round(r.top1_agreement, 4) for c, r in results.items()}
+        row |= {
+            "windows": windows,
+            "length": length,
+            "dtype": "float32",
+            "processor": machine["processor"],
+            "cores": machine["cores"],
+            "gpu": machine["gpu"],
+            "torch": versions["torch"],
+            "transformers": versions["transformers"],
+            "commit": commit,
+            "date": datetime.now(UTC).date().isoformat(),
+        }
+        append(out, row)
+        tqdm.write(
+            ", ".join(f"{key}={row[key]}" for key in ("name", "bits_per_weight"))
+            + "".join(
+                f", {key}={value}" for key, value in row.items() if key.startswith(("perp", "kl"))
+            )
+        )
+
+
+def described(folder: Path, calibrations: Iterable[Path]) -> dict[str, Any]:
+    """Return what made a folder, how many bits it stores and how long that took."""
+    if (folder / PEER).is_file():
+        peer = json.loads((folder / PEER).read_text(encoding="utf-8"))
+        return {
+            "method": peer["method"],
+            "settings": json.dumps(peer["settings"]),
+            "nominal_bits": peer["nominal_bits"],
+            "bits_per_weight": round(peer["stored_bits"] / peer["compressed_weights"], 4),
+            "stored_bits": peer["stored_bits"],
+            "compressed_weights": peer["compressed_weights"],
+            "calibration_tokens": peer["calibration_tokens"],
+            "compress_seconds": peer["seconds"],
+            "finetune_seconds": 0.0,
+            "versions": json.dumps(peer["versions"]),
+            "made_on": peer["hardware"],
+            "made": peer["date"],
+        }
+    size = folder_size(folder)
+    row = dict.fromkeys(("method", "settings", "nominal_bits"), "") | {
+        "bits_per_weight": round(size.bits_per_weight, 4),
+        "stored_bits": size.stored_bits,
+        "compressed_weights": size.compressed_weights,
+        "calibration_tokens": 0,
+        "compress_seconds": 0.0,
+        "finetune_seconds": 0.0,
+        "versions": "",
+        "made_on": "",
+        "made": "",
+    }
+    if not (folder / PROVENANCE).is_file():
+        return row | {"method": "dense"}
+    provenance, made_in = read_provenance(folder), cost(folder)
+    settings = provenance["settings"]
+    inner = settings.get("method_settings", settings)
+    machine = provenance["hardware"]
+    return row | {
+        "method": settings.get("method", "dense"),
+        "settings": json.dumps(settings),
+        "nominal_bits": inner.get("bits", inner.get("num_bits", "")),
+        "calibration_tokens": _calibration_tokens(provenance["inputs"], calibrations),
+        "compress_seconds": round(made_in.compress_seconds, 1),
+        "finetune_seconds": round(made_in.finetune_seconds, 1),
+        "versions": json.dumps(provenance["packages"]),
+        "made_on": f"{machine['gpu'] or machine['processor']}, {machine['threads']} threads",
+        "made": provenance["created"][:10],
+    }
+
+
+def append(out: Path, row: dict[str, Any]) -> None:
+    """Append a row, below a heading that is written once; what is there must have the same."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_file():
+        with out.open(newline="", encoding="utf-8") as file:
+            if next(csv.reader(file), None) != list(row):
+                raise SystemExit(f"error: {out}: other columns than these rows; name another --out")
+    is_new = not out.is_file()
+    with out.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(row))
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def _calibration_tokens(inputs: dict[str, str], calibrations: Iterable[Path]) -> int | str:
+    """Return the tokens of the calibration that was used; unknown is said, not guessed."""
+    wanted = inputs.get("calibration")
+    if wanted is None:
+        return 0
+    for parent in calibrations:
+        for file in sorted(parent.glob(f"*/{PROVENANCE}")):
+            if read_json(file)["fingerprint"] == wanted and (file.parent / INDEX).is_file():
+                return int(read_json(file.parent / INDEX)["num_tokens"])
+    return "unknown"
+
+
+if __name__ == "__main__":
+    typer.run(main)
