@@ -84,9 +84,9 @@ class BlockWalk:
         }
         decoder.load_state_dict(outside, assign=True)
         decoder.float().to(self.device)
-        hidden = []
+        hidden = torch.empty(0)
         with torch.no_grad():
-            for window in windows:
+            for row, window in enumerate(windows):
                 try:
                     decoder(window.unsqueeze(0).to(self.device), use_cache=False)
                 except TypeError as error:
@@ -94,12 +94,18 @@ class BlockWalk:
                         f"{type(self.skeleton).__name__} calls its decoder blocks in a way that "
                         f"cannot be walked block by block ({error})"
                     ) from None
-                hidden.append(recorders[0].hidden_states.float().cpu())
+                states = recorders[0].hidden_states
+                if row == 0:
+                    hidden = torch.empty(*windows.shape, states.shape[-1])
+                hidden[row] = states[0]
         self.arguments = [recorder.arguments for recorder in recorders]
-        return torch.cat(hidden)
+        return hidden
 
     def load(self, index: int) -> nn.Module:
         """Return decoder block ``index`` with its weights, on the device.
+
+        Weights become fp32. Under autocast the bf16 weights of linears stay as they are stored:
+        they would be rounded back to the same values before each product.
 
         Raises:
             SourceError: The stored tensors have other names or shapes than the module's.
@@ -119,8 +125,10 @@ class BlockWalk:
             ) from None
         for module in block.modules():
             if not isinstance(module, CompressedLinear):
+                stays = self.autocast and isinstance(module, nn.Linear)
                 for parameter in module.parameters(recurse=False):
-                    parameter.data = parameter.data.float()
+                    if not (stays and parameter.dtype == torch.bfloat16):
+                        parameter.data = parameter.data.float()
         return block.to(self.device).eval().requires_grad_(False)
 
     def forward(self, block: nn.Module, index: int, hidden_states: Tensor) -> Tensor:
@@ -132,20 +140,36 @@ class BlockWalk:
 
     @torch.no_grad()
     def propagate(
-        self, block: nn.Module, index: int, hidden_states: Tensor, batch_size: int = 8
+        self,
+        block: nn.Module,
+        index: int,
+        hidden_states: Tensor,
+        batch_size: int = 8,
+        *,
+        in_place: bool = False,
     ) -> Tensor:
         """Run all hidden states ``[windows, tokens, hidden]`` through a block, on the CPU again.
+
+        Args:
+            block: Block ``index``, loaded.
+            index: Which block it is.
+            hidden_states: What enters the block.
+            batch_size: Windows computed at a time.
+            in_place: Overwrite ``hidden_states`` instead of allocating a second buffer.
 
         Raises:
             NumericalError: The block's output holds NaN or Inf.
         """
-        batches = hidden_states.split(batch_size)
-        output = torch.cat([self.forward(block, index, batch).cpu() for batch in batches])
-        if not bool(torch.isfinite(output).all()):
-            raise NumericalError(
-                f"{self.prefix}.{index}: the output holds NaN or Inf; "
-                "check the weights, or turn off bf16 autocast"
-            )
+        output = hidden_states if in_place else torch.empty_like(hidden_states)
+        for start in range(0, len(hidden_states), batch_size):
+            rows = slice(start, start + batch_size)
+            result = self.forward(block, index, hidden_states[rows])
+            if not bool(torch.isfinite(result).all()):
+                raise NumericalError(
+                    f"{self.prefix}.{index}: the output holds NaN or Inf; "
+                    "check the weights, or turn off bf16 autocast"
+                )
+            output[rows] = result
         return output
 
 

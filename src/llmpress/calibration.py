@@ -131,11 +131,12 @@ def save_calibration(walk: BlockWalk, windows: Tensor, validation: Tensor, folde
         block = walk.load(index)
         file = f"moments-{index:03d}.safetensors"
         with InputMoments(block) as inputs:
-            hidden_states = walk.propagate(block, index, hidden_states)
+            hidden_states = walk.propagate(block, index, hidden_states, in_place=True)
         moments = inputs.moments()
         save_tensors(moments, folder / file)
         for name, leader in inputs.leaders.items():
             where[f"{walk.prefix}.{index}.{name}"] = (file, leader)
+        del block, inputs, moments  # before the next block is there
     write_json(folder / INDEX, {"num_tokens": windows.numel(), "layers": where})
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -24,6 +25,9 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 class Checkpoint:
     """A folder with config.json and safetensors weights, in one file or in shards.
 
+    A tensor is read when it is asked for and has a file mapping of its own, so that its pages are
+    let go with it: a walk over all tensors never holds more than those in use.
+
     Attributes:
         folder: Where it lies.
         config: The model's configuration.
@@ -38,14 +42,15 @@ class Checkpoint:
         if not (self.folder / "config.json").is_file():
             raise ArtifactError(f"{self.folder}: no model here (config.json is missing)")
         self.config = _read_config(self.folder)
-        self._shards = {name: self._open(path) for name, path in self._files().items()}
-        self._where: dict[str, str] = {
-            tensor: name
-            for name, shard in self._shards.items()
-            for tensor in shard.keys()  # noqa: SIM118 - no dictionary, it cannot be iterated over
-        }
+        self._where: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for path in self._files():
+            with self._open(path) as shard:
+                for name in shard.keys():  # noqa: SIM118 - no dictionary
+                    self._where[name] = path
+                    self._shapes[name] = tuple(shard.get_slice(name).get_shape())
 
-    def _files(self) -> dict[str, Path]:
+    def _files(self) -> list[Path]:
         if (self.folder / WEIGHTS_INDEX).is_file():
             index = read_json(self.folder / WEIGHTS_INDEX)
             where = index.get("weight_map") if isinstance(index, dict) else None
@@ -63,7 +68,7 @@ class Checkpoint:
             )
         else:
             raise ArtifactError(f"{self.folder}: no weights here ({WEIGHTS} is missing)")
-        return {name: self.folder / name for name in names}
+        return [self.folder / name for name in names]
 
     @staticmethod
     def _open(path: Path) -> Any:
@@ -85,11 +90,14 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
-        return tuple(self._shard(name).get_slice(name).get_shape())
+        self._check(name)
+        return self._shapes[name]
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor."""
-        tensor: Tensor = self._shard(name).get_tensor(name)
+        self._check(name)
+        with self._open(self._where[name]) as shard:
+            tensor: Tensor = shard.get_tensor(name)
         return tensor
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
@@ -98,10 +106,9 @@ class Checkpoint:
             n.removeprefix(prefix): self.tensor(n) for n in self.names() if n.startswith(prefix)
         }
 
-    def _shard(self, name: str) -> Any:
+    def _check(self, name: str) -> None:
         if name not in self._where:
             raise ArtifactError(f"{self.folder}: holds no tensor {name!r}")
-        return self._shards[self._where[name]]
 
     def skeleton(self) -> PreTrainedModel:
         """Build the model with parameters on the meta device and buffers in memory."""
@@ -145,16 +152,20 @@ def _read_config(folder: Path) -> PretrainedConfig:
 class CheckpointWriter:
     """Writes named tensors into safetensors shards of bounded size, then an index where needed.
 
+    A shard's file can only be written when all its tensors are known; until then each lies in a
+    file of its own, so that no more than one tensor is in memory.
+
     Args:
         folder: Where to write.
-        max_shard_bytes: A shard is closed before it would exceed this; also the memory held.
+        max_shard_bytes: A shard is closed before it would exceed this.
     """
 
     def __init__(self, folder: Path, max_shard_bytes: int = 2 << 30) -> None:
         self.folder = folder
         self.max_shard_bytes = max_shard_bytes
-        self._pending: dict[str, Tensor] = {}
+        self._pending: dict[str, Path] = {}
         self._pending_bytes = 0
+        self._spool = folder / ".spool"
         self._shards: list[list[str]] = []
         self._total_bytes = 0
 
@@ -163,7 +174,9 @@ class CheckpointWriter:
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > self.max_shard_bytes:
             self._flush()
-        self._pending[name] = tensor.detach().cpu().contiguous()
+        self._spool.mkdir(exist_ok=True)
+        self._pending[name] = self._spool / f"{len(self._pending):06d}.safetensors"
+        save_tensors({name: tensor.detach().cpu().contiguous()}, self._pending[name])
         self._pending_bytes += size
         self._total_bytes += size
 
@@ -183,7 +196,9 @@ class CheckpointWriter:
     def _flush(self) -> None:
         if self._pending:
             self._shards.append(list(self._pending))
-            save_tensors(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
+            mapped = {name: load_file(path)[name] for name, path in self._pending.items()}
+            save_tensors(mapped, self._part(len(self._shards)), metadata={"format": "pt"})
+            shutil.rmtree(self._spool)
             self._pending, self._pending_bytes = {}, 0
 
     def _part(self, number: int) -> Path:

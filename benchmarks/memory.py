@@ -1,0 +1,243 @@
+"""Peak memory of calibrating, compressing and finetuning against the depth of the model.
+
+Random Llamas of growing depth in several shards; every measurement is a process of its own, watched
+from outside. Two peaks are told apart: anonymous memory (``RssAnon``, what the process allocated;
+sampled, because the kernel keeps no peak of it) and the whole resident set (``VmHWM``, the kernel's
+own peak), which also counts pages of files that are mapped and that the system may drop.
+
+    python benchmarks/memory.py --depths 4,8,16,32,64 --width 512
+"""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+import typer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llmpress.artifacts import write_json
+from llmpress.blocks import BlockWalk
+from llmpress.calibration import load_windows, save_calibration
+from llmpress.checkpoints import Checkpoint, CheckpointWriter
+from llmpress.compressed_checkpoints import rewrite_model
+from llmpress.environment import hardware, packages
+from llmpress.hf import skeleton
+from llmpress.methods.cluscomp import ClusComp
+from llmpress.model_compression import compress_model
+from llmpress.resume import BlockStore
+from llmpress.tuning import TuningSettings, tune_blocks
+
+STAGES = ("calibrate", "compress", "finetune")
+SHARDS = 4
+WINDOWS, LENGTH = 8, 128
+SAMPLE_SECONDS = 0.001
+MMAP_THRESHOLD = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
+"""Free memory goes back to the system at once, as it always does for matrices above 32 MB; below,
+glibc keeps some of it, more after more blocks."""
+
+
+def build(folder: Path, depth: int, width: int) -> None:
+    """Write a random bf16 Llama of ``depth`` blocks in shards, one block in memory at a time."""
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=1,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 128,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+    torch.manual_seed(0)
+    one = LlamaForCausalLM(config).bfloat16()
+    block_bytes = 2 * sum(p.numel() for p in one.model.layers.parameters())
+    folder.mkdir(parents=True)
+    writer = CheckpointWriter(folder, max_shard_bytes=block_bytes * depth // SHARDS + 1)
+    for name, tensor in one.state_dict().items():
+        if not name.startswith("model.layers.0."):
+            writer.add(name, tensor)
+            continue
+        for index in range(depth):
+            noise = 0.02 * torch.randn(tensor.shape) + (tensor.ndim == 1)
+            writer.add(name.replace(".0.", f".{index}.", 1), noise.bfloat16())
+    writer.close()
+    config.num_hidden_layers = depth
+    config.save_pretrained(folder)
+
+
+def run_stage(stage: str, root: Path, device: torch.device) -> None:
+    """Run one stage on the model in ``root``; the earlier stages' artifacts lie there too."""
+    method = ClusComp(num_entries=256, vector_size=4, iterations=1)
+    model, calibration, compressed = root / "model", root / "calibration", root / "compressed"
+    if stage == "compress":
+        compress_model(
+            model,
+            compressed,
+            method_name="cluscomp",
+            method=method,
+            calibration=None,
+            seed=0,
+            device=device,
+            scratch=root / "scratch",
+        )
+        return
+    original = Checkpoint(model)
+    teacher = BlockWalk(skeleton(original), original, device=device, autocast=True)
+    if stage == "calibrate":
+        calibration.mkdir()
+        tokens = torch.randint(512, (WINDOWS + 2, LENGTH), generator=torch.Generator())
+        save_calibration(teacher, tokens[:WINDOWS], tokens[WINDOWS:], calibration)
+        return
+    small = Checkpoint(compressed)
+    blocks = tune_blocks(
+        teacher,
+        BlockWalk(skeleton(small), small, device=device, autocast=True),
+        method,
+        *load_windows(calibration),
+        TuningSettings(epochs=1, learning_rate=1e-3, batch_size=2),
+        seed=0,
+        store=BlockStore("finetune", {}, root / "scratch"),
+    )
+    (root / "finetuned").mkdir()
+    rewrite_model(small, blocks, root / "finetuned")
+
+
+def child(stage: str, root: Path) -> None:
+    """Say what is resident before the stage, run it, say what the peak was."""
+    torch.set_num_threads(1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    LlamaForCausalLM(  # what the first model imports
+        LlamaConfig(
+            vocab_size=8,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+        )
+    )(torch.zeros(1, 4, dtype=torch.int64)).logits.sum().backward()
+    before = status()
+    run_stage(stage, root, device)
+    on_device = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    result = {"before": before, "after": status(), "device_bytes": on_device}
+    write_json(root / f"{stage}.json", result)
+
+
+def status(pid: str = "self") -> dict[str, int]:
+    """Memory of a process as the kernel counts it, in bytes."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    return {
+        key: int(fields[key].split()[0]) * 1024 for key in ("RssAnon", "RssFile", "VmHWM", "VmRSS")
+    }
+
+
+def watch(command: list[str]) -> int:
+    """Run a process and return the peak of its anonymous memory, sampled every millisecond."""
+    peak = 0
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(
+            command, stdout=log, stderr=log, env=os.environ | MMAP_THRESHOLD
+        ) as process,
+    ):
+        while process.poll() is None:
+            try:
+                peak = max(peak, status(str(process.pid))["RssAnon"])
+            except (KeyError, FileNotFoundError, ProcessLookupError):
+                break  # it has just ended
+            time.sleep(SAMPLE_SECONDS)
+        if process.wait():
+            log.seek(0)
+            raise SystemExit(f"error: {log.read().decode()[-2000:]}")
+    return peak
+
+
+def slope(depths: list[int], peaks: list[int]) -> tuple[float, float]:
+    """Least-squares slope and its standard error, in bytes per layer."""
+    x, y = np.array(depths, dtype=float), np.array(peaks, dtype=float)
+    centred = x - x.mean()
+    estimate = float((centred * y).sum() / (centred**2).sum())
+    residual = y - y.mean() - estimate * centred
+    variance = float((residual**2).sum()) / (len(x) - 2) / float((centred**2).sum())
+    return estimate, variance**0.5
+
+
+def main(
+    depths: str = typer.Option("4,8,16,32,64", help="Numbers of decoder blocks."),
+    width: int = typer.Option(512, help="Hidden size; a multiple of 128."),
+    stage: str = typer.Option("", hidden=True),
+    root: Path = typer.Option(Path(), hidden=True),
+    out: Path = typer.Option(Path("benchmarks/results/memory.csv"), help="Rows are appended."),
+) -> None:
+    """Measure all stages at all depths and append a row per measurement."""
+    if stage:
+        child(stage, root)
+        return
+    counts = [int(depth) for depth in depths.split(",")]
+    machine, versions = hardware(), packages()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    rows = []
+    for depth in counts:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            build(folder / "model", depth, width)
+            weights = sum(p.stat().st_size for p in (folder / "model").glob("*.safetensors"))
+            for each in STAGES:
+                peak = watch(
+                    [sys.executable, __file__, "--stage", each, "--root", str(folder)],
+                )
+                result = json.loads((folder / f"{each}.json").read_text(encoding="utf-8"))
+                before = result["before"]
+                rows.append(
+                    {
+                        "stage": each,
+                        "depth": depth,
+                        "width": width,
+                        "model_bytes": weights,
+                        "anonymous_before_bytes": before["RssAnon"],
+                        "anonymous_peak_bytes": max(peak, result["after"]["RssAnon"]),
+                        "resident_before_bytes": before["VmHWM"],
+                        "resident_peak_bytes": result["after"]["VmHWM"],
+                        "device_peak_bytes": result["device_bytes"],
+                    }
+                )
+                print(rows[-1], flush=True)
+    for each in STAGES:
+        own = [row for row in rows if row["stage"] == each]
+        for kind in ("anonymous", "resident", "device"):
+            peaks = [int(row[f"{kind}_peak_bytes"]) for row in own]
+            estimate, error = slope(counts, peaks)
+            print(f"{each} {kind}: {estimate / 1e3:.1f} ± {error / 1e3:.1f} kB per layer")
+            for row in own:
+                row |= {f"{kind}_slope": round(estimate), f"{kind}_slope_error": round(error)}
+    for row in rows:
+        row |= {
+            "processor": machine["processor"],
+            "gpu": machine["gpu"],
+            "torch": versions["torch"],
+            "transformers": versions["transformers"],
+            "safetensors": versions["safetensors"],
+            "commit": commit,
+            "date": datetime.now(UTC).date().isoformat(),
+        }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not out.exists()
+    with out.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)
