@@ -38,7 +38,7 @@ from llmpress.tuning import TuningSettings, tune_blocks
 STAGES = ("calibrate", "compress", "finetune")
 SHARDS = 4
 WINDOWS, LENGTH = 8, 128
-SAMPLE_SECONDS = 0.001
+SAMPLE_SECONDS = 0.003
 MMAP_THRESHOLD = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
 """Free memory goes back to the system at once, as it always does for matrices above 32 MB; below,
 glibc keeps some of it, more after more blocks."""
@@ -140,7 +140,7 @@ def status(pid: str = "self") -> dict[str, int]:
 
 
 def watch(command: list[str]) -> int:
-    """Run a process and return the peak of its anonymous memory, sampled every millisecond."""
+    """Run a process and return the peak of its anonymous memory, sampled all the time."""
     peak = 0
     with (
         tempfile.TemporaryFile() as log,

@@ -5,6 +5,8 @@ apart, so that the same bytes made twice have the same fingerprint. Whatever ope
 verifies it first: a file that is not what provenance.json says is refused, never computed with.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -13,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,8 @@ def artifact_folder(
 ) -> Iterator[Path]:
     """Build an artifact beside its final place and move it there when it is complete.
 
+    What an earlier call left there when its process was killed is removed.
+
     Args:
         out: The artifact's folder; an older one is replaced.
         stage: What makes it, for provenance.json.
@@ -54,8 +58,7 @@ def artifact_folder(
     started = time.perf_counter()
     fingerprints = {role: fingerprint(folder) for role, folder in inputs.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with _temporary_folder(out) as temporary:
         temporary.chmod(0o755)
         yield temporary
         (temporary / PROVENANCE).unlink(missing_ok=True)  # copied along from an input
@@ -76,12 +79,54 @@ def artifact_folder(
             "files": files,
         }
         write_json(temporary / PROVENANCE, provenance)
+        replaced = temporary.with_name(f"{temporary.name}-replaced")
         if out.exists():
-            shutil.rmtree(out)
+            if out.is_symlink() or not out.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(out))
+            out.rename(replaced)
         temporary.rename(out)
+        if replaced.exists():
+            shutil.rmtree(replaced)
+
+
+@contextmanager
+def _temporary_folder(out: Path) -> Iterator[Path]:
+    """Make a folder beside ``out`` that is locked while this process lives, and removed on errors.
+
+    Folders of this kind that nobody holds were left by killed processes: they are removed first.
+    """
+    prefix = f".{out.name}.writing-"
+    parent = os.open(out.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks: only the cleaning is given up
+            fcntl.flock(parent, fcntl.LOCK_EX)  # nobody else is between making and locking
+            for folder in [p for p in out.parent.iterdir() if p.name.startswith(prefix)]:
+                if (left := _lock(folder)) is not None:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    os.close(left)
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+        lock = _lock(temporary)
+    finally:
+        os.close(parent)
+    try:
+        yield temporary
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder until the descriptor is closed or the process ends; None if it is locked."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

@@ -116,23 +116,25 @@ def compress_delta_artifact(
     settings = {"method": method_name, **asdict(method), "seed": seed}
     opened = DeltaFolder(delta, "delta")
     inputs = {"delta": delta} | ({"calibration": calibration} if calibration else {})
-    with artifact_folder(out, stage="compress_delta", settings=settings, inputs=inputs) as folder:
+    decided_by = {**settings, **{role: fingerprint(path) for role, path in inputs.items()}}
+    store = BlockStore(f"compress-delta-{out.name}", decided_by, scratch)
+    with (
+        store,  # kept until the artifact is complete
+        artifact_folder(out, stage="compress_delta", settings=settings, inputs=inputs) as folder,
+    ):
         if calibration:
             finetuned = opened.header["finetuned"]
             check_calibration(calibration, finetuned["fingerprint"], finetuned["name"])
-        decided_by = {**settings, **{role: fingerprint(path) for role, path in inputs.items()}}
-        store = BlockStore(f"compress-delta-{out.name}", decided_by, scratch)
-        with store:
-            compress_delta(
-                opened,
-                method,
-                load_statistics(calibration) if calibration else None,
-                folder,
-                method_name=method_name,
-                seed=seed,
-                store=store,
-                device=device,
-            )
+        compress_delta(
+            opened,
+            method,
+            load_statistics(calibration) if calibration else None,
+            folder,
+            method_name=method_name,
+            seed=seed,
+            store=store,
+            device=device,
+        )
 
 
 def _by_block(shapes: Mapping[str, Shape]) -> list[dict[str, Shape]]:

@@ -50,7 +50,15 @@ def compress_model(
     """
     settings = {"method": method_name, **asdict(method), "seed": seed}
     inputs = {"model": model} | ({"calibration": calibration} if calibration else {})
-    with artifact_folder(out, stage="compress", settings=settings, inputs=inputs) as folder:
+    store = BlockStore(
+        f"compress-{out.name}",
+        {**settings, **{role: fingerprint(path) for role, path in inputs.items()}},
+        scratch,
+    )
+    with (
+        store,  # kept until the artifact is complete
+        artifact_folder(out, stage="compress", settings=settings, inputs=inputs) as folder,
+    ):
         checkpoint = Checkpoint(model)
         if is_compressed(checkpoint):
             raise ArtifactError(f"{model}: is compressed already; compress its original")
@@ -59,23 +67,17 @@ def compress_model(
         blocks = model_shapes(skeleton(checkpoint))
         _check_weights(checkpoint, blocks)
         model_weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
-        store = BlockStore(
-            f"compress-{out.name}",
-            {**settings, **{role: fingerprint(path) for role, path in inputs.items()}},
-            scratch,
+        layers = compress_layers(
+            blocks,
+            checkpoint,
+            method,
+            load_statistics(calibration) if calibration else None,
+            model_weights=model_weights,
+            seed=seed,
+            device=device,
+            store=store,
         )
-        with store:
-            layers = compress_layers(
-                blocks,
-                checkpoint,
-                method,
-                load_statistics(calibration) if calibration else None,
-                model_weights=model_weights,
-                seed=seed,
-                device=device,
-                store=store,
-            )
-            write_compressed_model(checkpoint, layers, model_weights, folder)
+        write_compressed_model(checkpoint, layers, model_weights, folder)
 
 
 def _check_weights(checkpoint: Checkpoint, blocks: list[dict[str, Shape]]) -> None:

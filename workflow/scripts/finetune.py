@@ -42,11 +42,13 @@ def main(
             "method_settings": dataclasses.asdict(method),
             "seed": seed,
         }
-        with artifact_folder(
-            Path("data/finetuned") / key, stage="finetune", settings=settings, inputs=inputs
-        ) as folder:
-            fingerprints = {role: fingerprint(path) for role, path in inputs.items()}
-            store = BlockStore(f"finetune-{key}", {**settings, **fingerprints})
+        fingerprints = {role: fingerprint(path) for role, path in inputs.items()}
+        store = BlockStore(f"finetune-{key}", {**settings, **fingerprints})
+        out = Path("data/finetuned") / key
+        with (
+            store,  # kept until the artifact is complete
+            artifact_folder(out, stage="finetune", settings=settings, inputs=inputs) as folder,
+        ):
             device = pick_device()
             original, compressed = Checkpoint(inputs["model"]), Checkpoint(inputs["compressed"])
             teacher, student = (
@@ -54,18 +56,17 @@ def main(
                 for c in (original, compressed)
             )
             windows, validation = load_windows(inputs["calibration"])
-            with store:
-                blocks = tune_blocks(
-                    teacher,
-                    student,
-                    method,
-                    windows,
-                    validation,
-                    finetune.settings,
-                    seed=seed,
-                    store=store,
-                )
-                rewrite_model(compressed, blocks, folder)
+            blocks = tune_blocks(
+                teacher,
+                student,
+                method,
+                windows,
+                validation,
+                finetune.settings,
+                seed=seed,
+                store=store,
+            )
+            rewrite_model(compressed, blocks, folder)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,318 @@
+"""Stages killed by SIGKILL in their own process: a rerun continues, and gives the same bytes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llmpress.artifacts import artifact_folder, read_json, write_json
+
+ROOT = Path(__file__).parents[1]
+PARAMS = {
+    "seed": 0,
+    "models": {"tiny": {"path": "data/models/tiny"}},
+    "runs": {
+        "small": {
+            "model": "tiny",
+            "method": "cluscomp",
+            "settings": {"num_entries": 16, "vector_size": 4, "iterations": 2},
+        }
+    },
+    "finetunes": {
+        "small": {
+            "run": "small",
+            "model": "tiny",
+            "method": "cluscomp",
+            "settings": {"epochs": 1, "learning_rate": 0.003},
+        }
+    },
+}
+OUTPUTS = {"compress": "data/compressed/small", "finetune": "data/finetuned/small"}
+BLOCKS = 3
+
+# Imports everything once, then runs the script of each stage it is told of in a process of its own,
+# which kills itself at the point asked for.
+SERVER = """
+import json, os, runpy, signal, sys, traceback
+from pathlib import Path
+import torch, faiss, transformers.models.llama.modeling_llama
+import llmpress.methods.cluscomp, llmpress.tuning, llmpress.model_compression, llmpress.runs
+import llmpress.artifacts, llmpress.checkpoints, llmpress.compressed_checkpoints, llmpress.resume
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def wrap(module, name, action):
+    original = getattr(module, name)
+    setattr(module, name, lambda *a, **k: action(original, *a, **k))
+
+def after_first_block(original, store, index, *rest):
+    original(store, index, *rest)
+    if index == 0:
+        die()
+
+def half_of_second_checkpoint(original, tensors, path, *rest, **more):
+    original(tensors, path, *rest, **more)
+    if path.name == "0001.safetensors":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        die()
+
+def before_second_record(original, path, value):
+    if path.name == "0001.tmp":
+        die()
+    original(path, value)
+
+def half_of_the_weights(original, tensors, path, *rest, **more):
+    original(tensors, path, *rest, **more)
+    if path.name.startswith("part-"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        die()
+
+def before_provenance(original, path, value):
+    if path.name == "provenance.json":
+        die()
+    original(path, value)
+
+artifacts, checkpoints, resume = llmpress.artifacts, llmpress.checkpoints, llmpress.resume
+
+def arm(point):
+    if point == "after_first_block":
+        wrap(resume.BlockStore, "save", after_first_block)
+    elif point == "half_of_second_checkpoint":
+        wrap(resume, "save_tensors", half_of_second_checkpoint)
+    elif point == "before_second_record":
+        wrap(resume, "write_json", before_second_record)
+    elif point == "half_of_the_weights":
+        wrap(checkpoints, "save_tensors", half_of_the_weights)
+    elif point == "before_provenance":
+        wrap(artifacts, "write_json", before_provenance)
+
+def run(project, script, point, log):
+    os.chdir(project)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    arm(point)
+    sys.argv = [script, "small"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        return end.code or 0
+
+for line in sys.stdin:
+    if (child := os.fork()) == 0:
+        code = 99
+        try:
+            code = run(*json.loads(line))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+KEPT_BLOCKS = {
+    "after_first_block": 1,
+    "half_of_second_checkpoint": 1,
+    "before_second_record": 1,
+    "half_of_the_weights": 3,
+    "before_provenance": 3,
+}
+
+
+class Stages:
+    """Runs stages of a project as processes."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, project: Path, stage: str, point: str = "") -> tuple[int, str]:
+        """Run one stage and return its exit status and all it said."""
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        script = ROOT / f"workflow/scripts/{stage}.py"
+        request = [str(project), str(script), point, str(self.log)]
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        status = int(self.server.stdout.readline())
+        return status, self.log.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def run_stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
+    stages = Stages(tmp_path_factory.mktemp("log") / "log")
+    yield stages
+    stages.server.communicate()
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model_folder: Path,
+    calibration: Path,
+    run_stage: Stages,
+) -> Path:
+    """A project in which both stages ran without a break."""
+    project = tmp_path_factory.mktemp("project")
+    (project / "data/models").mkdir(parents=True)
+    (project / "data/calibration").mkdir()
+    shutil.copytree(tiny_model_folder, project / "data/models/tiny")
+    shutil.copytree(calibration, project / "data/calibration/tiny")
+    (project / "params.yaml").write_text(yaml.safe_dump(PARAMS), encoding="utf-8")
+    for stage in OUTPUTS:
+        status, said = run_stage(project, stage)
+        assert status == 0, said
+    return project
+
+
+@pytest.fixture
+def unfinished(finished: Path, tmp_path: Path, stage: str) -> Path:
+    """A copy of it in which one stage's output is missing."""
+    project = tmp_path / "project"
+    shutil.copytree(finished, project, ignore=shutil.ignore_patterns("finetuned"))
+    if stage == "compress":
+        shutil.rmtree(project / "data/compressed")
+    return project
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """Every file of an artifact: bytes, and JSON without what differs between two runs."""
+    return {
+        path.name: without_times(json.loads(path.read_text(encoding="utf-8")))
+        if path.suffix == ".json"
+        else path.read_bytes()
+        for path in sorted(folder.iterdir())
+    }
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        times = ("seconds", "created", "peak_memory_bytes", "fingerprint", "files")
+        return {k: without_times(v) for k, v in value.items() if k not in times}
+    return [without_times(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("stage", OUTPUTS)
+@pytest.mark.parametrize("point", KEPT_BLOCKS)
+def test_a_killed_stage_continues_with_the_same_bytes(
+    unfinished: Path, finished: Path, run_stage: Stages, stage: str, point: str
+) -> None:
+    status, said = run_stage(unfinished, stage, point)
+    assert status == -signal.SIGKILL, said
+    out = unfinished / OUTPUTS[stage]
+    assert not out.exists()
+    assert next(p.name for p in out.parent.iterdir()).startswith(".small.writing-")
+    store = next((unfinished / "scratch").glob(f"{stage}-small@*"))
+    kept = {p.name: p.stat().st_mtime_ns for p in store.glob("[0-9]*.json")}
+    assert len(kept) == KEPT_BLOCKS[point]
+
+    status, said = run_stage(unfinished, stage, "before_provenance")  # killed again, at the end
+    assert status == -signal.SIGKILL, said
+    assert f"continues after {KEPT_BLOCKS[point]} finished blocks" in said
+    now = {p.name: p.stat().st_mtime_ns for p in store.glob("[0-9]*.json")}
+    assert len(now) == BLOCKS
+    assert {name: now[name] for name in kept} == kept  # finished blocks were not made again
+
+    status, said = run_stage(unfinished, stage)
+    assert status == 0, said
+    assert "continues after 3 finished blocks" in said
+    assert content(out) == content(finished / OUTPUTS[stage])
+    assert [p.name for p in out.parent.iterdir()] == ["small"]
+    assert not (unfinished / "scratch").exists()
+
+
+@pytest.mark.parametrize("stage", ["compress"])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (("seed",), "seed 0, now 1"),
+        (("runs", "small", "settings", "num_entries"), "num_entries 16, now 17"),
+    ],
+    ids=["seed", "settings"],
+)
+def test_blocks_of_other_settings_are_refused_and_named(
+    unfinished: Path, run_stage: Stages, stage: str, change: tuple[str, ...], reason: str
+) -> None:
+    assert run_stage(unfinished, stage, "after_first_block")[0] == -signal.SIGKILL
+    params: Any = json.loads(json.dumps(PARAMS))
+    section = params
+    for key in change[:-1]:
+        section = section[key]
+    section[change[-1]] += 1
+    (unfinished / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    status, said = run_stage(unfinished, stage)
+    assert status == 0, said
+    lines = [line for line in said.splitlines() if "other work" in line]
+    assert len(lines) == 1
+    assert f"starts anew, as the 1 finished blocks in scratch/{stage}-small@" in lines[0]
+    assert f"({reason})" in lines[0]
+    assert "continues" not in said
+
+
+@pytest.fixture
+def locker(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that is writing an artifact and does not come to an end."""
+    code = (
+        "import sys, time; from pathlib import Path; from llmpress.artifacts import *\n"
+        "with artifact_folder(Path(sys.argv[1]), stage='x', settings={}, inputs={}) as folder:\n"
+        "    (folder / 'part').write_text('half'); print('ready', flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
+        process.kill()
+
+
+def make(out: Path) -> None:
+    with artifact_folder(out, stage="x", settings={}, inputs={}) as folder:
+        write_json(folder / "a.json", 1)
+
+
+def test_what_a_killed_process_left_goes_and_a_living_ones_stays(
+    tmp_path: Path, locker: subprocess.Popen[str]
+) -> None:
+    def hidden() -> list[str]:
+        return sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("."))
+
+    own = tmp_path / ".out-12345678"  # somebody's own folder
+    own.mkdir()
+    make(tmp_path / "out")
+    assert len(hidden()) == 2
+    locker.kill()
+    locker.wait()
+    make(tmp_path / "out-2")  # another artifact's business
+    assert len(hidden()) == 2
+    make(tmp_path / "out")
+    assert hidden() == [own.name]
+    assert read_json(tmp_path / "out/a.json") == 1
+
+
+def test_an_artifact_replaces_the_older_one_but_never_a_file(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    make(out)
+    (out / "extra").touch()
+    make(out)
+    assert sorted(p.name for p in out.iterdir()) == ["a.json", "provenance.json"]
+    file = tmp_path / "file"
+    file.write_text("mine", encoding="utf-8")
+    with pytest.raises(NotADirectoryError):
+        make(file)
+    assert file.read_text(encoding="utf-8") == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "out"]
