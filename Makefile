@@ -1,17 +1,18 @@
-# make report | test | test-gpu | bench | check | docs | lock | clean: each makes .venv first when it is missing or out of date.
+# make report | test | test-gpu | bench | peers | check | docs | lock | clean: each makes .venv first when it is missing or out of date.
 
 PYTHON ?= python3.11
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help report test test-gpu bench check docs lock clean
+.PHONY: help report test test-gpu bench peers check docs lock clean
 
 help:
 	@echo "make report    run the pipeline up to results/report.html"
 	@echo "make test      run the tests that need no GPU"
 	@echo "make test-gpu  run the tests that need one"
 	@echo "make bench     time loading on the artifacts of make report -> benchmarks/results/"
+	@echo "make peers     measure other quantizers (peers-hqq: one) -> benchmarks/results/quality_peers.csv"
 	@echo "make check     format, lint, types, workflow, documentation: what CI runs before the tests"
 	@echo "make docs      build the documentation into build/site/index.html"
 	@echo "make lock      write the versions in $(VENV) into requirements.lock"
@@ -33,6 +34,27 @@ DELTAS := delta-come delta-svd delta-bitdelta delta-magnitude
 bench: $(INSTALLED)
 	python benchmarks/loading.py --base data/models/smollm2 \
 	  $(addprefix data/,models/smollm2 $(ARTIFACTS) $(addprefix compressed/,$(DELTAS)))
+
+# Other tools, each in an environment of its own that holds exactly its requirements; minutes to hours.
+PEERS := hqq gptqmodel llmcompressor autoround
+PEER_CALIBRATION := build/quality/calibration
+
+peers: $(addprefix peers-,$(PEERS))
+
+$(addprefix peers-,$(PEERS)): peers-%: build/peers/venv-%/.installed $(INSTALLED) | $(PEER_CALIBRATION)
+	HF_HUB_OFFLINE=1 benchmarks/peers/run.sh $*
+
+.PRECIOUS: build/peers/venv-%/.installed
+build/peers/venv-%/.installed: benchmarks/peers/requirements/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip==26.3
+	$(@D)/bin/python -m pip install $(shell grep -hE '^(torch|numpy|setuptools|wheel|ninja|packaging)==' $<)
+	$(@D)/bin/python -m pip install --no-compile --no-build-isolation -r $<
+	@touch $@
+
+$(PEER_CALIBRATION): | $(INSTALLED)
+	llmpress calibrate data/models/smollm2 --text data/corpora/wikipedia --text data/corpora/code \
+	  --windows 64 --length 512 --out $@
 
 check: $(INSTALLED)
 	ruff format --check .

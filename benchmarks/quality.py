@@ -8,7 +8,9 @@ the test text's first windows; KL is the mean divergence from the original's pre
 """
 
 import csv
+import hashlib
 import json
+import os
 import subprocess
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 import typer
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from llmpress.artifacts import PROVENANCE, read_json, read_provenance
@@ -33,17 +36,25 @@ PEER = "peer.json"
 
 
 class Remembered:
-    """The original, whose logits are computed once for all folders: 200 kB per token here."""
+    """The original, whose logits are computed once and kept in files: 200 kB per token here."""
 
-    def __init__(self, model: Any) -> None:
-        self.model, self._known = model, {}
+    def __init__(self, folder: Path, kept: Path) -> None:
+        self.folder, self.kept, self.model, self.device = folder, kept, None, torch.device("cpu")
 
     def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
         """Return an output with the logits, as the model itself does."""
-        key = tuple(input_ids.flatten().tolist())
-        if key not in self._known:
-            self._known[key] = self.model(input_ids=input_ids, use_cache=use_cache).logits
-        return SimpleNamespace(logits=self._known[key])
+        origin = (self.folder / PROVENANCE, *sorted(self.folder.glob("*.safetensors")))
+        stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in origin if f.is_file()]
+        key = hashlib.sha256(repr((stats, torch.__version__, input_ids.tolist())).encode())
+        file = self.kept / f"{key.hexdigest()[:32]}.safetensors"
+        if not file.is_file():
+            self.model = self.model or load_model(self.folder)
+            logits = self.model(input_ids=input_ids, use_cache=use_cache).logits
+            self.kept.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(f".{os.getpid()}")
+            save_file({"logits": logits}, partial)
+            partial.replace(file)
+        return SimpleNamespace(logits=load_file(file)["logits"])
 
 
 def main(
@@ -57,6 +68,9 @@ def main(
     calibrations: list[Path] = typer.Option(
         [Path("data/calibration"), Path("build/quality")],
         help="Where calibrations are looked for, for the number of their tokens.",
+    ),
+    kept: Path = typer.Option(
+        Path("build/quality/logits"), help="The original's logits, for the next run."
     ),
     name: str = typer.Option(None, help="Name in the table, of a single folder."),
     out: Path = typer.Option(Path("benchmarks/results/quality.csv"), help="Rows are appended."),
@@ -76,12 +90,10 @@ def main(
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
-    reference = Remembered(load_model(original))
+    reference = Remembered(original, kept)
     for folder in tqdm(folders, desc="folders", unit="folder"):
         is_original = folder.resolve() == original.resolve()
         model = reference if is_original else dequantized(load_model(folder))
-        if is_original:
-            model.device = reference.model.device
         results = {
             corpus: likelihood(model, None if is_original else reference, tokens, corpus)
             for corpus, tokens in cut.items()
