@@ -28,6 +28,7 @@ NAMED_SECTIONS = (
     "runs",
     "delta_runs",
     "finetunes",
+    "trainings",
 )
 """Sections of params.yaml that map a name to its settings."""
 

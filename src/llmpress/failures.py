@@ -53,7 +53,8 @@ def script_errors() -> Iterator[None]:
         package = (error.name or "").partition(".")[0]
         if package in ("", "llmpress"):
             raise
-        message = f"package {package} is not installed: pip install 'llmpress[workflow]'"
+        extra = "adapters" if package in ("bitsandbytes", "peft") else "workflow"
+        message = f"package {package} is not installed: pip install 'llmpress[{extra}]'"
     except KeyboardInterrupt:
         message = "interrupted; the same command continues after the last finished block"
         code = INTERRUPTED

@@ -151,7 +151,9 @@ def finetune(
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _factor(step, settings))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_share(step, settings.steps, settings.warmup)
+    )
     precision = torch.autocast(
         model.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"
     )
@@ -178,6 +180,13 @@ def finetune(
     return losses
 
 
+def learning_rate_share(step: int, steps: int, warmup: int) -> float:
+    """Return the share of the peak learning rate at a step counted from zero."""
+    rising = (step + 1) / (warmup + 1)
+    falling = (steps - step) / max(1, steps - warmup)
+    return min(1.0, rising, falling)
+
+
 def _only_block_linears(model: "PreTrainedModel") -> list[nn.Parameter]:
     model.requires_grad_(requires_grad=False)
     parameters = []
@@ -188,10 +197,3 @@ def _only_block_linears(model: "PreTrainedModel") -> list[nn.Parameter]:
                 linear.bias.requires_grad = False
             parameters += [item for item in linear.parameters() if item.requires_grad]
     return parameters
-
-
-def _factor(step: int, settings: TrainingSettings) -> float:
-    """Share of the peak learning rate at a step counted from zero."""
-    rising = (step + 1) / (settings.warmup + 1)
-    falling = (settings.steps - step) / max(1, settings.steps - settings.warmup)
-    return min(1.0, rising, falling)

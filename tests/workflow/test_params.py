@@ -13,6 +13,7 @@ import yaml
 from llmpress.calibration import CalibrationSettings
 from llmpress.documents import CorpusSource
 from llmpress.evaluation.settings import EvaluationSettings
+from llmpress.finetuning.settings import FinetuningSettings, Training
 from llmpress.pretrained import ModelSource
 from llmpress.runs import DeltaRun, Finetune, Run
 from llmpress.tasks.source import TaskSource
@@ -33,6 +34,7 @@ SECTIONS = {
     "runs": Run,
     "delta_runs": DeltaRun,
     "finetunes": Finetune,
+    "trainings": Training,
 }
 
 
@@ -153,6 +155,9 @@ def test_schema_has_the_keys_of_the_code_in_nested_sections() -> None:
     tuning = entries("finetunes")["properties"]["settings"]
     assert set(tuning["properties"]) == fields(TuningSettings)
     assert set(tuning["required"]) == fields(TuningSettings, required=True)
+    training = entries("trainings")["properties"]["settings"]
+    assert set(training["properties"]) == fields(FinetuningSettings)
+    assert set(training["required"]) == fields(FinetuningSettings, required=True)
     evaluation = set(SCHEMA["properties"]["evaluation"]["properties"])
     assert evaluation == fields(EvaluationSettings) | {"models"}
 

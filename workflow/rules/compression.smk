@@ -71,3 +71,27 @@ rule finetune:
         stage=bridge.stage("finetune"),
     shell:
         dvc_bridge.COMMAND
+
+
+rule train:
+    input:
+        bridge.inputs("train"),
+    output:
+        directory(bridge.outputs("train")),
+    log:
+        "logs/train/{name}.log",
+    benchmark:
+        "logs/benchmarks/train/{name}.tsv"
+    wildcard_constraints:
+        name=bridge.names("train"),
+    conda:
+        "../envs/llmpress.yaml"
+    threads: 2
+    resources:
+        gpu=dvc_bridge.gpus_per_job(),
+        mem_mb=6000,
+        runtime=480,
+    params:
+        stage=bridge.stage("train"),
+    shell:
+        dvc_bridge.COMMAND

@@ -95,3 +95,27 @@ rule evaluate_finetuned:
         stage=bridge.stage("evaluate_finetuned"),
     shell:
         dvc_bridge.COMMAND
+
+
+rule evaluate_trained:
+    input:
+        bridge.inputs("evaluate_trained"),
+    output:
+        bridge.outputs("evaluate_trained"),
+    log:
+        "logs/evaluate_trained/{name}.log",
+    benchmark:
+        "logs/benchmarks/evaluate_trained/{name}.tsv"
+    wildcard_constraints:
+        name=bridge.names("evaluate_trained"),
+    conda:
+        "../envs/llmpress.yaml"
+    threads: 1
+    resources:
+        gpu=dvc_bridge.gpus_per_job(),
+        mem_mb=6000,
+        runtime=240,
+    params:
+        stage=bridge.stage("evaluate_trained"),
+    shell:
+        dvc_bridge.COMMAND

@@ -1,4 +1,4 @@
-"""Evaluate one model, run, delta run or finetune of params.yaml."""
+"""Evaluate one model, run, delta run, finetune or training of params.yaml."""
 
 import os
 from pathlib import Path
@@ -23,7 +23,8 @@ METRICS, DETAILS = Path("results/metrics"), Path("results/details")
 
 def main(
     key: str = typer.Argument(
-        help="One of `evaluation.models`, or a key of `runs`, `delta_runs` or `finetunes`."
+        help="One of `evaluation.models`, or a key of `runs`, `delta_runs`, `finetunes` or "
+        "`trainings`."
     ),
     params: Path = typer.Option(Path("params.yaml"), help="The file of settings."),
 ) -> None:

@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from llmpress.cli import calibrate, compare, compress, delta, export, generate, hub, inspect
+from llmpress.cli import (
+    calibrate,
+    compare,
+    compress,
+    delta,
+    export,
+    finetune,
+    generate,
+    hub,
+    inspect,
+)
 from llmpress.cli import methods as methods_command
 from llmpress.cli import plan as plan_command
 from llmpress.failures import INTERRUPTED, script_errors
@@ -24,6 +34,7 @@ app = typer.Typer(
 )
 app.command()(compress.compress)
 app.command()(calibrate.calibrate)
+app.command()(finetune.finetune)
 app.command()(inspect.inspect)
 app.command()(generate.generate)
 app.command()(compare.compare)

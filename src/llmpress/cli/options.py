@@ -97,7 +97,7 @@ def method_settings(name: str, bits: float | None, assignments: Sequence[str] | 
     """
     from llmpress.runs import build_method
 
-    values: dict[str, Any] = dict(_assignment(text) for text in assignments or ())
+    values: dict[str, Any] = dict(map(assignment, assignments or ()))
     if bits is not None:
         values[_bits_setting(name)] = int(bits) if bits == int(bits) else bits
     return build_method(name, values, "--method", section=f"--set of {name}")
@@ -115,7 +115,12 @@ def quiet() -> None:
         enable_progress_bars()
 
 
-def _assignment(text: str) -> tuple[str, Any]:
+def assignment(text: str) -> tuple[str, Any]:
+    """Split ``KEY=VALUE``; the value is read as YAML.
+
+    Raises:
+        ConfigError: It cannot be.
+    """
     import yaml
 
     key, separator, value = text.partition("=")

@@ -1,11 +1,12 @@
 """Everything that is measured of one model or run, in the order that keeps memory low."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,17 +20,26 @@ from llmpress.evaluation import metrics
 from llmpress.evaluation.likelihood import Likelihood, likelihood
 from llmpress.evaluation.samples import sample_texts
 from llmpress.evaluation.settings import EvaluationSettings
-from llmpress.evaluation.sizes import LAYERS, compressed_size, cost, delta_size, model_size
+from llmpress.evaluation.sizes import (
+    LAYERS,
+    TRAINING,
+    compressed_size,
+    cost,
+    delta_size,
+    model_size,
+    trained_size,
+)
 from llmpress.evaluation.speed import measure_speed
 from llmpress.evaluation.subjects import Subject
 from llmpress.evaluation.tasks import TaskScore, evaluate_tasks, read_task
-from llmpress.hf import dequantized, load_model
+from llmpress.hf import load_model
 
-SIZES = {
-    "model": model_size,
-    "compressed": compressed_size,
-    "finetuned": compressed_size,
-    "delta": delta_size,
+SIZES: Mapping[str, Callable[[Path, Path], metrics.Size]] = {
+    "model": lambda folder, _: model_size(folder),
+    "compressed": lambda folder, _: compressed_size(folder),
+    "finetuned": lambda folder, _: compressed_size(folder),
+    "delta": lambda folder, _: delta_size(folder),
+    "trained": trained_size,
 }
 
 
@@ -53,7 +63,8 @@ def evaluate(
     """
     started = time.perf_counter()
     seconds: dict[str, float] = {}
-    made_in, size = cost(subject.folder), SIZES[subject.kind](subject.folder)
+    made_in = cost(subject.folder)
+    size = SIZES[subject.kind](subject.folder, subject.original_folder)
     for name in settings.tasks:
         read_task(task_folder(name))  # what is missing is named before anything is computed
     tokenizer = subject.tokenizer()
@@ -64,7 +75,7 @@ def evaluate(
         prompt = next(iter(windows.values())).flatten()[: settings.prefill_tokens]
         speed = measure_speed(subject.load(task_dtype, device), prompt, settings.decode_tokens)
     with timed(seconds, "likelihood"):
-        model = dequantized(subject.load(dtype, device))
+        model = subject.load_dense(dtype, device)
         likelihoods = _likelihoods(model, subject, windows, dtype)
     model = model.to(task_dtype)
     with timed(seconds, "tasks"):
@@ -171,7 +182,8 @@ def _details(
         original=subject.original,
         base=subject.base,
         evaluation=evaluation,
-        layers=None if is_model else read_json(subject.folder / LAYERS),
+        layers=_record(subject.folder / LAYERS),
+        training=_record(subject.folder / TRAINING),
         provenance=metrics.Provenance(
             artifact=artifact,
             source=None if is_model else read_provenance(subject.original_folder),
@@ -185,3 +197,11 @@ def _details(
         ),
         samples=[metrics.Sample(**sample) for sample in samples],
     )
+
+
+def _record(file: Path) -> dict[str, Any] | None:
+    """Return a record that some artifacts hold."""
+    if not file.is_file():
+        return None
+    content: dict[str, Any] = read_json(file)
+    return content

@@ -63,7 +63,8 @@ class Size(Record):
     )
     compressed_weights: NonNegativeInt = Field(
         description="Weights of the linear layers that are stored compressed; layers that a method "
-        "leaves dense do not count. A model: weights of the linear layers of its decoder blocks."
+        "leaves dense do not count. A model, and one with adapters: weights of the linear layers "
+        "of its decoder blocks."
     )
     stored_bits: NonNegativeInt = Field(description="Bits stored for those layers.")
     model_weights: NonNegativeInt = Field(
@@ -71,7 +72,7 @@ class Size(Record):
     )
     model_bytes: NonNegativeInt = Field(
         description="Bytes of all weight files on disk. Deltas: of the delta alone; the base is "
-        "stored once for all fine-tuned models."
+        "stored once for all fine-tuned models. Adapters: of the adapter and the model it needs."
     )
     ratio: NonNegativeFloat = Field(
         description="Bytes of the whole model in bf16 / model_bytes. Deltas: bytes of the whole "
@@ -90,7 +91,9 @@ class Cost(Record):
         description="Largest resident memory plus largest GPU allocation while compressing. "
         "Finetuned runs: 0, see the run that was finetuned."
     )
-    finetune_seconds: NonNegativeFloat = Field(description="Wall time of the finetune stage.")
+    finetune_seconds: NonNegativeFloat = Field(
+        description="Wall time of the finetune or the train stage."
+    )
     finetune_peak_memory_bytes: NonNegativeInt = Field(
         description="Largest resident memory plus largest GPU allocation while finetuning."
     )
@@ -161,7 +164,9 @@ class Details(Record):
     """Everything a reader of the report may ask about a result."""
 
     name: str = Field(description="Name in params.yaml.")
-    kind: Literal["model", "compressed", "delta", "finetuned"] = Field(description="What it is.")
+    kind: Literal["model", "compressed", "delta", "finetuned", "trained"] = Field(
+        description="What it is."
+    )
     method: str | None = Field(description="Name of the compression method; null for a model.")
     settings: dict[str, Any] = Field(description="Settings it was made with.")
     original: str = Field(description="Model it is compared with; a model's own name.")
@@ -169,7 +174,11 @@ class Details(Record):
     evaluation: EvaluationRecord = Field(description="How it was measured.")
     layers: dict[str, Any] | None = Field(
         description="layers.json of the artifact: size and errors of every layer, losses of every "
-        "finetuned block; null for a model."
+        "finetuned block; null for a model and for adapters."
+    )
+    training: dict[str, Any] | None = Field(
+        description="training.json of the artifact: what was finetuned end to end, on what, with "
+        "which losses; null where nothing was."
     )
     provenance: Provenance = Field(description="Origin of artifact, original and numbers.")
     samples: list[Sample] = Field(description="Texts written for a few fixed prompts.")

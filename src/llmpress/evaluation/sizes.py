@@ -4,12 +4,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+from llmpress.adapters import adapter_sizes, is_adapter
 from llmpress.artifacts import folder_bytes, read_json, read_provenance
 from llmpress.checkpoints import Checkpoint, block_linears, stored_dtype
 from llmpress.delta_files import DeltaFolder
 from llmpress.evaluation.metrics import Cost, Size
 
 LAYERS = "layers.json"
+TRAINING = "training.json"
 BF16_BYTES = 2
 
 
@@ -33,6 +35,22 @@ def compressed_size(folder: Path) -> Size:
     return _size(folder, weights, bits, model_weights, reference)
 
 
+def trained_size(folder: Path, original: Path) -> Size:
+    """Return the size of what was finetuned end to end; an adapter's with the model it needs."""
+    if not is_adapter(folder):
+        return compressed_size(folder)
+    sizes = adapter_sizes(folder, original)
+    weights, bits, stored = sizes["linear_weights"], sizes["linear_bits"], sizes["model_bytes"]
+    return Size(
+        bits_per_weight=bits / weights,
+        compressed_weights=weights,
+        stored_bits=bits,
+        model_weights=sizes["model_weights"],
+        model_bytes=stored,
+        ratio=BF16_BYTES * sizes["model_weights"] / stored,
+    )
+
+
 def delta_size(folder: Path) -> Size:
     """Return the size of a compressed delta, measured against the same delta in bf16."""
     totals = read_json(folder / LAYERS)["totals"]
@@ -47,8 +65,10 @@ def cost(folder: Path) -> Cost:
     provenance = read_provenance(folder)
     seconds = float(provenance["seconds"])
     memory = int(provenance["peak_memory_bytes"])
-    if provenance["stage"] == "finetune":
-        layers: list[dict[str, Any]] = read_json(folder / LAYERS)["layers"]
+    if provenance["stage"] in ("finetune", "train"):
+        layers: list[dict[str, Any]] = []
+        if (folder / LAYERS).is_file():
+            layers = read_json(folder / LAYERS)["layers"]
         return Cost(
             compress_seconds=sum(float(layer["seconds"]) for layer in layers),
             compress_peak_memory_bytes=0,

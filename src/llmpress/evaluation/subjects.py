@@ -8,22 +8,23 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmpress.adapters import is_adapter, load_adapted, merged
 from llmpress.artifacts import read_provenance
 from llmpress.config import section, suggestion
 from llmpress.deltas import load_delta
 from llmpress.errors import ConfigError
-from llmpress.hf import load_model, load_tokenizer
+from llmpress.hf import dequantized, load_model, load_tokenizer
 
-Kind = Literal["model", "compressed", "delta", "finetuned"]
+Kind = Literal["model", "compressed", "delta", "finetuned", "trained"]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, run, delta run or finetune.
+    """A model, run, delta run, finetune or training.
 
     Attributes:
         name: In params.yaml.
-        kind: Which of the four.
+        kind: Which of the five.
         folder: The artifact that is evaluated.
         original: Name of the model it is compared with, its own for a model.
         base: Delta runs: name of the model the delta is put on.
@@ -47,10 +48,17 @@ class Subject:
             ArtifactError: The artifact is missing or damaged.
         """
         read_provenance(self.folder)
+        if is_adapter(self.folder):
+            return load_adapted(self.folder, self.original_folder, dtype=dtype, device=device)
         if self.base is None:
             return load_model(self.folder, dtype=dtype, device=device)
         base = load_model(model_folder(self.base), dtype=dtype, device=device)
         return load_delta(base, self.folder)
+
+    def load_dense(self, dtype: torch.dtype, device: str) -> PreTrainedModel:
+        """Load with dense weights of the values that are stored."""
+        model = self.load(dtype, device)
+        return merged(model, dtype) if is_adapter(self.folder) else dequantized(model)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer; a delta's is that of the fine-tuned model."""
@@ -67,13 +75,15 @@ def find_subject(params: Mapping[str, Any], name: str) -> Subject:
 
     Args:
         params: Content of params.yaml.
-        name: Of one of ``evaluation.models``, ``runs``, ``delta_runs`` or ``finetunes``.
+        name: Of one of ``evaluation.models``, ``runs``, ``delta_runs``, ``finetunes`` or
+            ``trainings``.
 
     Raises:
         ConfigError: It is none of them, or several.
     """
     models = list(section(params, "evaluation.models"))
-    groups = {key: list(params.get(key) or {}) for key in ("runs", "delta_runs", "finetunes")}
+    sections = ("runs", "delta_runs", "finetunes", "trainings")
+    groups = {key: list(params.get(key) or {}) for key in sections}
     groups["evaluation.models"] = models
     found = [group for group, names in groups.items() if name in names]
     if not found:
@@ -90,6 +100,9 @@ def find_subject(params: Mapping[str, Any], name: str) -> Subject:
     if group == "finetunes":
         original = section(params, f"finetunes.{name}.model")
         return Subject(name, "finetuned", Path("data/finetuned") / name, original)
+    if group == "trainings":
+        original = section(params, f"trainings.{name}.model")
+        return Subject(name, "trained", Path("data/trained") / name, original)
     original = section(params, f"delta_runs.{name}.finetuned")
     base = section(params, f"delta_runs.{name}.base")
     return Subject(name, "delta", compressed, original, base)

@@ -42,7 +42,7 @@ def quality_charts(summary: pd.DataFrame) -> dict[str, list[Chart]]:
     """Return the charts of quality against size, for weights and for deltas, one per original."""
     methods = sorted(summary["method"].dropna().unique())
     charts: dict[str, list[Chart]] = {"weights": [], "deltas": []}
-    compressed = summary[summary["kind"] != "model"]
+    compressed = summary[~summary["kind"].isin(["model", "trained"])]
     models = summary[summary["kind"] == "model"]
     groups = compressed.groupby(
         [compressed["kind"] == "delta", compressed["original"].fillna("")], sort=True

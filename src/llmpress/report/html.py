@@ -27,6 +27,7 @@ from llmpress.report.gaps import Gap, find_gaps
 from llmpress.report.measures import NO_VALUE, Measure, decimals, significant, table_measures
 from llmpress.report.skipped import skipped
 from llmpress.report.tables import Results, blocks_frame, layers_frame, summary_frame
+from llmpress.report.trainings import training_tables
 
 SCRIPTS = ("charts.js", "table.js", "page.js")
 WORST_LAYERS = 3
@@ -35,6 +36,8 @@ KIND_LABELS = {
     "compressed": "weights",
     "finetuned": "weights, finetuned",
     "delta": "delta",
+    "recovered": "weights, recovered on text",
+    "trained": "trained on a task",
 }
 
 
@@ -114,6 +117,7 @@ def render(
         table=_table(summary),
         worst_layers=list(_worst_layers(layers)),
         blocks=list(_block_rows(blocks)),
+        training_tables=training_tables(results, params),
         **shown,
         samples=list(_samples(results)),
         provenance=[(result, context.provenance(result)) for result in results.found],

@@ -293,7 +293,7 @@ def _method(point: Point) -> str:
 
 
 def _tuned(point: Point) -> bool:
-    return bool(point.row["kind"] == "finetuned")
+    return point.row["kind"] in ("finetuned", "recovered")
 
 
 def _is_finite(value: Any) -> bool:

@@ -33,6 +33,7 @@ def skipped(
     return [
         *_dense_layers(results, layers),
         *_undone_blocks(blocks),
+        *_undone_trainings(results),
         *_unmeasured_layers(results, layers),
         *_unmeasured_quality(results, params),
     ]
@@ -63,6 +64,19 @@ def _undone_blocks(blocks: pd.DataFrame) -> Iterator[Skipped]:
             f"It did not lower the held-out loss: {significant(row['loss_before'])} before, "
             f"{significant(best)} at best after an epoch.",
         )
+
+
+def _undone_trainings(results: Results) -> Iterator[Skipped]:
+    for result in results.found:
+        record = result.details.get("training") or {}
+        if record.get("best_step") == 0:
+            best = min(loss for _, loss in record["held_out"][1:])
+            yield Skipped(
+                result.name,
+                "end-to-end finetuning undone",
+                f"It did not lower the held-out loss: {significant(record['loss_before'])} before, "
+                f"{significant(best)} at best later.",
+            )
 
 
 def _unmeasured_layers(results: Results, layers: pd.DataFrame) -> Iterator[Skipped]:

@@ -16,8 +16,13 @@ import pandas as pd
 from llmpress.artifacts import read_json
 from llmpress.errors import ArtifactError
 
-KIND_OF_SECTION = {"runs": "compressed", "finetunes": "finetuned", "delta_runs": "delta"}
-KIND_ORDER = ("model", "compressed", "finetuned", "delta")
+KIND_OF_SECTION = {
+    "runs": "compressed",
+    "finetunes": "finetuned",
+    "delta_runs": "delta",
+    "trainings": "trained",
+}
+KIND_ORDER = ("model", "compressed", "finetuned", "recovered", "delta", "trained")
 SIZE_COLUMNS = (
     "bits_per_weight",
     "compressed_weights",
@@ -47,10 +52,11 @@ class Result:
 
     Attributes:
         name: Its name in params.yaml.
-        kind: ``model``, ``compressed``, ``finetuned`` or ``delta``.
+        kind: ``model``, ``compressed``, ``finetuned`` or ``delta``; ``recovered`` and ``trained``
+            are finetuned end to end, on text and on a task.
         original: Name of the model it is compared with; None for a model itself.
         base: Delta runs: name of the base model.
-        tuned_from: Finetuned runs: name of the run before finetuning.
+        tuned_from: Of what was finetuned: name of the run before.
         metrics: Content of the metrics file.
         details: Content of the details file; empty when there is none.
     """
@@ -125,7 +131,7 @@ def read_results(metrics: Path, details: Path, params: Mapping[str, Any]) -> Res
                 kind=kind,
                 original=original if kind != "model" else None,
                 base=record.get("base") or settings.get("base"),
-                tuned_from=settings.get("run"),
+                tuned_from=settings.get("run") or _start(settings),
                 metrics=_mapping(path),
                 details=record,
             )
@@ -159,13 +165,15 @@ def summary_frame(results: Results) -> pd.DataFrame:
 
 
 def layers_frame(results: Results) -> pd.DataFrame:
-    """Return one row per compressed linear layer of every run.
+    """Return one row per compressed linear layer of every run, those trained end to end apart.
 
     `block` is the index of the decoder block, -1 for a layer outside of the blocks; `module` is the
     rest of the layer's name.
     """
     rows = []
     for result in results.found:
+        if result.kind in ("recovered", "trained"):
+            continue  # its layers are as large as those of the run it started from
         for layer in result.layers.get("layers", []):
             block, module = split_layer_name(layer["name"])
             numbers = {key: layer.get(key) for key in LAYER_NUMBERS}
@@ -219,8 +227,14 @@ def _named(params: Mapping[str, Any]) -> dict[str, tuple[str, Mapping[str, Any]]
     }
     for section, kind in KIND_OF_SECTION.items():
         for name, settings in (params.get(section) or {}).items():
-            named[name] = (kind, settings)
+            on_text = section == "trainings" and bool(settings.get("corpora"))
+            named[name] = ("recovered" if on_text else kind, settings)
     return named
+
+
+def _start(settings: Mapping[str, Any]) -> str | None:
+    """Return the name of the artifact that a training starts from."""
+    return str(settings["start"]).rpartition("/")[2] if "start" in settings else None
 
 
 def _mapping(path: Path) -> Mapping[str, Any]:

@@ -1,0 +1,1 @@
+"""End-to-end finetuning: few parameters train on the whole model's loss, on a task or on text."""
