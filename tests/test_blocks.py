@@ -117,6 +117,25 @@ def test_in_place_gives_the_same_in_the_same_buffer(walk: BlockWalk, tiny_window
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_long_windows_are_computed_few_at_a_time(
+    walk: BlockWalk, tiny_windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, block = walk.embed(tiny_windows[:5]), walk.load(0)
+    sizes: list[int] = []
+    forward = BlockWalk.forward
+    monkeypatch.setattr(
+        BlockWalk,
+        "forward",
+        lambda *a: sizes.append(len(a[3])) or forward(*a),  # type: ignore[func-returns-value]
+    )
+    walk.propagate(block, 0, hidden)
+    monkeypatch.setattr("llmpress.blocks.PROPAGATE_TOKENS", 2 * 64)
+    walk.propagate(block, 0, hidden)
+    monkeypatch.setattr("llmpress.blocks.PROPAGATE_TOKENS", 1)
+    walk.propagate(block, 0, hidden)
+    assert sizes == [5, 2, 2, 1, *[1] * 5]
+
+
 class CountingSource:
     """A checkpoint in memory that knows how many of the tensors it gave out are alive."""
 

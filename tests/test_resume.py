@@ -120,7 +120,7 @@ def test_what_is_different_is_said(
 
 def test_where_it_continues_is_said(tmp_path: Path, caplog: Caplog) -> None:
     store = BlockStore("task", BEFORE, tmp_path)
-    for index in range(2):
+    for index in (0, 1, 9999):  # the last is no block
         store.save(index, {}, {})
     said = begin("task", BEFORE, tmp_path, caplog)
     assert said == f"task: continues after 2 finished blocks, which are read from {store.folder}"

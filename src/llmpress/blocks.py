@@ -16,6 +16,9 @@ from llmpress.architectures import decoder_blocks
 from llmpress.errors import NumericalError, SourceError
 from llmpress.layers import CompressedLinear
 
+PROPAGATE_WINDOWS, PROPAGATE_TOKENS = 8, 4096
+"""What is computed at a time without gradients: activations of long windows stay small, too."""
+
 
 class TensorSource(Protocol):
     """A checkpoint, read tensor by tensor."""
@@ -144,7 +147,7 @@ class BlockWalk:
         block: nn.Module,
         index: int,
         hidden_states: Tensor,
-        batch_size: int = 8,
+        batch_size: int | None = None,
         *,
         in_place: bool = False,
     ) -> Tensor:
@@ -154,12 +157,14 @@ class BlockWalk:
             block: Block ``index``, loaded.
             index: Which block it is.
             hidden_states: What enters the block.
-            batch_size: Windows computed at a time.
+            batch_size: Windows computed at a time; by default eight, but no more than 4096 tokens.
             in_place: Overwrite ``hidden_states`` instead of allocating a second buffer.
 
         Raises:
             NumericalError: The block's output holds NaN or Inf.
         """
+        if batch_size is None:
+            batch_size = max(1, min(PROPAGATE_WINDOWS, PROPAGATE_TOKENS // hidden_states.shape[1]))
         output = hidden_states if in_place else torch.empty_like(hidden_states)
         for start in range(0, len(hidden_states), batch_size):
             rows = slice(start, start + batch_size)

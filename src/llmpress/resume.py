@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 SCRATCH = Path("scratch")
 STATE = "state.json"
+NOT_A_BLOCK = 9000  # from here on a store holds what belongs to no single block
 FINGERPRINT = re.compile("[0-9a-f]{64}")
 
 
@@ -137,7 +138,7 @@ class BlockStore:
 
 
 def _finished(folder: Path) -> int:
-    return len(list(folder.glob("[0-9]*.json")))
+    return sum(int(path.stem) < NOT_A_BLOCK for path in folder.glob("[0-9]*.json"))
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
