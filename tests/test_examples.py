@@ -24,6 +24,7 @@ from llmpress import methods
 from llmpress.artifacts import read_json
 from llmpress.cli import app
 from llmpress.compression import LayerRecord
+from llmpress.finetuning.settings import FinetuningSettings
 from llmpress.layers import KINDS, build_layer
 from llmpress.methods import known_methods, method_class
 from llmpress.model_compression import compress_model
@@ -173,6 +174,7 @@ def default_words(value: Any) -> str:
     [
         *((f"{name}.md", "## Settings", method_class(name)) for name in known_methods()),
         ("index.md", "## Finetuning block by block", TuningSettings),
+        ("../finetuning.md", "## Settings", FinetuningSettings),
     ],
 )
 def test_pages_show_every_setting(page: str, heading: str, settings: Any) -> None:

@@ -172,8 +172,8 @@ def load_adapted(
         model = load_model(original, dtype=dtype, device=device)
     with _calm():
         wrapped = peft.PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_" in name:
+    for parameter in wrapped.parameters():
+        if parameter.is_floating_point():  # NF4 is stored as integers
             parameter.data = parameter.data.to(dtype)
     inner: PreTrainedModel = wrapped.base_model.model
     inner.eval()

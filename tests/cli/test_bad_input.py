@@ -205,6 +205,22 @@ def damaged_calibration(world: World) -> Done:
     return compress(world, "-m", "gptq", "--bits", 4, "--calibration", folder)
 
 
+def finetune(world: World, *arguments: object, start: Path | None = None) -> Done:
+    """Finetune the model packed by rtn on two answers unless told otherwise."""
+    items = world.folder / "text.txt"
+    items.write_text('{"query": "1", "target": " 2"}\n{"query": "2", "target": " 3"}\n')
+    given = ["--original", world.model, "--items", items, "--steps", 1, "--lr", 0.01]
+    given += ["--set", "held_out=1"]
+    return llmpress("finetune", start or world.packed, *given, *arguments, "-o", world.out)
+
+
+def finetune_unknown_items(world: World) -> Done:
+    items = world.folder / "text.txt"
+    items.write_text('{"question": "1"}\n' * 40)
+    return llmpress("finetune", world.model, "--trains", "lora", "--items", items, "--steps", 1,
+                    "--lr", 0.01, "-o", world.out)  # fmt: skip
+
+
 CASES: dict[str, tuple[Callable[[World], Done], str]] = {
     "unknown method": (
         lambda w: compress(w, "-m", "gptk"),
@@ -350,6 +366,50 @@ CASES: dict[str, tuple[Callable[[World], Done], str]] = {
     "compare with a delta and no base": (
         lambda w: llmpress("compare", w.model, w.small_delta, "--text", text_file(w, b"x" * 99)),
         "is a delta: name the model it is put on with --base",
+    ),
+    "finetune what holds no floats": (
+        lambda w: finetune(w),
+        r"nothing here may train: its compressed layers \(quantized\) hold integers only; start",
+    ),
+    "finetune what is not compressed": (
+        lambda w: finetune(w, start=w.model),
+        "is not compressed; compress it first, or train adapters",
+    ),
+    "finetune against another model": (
+        lambda w: finetune(w, "--original", w.finetuned),
+        "was made from another model than",
+    ),
+    "finetune without an original": (
+        lambda w: llmpress(
+            "finetune", w.packed, "--items", w.folder, "--steps", 1, "--lr", 1, "-o", w.out
+        ),
+        "--original: name the model that the compressed one was made from",
+    ),
+    "finetune on nothing": (
+        lambda w: llmpress(
+            "finetune", w.packed, "--original", w.model, "--steps", 1, "--lr", 1, "-o", w.out
+        ),
+        "give either --text or --items to train on",
+    ),
+    "finetune what": (
+        lambda w: finetune(w, "--trains", "everything"),
+        "'everything': allowed are compressed, lora, qlora",
+    ),
+    "finetune by unknown settings": (
+        lambda w: finetune(w, "-s", "rnk=3"),
+        "--set has no setting 'rnk': did you mean 'rank'?",
+    ),
+    "finetune at no rate": (
+        lambda w: finetune(w, "--lr", 0),
+        "learning_rate must be positive, got 0",
+    ),
+    "finetune on too few items": (
+        lambda w: finetune(w, "-s", "held_out=2"),
+        "2 training items, and `held_out` asks for 2 of them",
+    ),
+    "finetune on items without answers": (
+        finetune_unknown_items,
+        "training items need `query` and `target`",
     ),
     "inspect nothing": (
         lambda w: llmpress("inspect", w.folder),

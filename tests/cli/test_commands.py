@@ -24,6 +24,7 @@ COMMANDS = [
     ["generate"],
     ["compare"],
     ["export"],
+    ["finetune"],
     ["methods"],
     ["plan"],
     ["delta"],

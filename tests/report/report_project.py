@@ -213,6 +213,7 @@ def make_details(
             "num_threads": 1,
         },
         "layers": layers,
+        "training": None,
         "provenance": {
             "artifact": make_provenance("compress", settings),
             "source": None if kind == "model" else make_provenance("fetch_model", gguf),

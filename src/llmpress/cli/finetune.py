@@ -53,7 +53,7 @@ def finetune(
     from its last look at them when it is repeated.
 
     Example: llmpress finetune small --original data/models/smollm2 --text data/corpora/wikipedia
-    --distill --steps 100 --lr 1e-3 --out recovered
+    --distill --steps 60 --lr 5e-3 --out recovered
     """
     from llmpress.cli.options import check_out, model_folder, quiet, scratch_folder
     from llmpress.devices import pick_device

@@ -120,6 +120,7 @@ def _train_compressed(
             seed=seed,
             folder=scratch,
             teacher=teacher,
+            relative_rate=True,  # one rate for codebooks of whole numbers and for their scales
         )
     writer = CheckpointWriter(folder)
     for name in checkpoint.names():

@@ -33,7 +33,7 @@ from llmpress.errors import ArtifactError, ConfigError, NumericalError
 from llmpress.finetuning.data import TrainingData
 from llmpress.finetuning.objectives import model_loss
 from llmpress.finetuning.settings import FinetuningSettings
-from llmpress.finetuning.trainables import Parameters, holding, rounded
+from llmpress.finetuning.trainables import Parameters, holding, root_mean_square, rounded
 from llmpress.training import Example, collate, learning_rate_share
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,7 @@ def train(
     seed: int,
     folder: Path,
     teacher: PreTrainedModel | None = None,
+    relative_rate: bool = False,
 ) -> tuple[dict[str, Tensor], TrainingRecord]:
     """Train parameters in fp32 and return their best values as they are stored.
 
@@ -85,6 +86,7 @@ def train(
         seed: Same seed, same bytes.
         folder: Where checkpoints lie; those that are there are continued from.
         teacher: The original model, for distillation.
+        relative_rate: Scale each tensor's rate with the size of its entries at the start.
 
     Returns:
         The values with the lowest held-out loss, the start's when none is lower, and a record.
@@ -106,7 +108,7 @@ def train(
         args=_arguments(settings, seed, folder, device),
         train_dataset=data.train,
         data_collator=_collate,
-        optimizers=_optimizer(parameters, settings),
+        optimizers=_optimizer(parameters, settings, relative=relative_rate),
         callbacks=[watch],
     )
     trainer.args._n_gpu = min(1, trainer.args.n_gpu)  # one process, one device
@@ -260,11 +262,14 @@ def _collate(examples: Sequence[Example]) -> dict[str, Tensor]:
 
 
 def _optimizer(
-    parameters: Parameters, settings: FinetuningSettings
+    parameters: Parameters, settings: FinetuningSettings, *, relative: bool
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    sizes = [root_mean_square(p) if relative else 1.0 for p in parameters.values()]
     optimizer = torch.optim.AdamW(
-        list(parameters.values()),
-        lr=settings.learning_rate,
+        [
+            {"params": [parameter], "lr": size * settings.learning_rate}
+            for parameter, size in zip(parameters.values(), sizes, strict=True)
+        ],
         betas=(0.9, 0.95),
         weight_decay=settings.weight_decay,
         fused=True,

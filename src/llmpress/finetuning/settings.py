@@ -21,6 +21,7 @@ class FinetuningSettings:
     Attributes:
         steps: Optimizer steps.
         learning_rate: Peak rate of AdamW; rises over ``warmup`` steps, then falls linearly to zero.
+            Of codebooks, factors and norms: relative to each tensor's root mean square.
         batch_size: Items or windows of a step.
         warmup: Steps until the peak.
         objective: ``next_token``: cross-entropy of the text; ``distillation``: KL divergence from
