@@ -169,7 +169,8 @@ def test_evaluations_depend_on_all_settings_but_the_list_of_models(group: str) -
 
 
 def test_each_stage_has_a_rule_and_each_rule_its_stage() -> None:
-    text = "\n".join(RULES.values())
+    stages = {name: text for name, text in RULES.items() if name != "ablations.smk"}
+    text = "\n".join(stages.values())
     names = re.findall(r"^rule (\w+):", text, flags=re.MULTILINE)
     assert sorted(names) == sorted(STAGES)
     for name, body in zip(

@@ -1,0 +1,228 @@
+"""Ablations: one choice of a method varied at a time, everything else kept.
+
+What is asked stands in a data file; a measured row is kept with the settings it was measured with,
+and is only measured again when they change.
+"""
+
+import hashlib
+import json
+import statistics
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from llmpress.artifacts import read_json, write_json
+from llmpress.calibration import load_statistics, load_windows
+from llmpress.checkpoints import Checkpoint
+from llmpress.codebooks import CodebookSize, true_bits
+from llmpress.corpora import load_text, token_windows
+from llmpress.evaluation.likelihood import likelihood
+from llmpress.hf import load_model, load_tokenizer
+from llmpress.linalg import relative_output_error
+from llmpress.methods.base import Shape
+from llmpress.runs import build_method
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One table of the page.
+
+    Attributes:
+        key: Its anchor and the name of its rows.
+        title: Its heading.
+        measure: Output error of single layers, the record of a block finetuning, or perplexity.
+        rows: What is varied, by label: settings that replace the base's for ``layers``, a folder
+            of ``data`` otherwise.
+        base: What all rows share.
+        finding: What the numbers say, in a sentence.
+    """
+
+    key: str
+    title: str
+    measure: Literal["layers", "blocks", "perplexity"]
+    rows: Mapping[str, Any]
+    base: Mapping[str, Any] = field(default_factory=dict)
+    finding: str = ""
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """All questions to one method.
+
+    Attributes:
+        title: Of the page.
+        method: Whose choices are varied.
+        model: Name of the model, calibrated already.
+        layers: Layers whose output errors are measured.
+        questions: What is asked.
+        windows: Windows of each corpus and text that perplexity is measured on.
+        seed: Of the method.
+    """
+
+    title: str
+    method: str
+    model: str
+    layers: tuple[str, ...]
+    questions: tuple[Question, ...]
+    windows: int = 4
+    seed: int = 0
+
+
+def measured(ablation: Ablation, cache: Path, data: Path = Path("data")) -> dict[str, list[Row]]:
+    """Return the rows of every question; only those that ``cache`` lacks are measured.
+
+    Args:
+        ablation: What is asked.
+        cache: JSON file of rows, which is completed.
+        data: Folder of models, calibration, corpora and compressed models; not needed when all
+            rows are known.
+    """
+    known: dict[str, Row] = read_json(cache) if cache.is_file() else {}
+    found: dict[str, list[Row]] = {}
+    for question in ablation.questions:
+        found[question.key] = []
+        for label, varied in question.rows.items():
+            key = _key(ablation, question, varied)
+            if key not in known:
+                known[key] = {
+                    "question": question.key,
+                    "varied": varied,
+                    **_measure(ablation, question, varied, data),
+                }
+                write_json(cache, known)
+            found[question.key].append({"label": label, **known[key]})
+    return found
+
+
+def _key(ablation: Ablation, question: Question, varied: Any) -> str:
+    asked = [ablation.model, ablation.seed, question.measure, dict(question.base), varied]
+    if question.measure == "layers":
+        asked += [ablation.method, list(ablation.layers)]
+    if question.measure == "perplexity":
+        asked.append(ablation.windows)
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _measure(ablation: Ablation, question: Question, varied: Any, data: Path) -> Row:
+    if question.measure == "layers":
+        return _layers(ablation, {**question.base, **varied}, data)
+    if question.measure == "blocks":
+        return _blocks(data / varied)
+    return _perplexity(ablation, data / varied, data)
+
+
+def _layers(ablation: Ablation, settings: Mapping[str, Any], data: Path) -> Row:
+    """Compress the layers alone: true bits, relative output error, seconds."""
+    source = Checkpoint(data / "models" / ablation.model)
+    known = load_statistics(data / "calibration" / ablation.model)
+    errors, bits, weights, seconds, sizes = {}, 0, 0, 0.0, []
+    for name in ablation.layers:
+        weight = source.tensor(f"{name}.weight")
+        method = build_method(
+            ablation.method, _fitted(settings, Shape(*weight.shape)), f"ablation of {name}"
+        )
+        started = time.perf_counter()
+        layer = method.compress(weight, known[name], seed=ablation.seed + zlib.crc32(name.encode()))
+        seconds += time.perf_counter() - started
+        moment = known[name].second_moment
+        errors[name] = relative_output_error(weight, layer.dequantize().detach(), moment)
+        bits += layer.stored_bits()
+        weights += layer.num_weights
+        sizes.append(layer.spec())
+    mean = torch.tensor(list(errors.values()), dtype=torch.float64).log().mean().exp()
+    return {
+        "bits": bits / weights,
+        "error": float(mean),
+        "errors": errors,
+        "seconds": seconds,
+        "sizes": sizes,
+    }
+
+
+def _fitted(settings: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
+    """Replace ``bits`` with ``vector_size`` by the largest ``num_entries`` that fits."""
+    if not {"bits", "vector_size"} <= settings.keys():
+        return dict(settings)
+    d, bits = settings["vector_size"], settings["bits"]
+    dtype, scaled = settings.get("codebook_dtype", "float16"), settings.get("scaled", True)
+
+    def fits(entries: int) -> bool:
+        return bool(true_bits(shape, CodebookSize(entries, d, dtype), scaled=scaled) <= bits)
+
+    entries = 2
+    for power in range(16, 0, -1):  # the longest codes that fit, then the most entries
+        if fits((1 << power - 1) + 1) or power == 1:
+            low, high = (1 << power - 1) + 1, 1 << power
+            while low < high:
+                middle = (low + high + 1) // 2
+                low, high = (middle, high) if fits(middle) else (low, middle - 1)
+            entries = low
+            break
+    others = {k: v for k, v in settings.items() if k not in ("bits", "allocation")}
+    return {**others, "num_entries": entries}
+
+
+def _blocks(folder: Path) -> Row:
+    """Read what block finetuning recorded: losses by epoch, and seconds of both steps."""
+    record = read_json(folder / "layers.json")
+    blocks = record["blocks"]
+    compress = sum(layer["seconds"] for layer in record["layers"])
+
+    return _losses(blocks) | {
+        "bits": record["totals"]["bits_per_weight"],
+        "compress_seconds": compress,
+        "finetune_seconds": sum(block["seconds"] for block in blocks),
+    }
+
+
+def _losses(blocks: list[dict[str, Any]]) -> Row:
+    """Return the mean losses of finetuned blocks, before, after, and after every epoch.
+
+    A block that was left early keeps the loss of its last epoch.
+    """
+    epochs = max(len(block["train_loss"]) for block in blocks)
+
+    def by_epoch(key: str) -> list[float]:
+        curves = [b[key] + [b[key][-1]] * (epochs - len(b[key])) for b in blocks if b[key]]
+        return [statistics.fmean(values) for values in zip(*curves, strict=True)]
+
+    return {
+        "blocks": len(blocks),
+        "kept": sum(block["kept"] for block in blocks),
+        "before": statistics.fmean(block["loss_before"] for block in blocks),
+        "after": statistics.fmean(block["loss_after"] for block in blocks),
+        "train": by_epoch("train_loss"),
+        "held_out": by_epoch("validation_loss"),
+    }
+
+
+def _perplexity(ablation: Ablation, folder: Path, data: Path) -> Row:
+    """Score a model on text it was calibrated on and on test text."""
+    calibration = data / "calibration" / ablation.model
+    seen, _ = load_windows(calibration)
+    provenance = read_json(calibration / "provenance.json")
+    corpora = provenance["settings"]["corpora"]
+    tokenizer = load_tokenizer(data / "models" / ablation.model)
+    share = ablation.windows
+    test = torch.cat(
+        [
+            token_windows(
+                load_text(data / "corpora" / name, "test"), tokenizer, seen.shape[1], share
+            )
+            for name in corpora
+        ]
+    )
+    of_corpus = len(seen) // len(corpora)
+    rows = [i * of_corpus + j for i in range(len(corpora)) for j in range(min(share, of_corpus))]
+    model = load_model(folder)
+    texts = {"seen": seen[rows], "test": test}
+    return {
+        name: likelihood(model, None, windows, name).perplexity for name, windows in texts.items()
+    }

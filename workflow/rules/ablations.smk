@@ -1,0 +1,21 @@
+# What each choice of a method is worth; not part of the default target. Measured rows are kept in
+# workflow/ablations/, so that the page is there at once.
+
+
+rule ablations:
+    input:
+        "workflow/ablations/{method}.yaml",
+        "workflow/ablations/page.html.j2",
+        "workflow/scripts/ablations.py",
+    output:
+        "results/ablations/{method}.html",
+    log:
+        "logs/ablations/{method}.log",
+    conda:
+        "../envs/llmpress.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    shell:
+        "python workflow/scripts/ablations.py {wildcards.method} > {log} 2>&1"
