@@ -7,8 +7,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM
 MODEL = Path("data/models/smollm2")
 CALIBRATION = Path("build/quality/calibration/windows.safetensors")
 OUT = Path("build/peers/out")
+PACKED = Path("build/peers/packed")
 
 
 def calibration_windows() -> torch.Tensor:
@@ -45,12 +45,14 @@ def linears() -> dict[str, torch.Tensor]:
     }
 
 
-@contextmanager
-def timed(record: dict[str, float], key: str = "seconds") -> Iterator[None]:
-    """Note the wall time of a part."""
-    started = perf_counter()
-    yield
-    record[key] = round(perf_counter() - started, 1)
+def once(packed: Path, quantize_and_save: Callable[[], object]) -> float:
+    """Return the seconds that a packed checkpoint took, made now unless it is there already."""
+    note = packed.parent / f"{packed.name}.seconds"
+    if not note.is_file():
+        started = perf_counter()
+        quantize_and_save()
+        note.write_text(f"{perf_counter() - started:.1f}", encoding="utf-8")
+    return float(note.read_text(encoding="utf-8"))
 
 
 def packed_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -79,14 +81,14 @@ def tensor_bits(tensors: Mapping[str, torch.Tensor]) -> int:
     return total
 
 
-def gptq_weights(folder: Path, num_bits: int, *, zero_offset: int) -> dict[str, torch.Tensor]:
+def gptq_weights(folder: Path, num_bits: int, *, zero_offset: bool) -> dict[str, torch.Tensor]:
     """Dequantize a checkpoint in GPTQ's layout: codes and zero points in words of 32 bits.
 
     Args:
         folder: With ``qweight [in * b / 32, out]``, ``qzeros [groups, out * b / 32]``,
             ``scales [groups, out]`` and, in some, ``g_idx [in]`` for every layer.
         num_bits: b, the width of a code; three words hold 32 codes of three bits.
-        zero_offset: Added to what is stored as zero point: 1 in the first version of the layout.
+        zero_offset: Whether zero points are stored less 1, as in the layout's first version.
 
     Returns:
         Weights ``[out, in]`` by layer, fp32.
@@ -94,11 +96,15 @@ def gptq_weights(folder: Path, num_bits: int, *, zero_offset: int) -> dict[str, 
     tensors, weights = packed_tensors(folder), {}
     for name, original in linears().items():
         codes = unpack_words(tensors[f"{name}.qweight"].T, num_bits).T  # [in, out]
-        zeros = unpack_words(tensors[f"{name}.qzeros"], num_bits)  # [groups, out]
+        words = tensors[f"{name}.qzeros"]
+        if zero_offset and 32 % num_bits == 0:  # 1 was taken off every code of a word, in one go
+            words = words + sum(1 << shift for shift in range(0, 32, num_bits))
+        zeros = unpack_words(words, num_bits)  # [groups, out]
         scales = tensors[f"{name}.scales"].float()
         num_in, num_out = original.shape[1], original.shape[0]
         codes, zeros = codes[:num_in, :num_out], zeros[:, :num_out]
-        zeros = (zeros + zero_offset) & (2**num_bits - 1)
+        if zero_offset and 32 % num_bits:
+            zeros = (zeros + 1) & (2**num_bits - 1)
         order = tensors.get(f"{name}.g_idx")
         if order is None:
             order = torch.arange(num_in) // -(-num_in // len(scales))
@@ -147,7 +153,7 @@ def export(
         nominal_bits: The width of a code.
         weights: Dequantized weights of all linear layers, fp32.
         stored_bits: Of the packed layers.
-        seconds: Wall time of the compression, without loading and saving.
+        seconds: Wall time of the compression, saving included.
         calibration_tokens: 0 for a tool that needs none.
         packages: Whose versions are recorded.
         logits: The peer's own quantized model, tokens to logits; None where it cannot run here.

@@ -6,20 +6,21 @@ Its default recipe is 200 iterations of batches of 8; here the windows are 512 t
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
 from auto_round import AutoRound
 from common import (
     MODEL,
-    OUT,
+    PACKED,
     calibration_windows,
     check_levels,
     export,
     gptq_weights,
     load_dense,
+    once,
     packed_bits,
-    timed,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,7 +48,6 @@ def main() -> None:
         "batch_size": arguments.batch_size,
         "enable_alg_ext": arguments.alg_ext,
     }
-    spent: dict[str, float] = {}
     peer = AutoRound(
         load_dense(),
         AutoTokenizer.from_pretrained(MODEL),
@@ -60,11 +60,15 @@ def main() -> None:
         **settings,
     )
     name = f"autoround-{arguments.bits}bit-g{arguments.group_size}{arguments.suffix}"
-    packed = OUT.parent / "packed" / name
-    with timed(spent):
-        peer.quantize_and_save(output_dir=str(packed), format="auto_round")
+    packed = PACKED / name
+    seconds = once(
+        packed, lambda: peer.quantize_and_save(output_dir=str(packed), format="auto_round")
+    )
     packed = next(file.parent for file in sorted(packed.rglob("*.safetensors")))
-    weights = gptq_weights(packed, arguments.bits, zero_offset=1)
+    layout = json.loads((packed / "config.json").read_text())["quantization_config"]
+    weights = gptq_weights(
+        packed, arguments.bits, zero_offset="gptq" in layout.get("packing_format", "")
+    )
     check_levels(weights, arguments.bits, arguments.group_size)
     export(
         name,
@@ -73,7 +77,7 @@ def main() -> None:
         nominal_bits=arguments.bits,
         weights=weights,
         stored_bits=packed_bits(packed),
-        seconds=spent["seconds"],
+        seconds=seconds,
         calibration_tokens=windows.numel(),
         packages=("auto-round", "torch", "transformers"),
         logits=lambda tokens: _own(packed)(tokens).logits,

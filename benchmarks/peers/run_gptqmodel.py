@@ -13,13 +13,13 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 import torch
 from common import (
     MODEL,
-    OUT,
+    PACKED,
     calibration_windows,
     check_levels,
     export,
     gptq_weights,
+    once,
     packed_bits,
-    timed,
 )
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
@@ -44,18 +44,20 @@ def main() -> None:
         "act_group_aware": not arguments.desc_act,
     }
     config = QuantizeConfig(**settings)
-    model = GPTQModel.load(str(MODEL), config, device="cpu", dtype=torch.bfloat16)
     windows = calibration_windows()
     examples = [
         {"input_ids": window.tolist(), "attention_mask": [1] * len(window)} for window in windows
     ]
-    spent: dict[str, float] = {}
-    with timed(spent):
-        model.quantize(examples, batch_size=arguments.batch_size)
     name = f"gptqmodel-{arguments.bits}bit-g{arguments.group_size}{arguments.suffix}"
-    packed = OUT.parent / "packed" / name
-    model.save(str(packed))
-    weights = gptq_weights(packed, arguments.bits, zero_offset=1)
+    packed = PACKED / name
+
+    def quantize_and_save() -> None:
+        model = GPTQModel.load(str(MODEL), config, device="cpu", dtype=torch.bfloat16)
+        model.quantize(examples, batch_size=arguments.batch_size)
+        model.save(str(packed))
+
+    seconds = once(packed, quantize_and_save)
+    weights = gptq_weights(packed, arguments.bits, zero_offset=True)
     check_levels(weights, arguments.bits, 1 if arguments.desc_act else arguments.group_size)
     export(
         name,
@@ -64,7 +66,7 @@ def main() -> None:
         nominal_bits=arguments.bits,
         weights=weights,
         stored_bits=packed_bits(packed),
-        seconds=spent["seconds"],
+        seconds=seconds,
         calibration_tokens=windows.numel(),
         packages=("gptqmodel", "torch", "transformers"),
         logits=lambda tokens: _own(packed)(tokens).logits,
@@ -72,9 +74,9 @@ def main() -> None:
 
 
 def _own(packed: Path) -> torch.nn.Module:
-    """Load the packed model with GPTQModel's own layers."""
+    """Load the packed model with GPTQModel's own layers, which take no fp32."""
     return GPTQModel.load(
-        str(packed), device="cpu", backend=BACKEND.TORCH, dtype=torch.float32
+        str(packed), device="cpu", backend=BACKEND.TORCH, dtype=torch.bfloat16
     ).model.eval()
 
 

@@ -7,9 +7,10 @@ HQQ stores a scale and an unrounded zero point of 16 bits per group, and three b
 """
 
 import argparse
+from time import perf_counter
 
 import torch
-from common import check_levels, export, linears, load_dense, tensor_bits, timed
+from common import check_levels, export, linears, load_dense, tensor_bits
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
 
@@ -21,17 +22,18 @@ def main() -> None:
     parser.add_argument("--axis", type=int, default=1, help="1 as the documentation; 0 also exists")
     arguments = parser.parse_args()
     settings = {"nbits": arguments.bits, "group_size": arguments.group_size, "axis": arguments.axis}
-    model, layers, spent = load_dense(), {}, {}
-    with timed(spent):
-        for name in linears():
-            parent, _, child = name.rpartition(".")
-            layers[name] = HQQLinear(
-                getattr(model.get_submodule(parent), child),
-                quant_config=BaseQuantizeConfig(**settings),
-                compute_dtype=torch.float16,
-                device="cpu",
-            )
-            setattr(model.get_submodule(parent), child, layers[name])
+    model, layers = load_dense(), {}
+    started = perf_counter()
+    for name in linears():
+        parent, _, child = name.rpartition(".")
+        layers[name] = HQQLinear(
+            getattr(model.get_submodule(parent), child),
+            quant_config=BaseQuantizeConfig(**settings),
+            compute_dtype=torch.float16,
+            device="cpu",
+        )
+        setattr(model.get_submodule(parent), child, layers[name])
+    seconds = perf_counter() - started
     stored_bits = tensor_bits(
         {
             f"{n}.{key}": value
@@ -52,7 +54,7 @@ def main() -> None:
         nominal_bits=arguments.bits,
         weights=weights,
         stored_bits=stored_bits,
-        seconds=spent["seconds"],
+        seconds=seconds,
         calibration_tokens=0,
         packages=("hqq", "torch", "transformers"),
         logits=lambda tokens: model(tokens).logits,

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from common import (
     MODEL,
-    OUT,
+    PACKED,
     calibration_windows,
     check_levels,
     export,
     linears,
+    once,
     packed_bits,
     packed_tensors,
-    timed,
     unpack_words,
 )
 from datasets import Dataset
@@ -35,7 +35,6 @@ def main() -> None:
     parser.add_argument("--suffix", default="", help="of the folder's name")
     arguments = parser.parse_args()
     windows = calibration_windows()
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
     weights_scheme = {
         "num_bits": arguments.bits,
         "type": "int",
@@ -51,8 +50,11 @@ def main() -> None:
     )
     ids = windows.tolist()
     data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(i) for i in ids]})
-    spent: dict[str, float] = {}
-    with timed(spent):
+    name = f"llmcompressor-{arguments.bits}bit-g{arguments.group_size}{arguments.suffix}"
+    packed = PACKED / name
+
+    def quantize_and_save() -> None:
+        model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
         oneshot(
             model=model,
             dataset=data,
@@ -62,9 +64,9 @@ def main() -> None:
             shuffle_calibration_samples=False,
             batch_size=8,
         )
-    name = f"llmcompressor-{arguments.bits}bit-g{arguments.group_size}{arguments.suffix}"
-    packed = OUT.parent / "packed" / name
-    model.save_pretrained(packed, save_compressed=True)
+        model.save_pretrained(packed, save_compressed=True)
+
+    seconds = once(packed, quantize_and_save)
     weights = _weights(packed, arguments.bits)
     check_levels(weights, arguments.bits, arguments.group_size)
     export(
@@ -75,7 +77,7 @@ def main() -> None:
         nominal_bits=arguments.bits,
         weights=weights,
         stored_bits=packed_bits(packed),
-        seconds=spent["seconds"],
+        seconds=seconds,
         calibration_tokens=windows.numel(),
         packages=("llmcompressor", "compressed-tensors", "torch", "transformers"),
         logits=lambda tokens: _own(packed)(tokens).logits,
