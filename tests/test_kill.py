@@ -31,7 +31,7 @@ PARAMS = {
             "run": "small",
             "model": "tiny",
             "method": "cluscomp",
-            "settings": {"epochs": 1, "learning_rate": 0.003},
+            "settings": {"epochs": 1, "learning_rate": 0.03},
         }
     },
 }

@@ -21,8 +21,8 @@ from llmpress.tuning import BlockRecord, TuningSettings, tune_blocks
 
 CPU = torch.device("cpu")
 METHODS = {
-    "cluscomp": (ClusComp(num_entries=24, vector_size=4), 3e-3),
-    "lillama": (Lillama(reduction=0.25, start="weights"), 1e-3),
+    "cluscomp": (ClusComp(num_entries=24, vector_size=4), 0.03),
+    "lillama": (Lillama(reduction=0.25, start="weights"), 0.01),
 }
 
 

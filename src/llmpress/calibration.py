@@ -13,9 +13,11 @@ from llmpress.artifacts import read_json, read_provenance, save_tensors, write_j
 from llmpress.blocks import BlockWalk, progress
 from llmpress.errors import ArtifactError, NumericalError
 from llmpress.methods.base import InputStatistics
+from llmpress.sensitivity import output_sensitivity
 
 WINDOWS = "windows.safetensors"
 INDEX = "index.json"
+SENSITIVITY = "sensitivity.safetensors"
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class CalibrationSettings:
         windows: Windows per corpus that statistics and finetuning see.
         validation_windows: Windows per corpus, of other documents, that finetuning is judged by.
         length: Tokens of a window.
+        sensitivity_windows: Windows per corpus of which gradients are taken too, at most
+            ``windows``: how much the loss feels each output of each layer. 0 leaves that out.
         autocast: Run the model in bf16 where a matrix product allows it.
     """
 
@@ -34,6 +38,7 @@ class CalibrationSettings:
     windows: int
     length: int
     validation_windows: int = 2
+    sensitivity_windows: int = 4
     autocast: bool = True
 
     def __post_init__(self) -> None:
@@ -42,6 +47,8 @@ class CalibrationSettings:
                 "calibration: at least one corpus, one window, one validation window "
                 "and two tokens are needed"
             )
+        if self.sensitivity_windows < 0:
+            raise ValueError("calibration: sensitivity_windows must not be negative")
 
 
 class Statistics(Mapping[str, InputStatistics]):
@@ -59,17 +66,24 @@ class Statistics(Mapping[str, InputStatistics]):
         index = read_json(folder / INDEX)
         self._where: dict[str, tuple[str, str]] = {k: tuple(v) for k, v in index["layers"].items()}
         self._num_tokens: int = index["num_tokens"]
+        self._felt: frozenset[str] = frozenset(index.get("sensitivity", ()))
 
     def __getitem__(self, name: str) -> InputStatistics:
         """Read the statistics of one layer."""
         file, key = self._where[name]
+        felt = None
         try:
             with safe_open(self.folder / file, framework="pt") as moments:
-                return InputStatistics(moments.get_tensor(key), self._num_tokens)
+                moment = moments.get_tensor(key)
+            if name in self._felt:
+                file = SENSITIVITY
+                with safe_open(self.folder / file, framework="pt") as sensitivity:
+                    felt = sensitivity.get_tensor(name)
         except (FileNotFoundError, SafetensorError) as error:
             raise ArtifactError(
                 f"{self.folder / file}: damaged ({error}); calibrate again"
             ) from None
+        return InputStatistics(moment, self._num_tokens, felt)
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names of all layers."""
@@ -115,14 +129,24 @@ def load_windows(folder: Path) -> tuple[Tensor, Tensor]:
     return tensors["calibration"], tensors["validation"]
 
 
-def save_calibration(walk: BlockWalk, windows: Tensor, validation: Tensor, folder: Path) -> None:
-    """Run a model over its calibration windows and store what the linears' inputs look like.
+def save_calibration(
+    walk: BlockWalk,
+    windows: Tensor,
+    validation: Tensor,
+    folder: Path,
+    sensitivity_windows: Tensor | None = None,
+    seed: int = 0,
+) -> None:
+    """Run a model over its calibration windows and store what its linears' inputs look like.
 
     Args:
         walk: The model.
         windows: Token ids the statistics are taken over, ``[windows, tokens]``.
         validation: Token ids kept aside for finetuning, ``[windows, tokens]``.
         folder: Where windows, one file of moments per block, and an index are written.
+        sensitivity_windows: Token ids to measure the outputs' sensitivity on, stored too; None or
+            none of them leaves that out.
+        seed: Of the labels drawn for it.
     """
     save_tensors({"calibration": windows, "validation": validation}, folder / WINDOWS)
     hidden_states = walk.embed(windows)
@@ -137,7 +161,12 @@ def save_calibration(walk: BlockWalk, windows: Tensor, validation: Tensor, folde
         for name, leader in inputs.leaders.items():
             where[f"{walk.prefix}.{index}.{name}"] = (file, leader)
         del block, inputs, moments  # before the next block is there
-    write_json(folder / INDEX, {"num_tokens": windows.numel(), "layers": where})
+    felt: dict[str, Tensor] = {}
+    if sensitivity_windows is not None and len(sensitivity_windows):
+        felt = output_sensitivity(walk, sensitivity_windows, seed, folder)
+        save_tensors(felt, folder / SENSITIVITY)
+    index_record = {"num_tokens": windows.numel(), "layers": where, "sensitivity": sorted(felt)}
+    write_json(folder / INDEX, index_record)
 
 
 class InputMoments:
@@ -173,7 +202,8 @@ class InputMoments:
         Raises:
             NumericalError: An input held NaN or Inf.
         """
-        means = {name: total / self._tokens[name] for name, total in self._sums.items()}
+        means = {name: total.div_(self._tokens[name]) for name, total in self._sums.items()}
+        self._sums = {}
         for name, mean in means.items():
             if not bool(torch.isfinite(mean).all()):
                 raise NumericalError(f"{name}: its inputs hold NaN or Inf during calibration")
@@ -190,7 +220,11 @@ class InputMoments:
             if leader == name:
                 flat = x.detach().reshape(-1, x.shape[-1]).float()  # [tokens, in]
                 with torch.autocast(x.device.type, enabled=False):  # sums must stay fp32
-                    self._sums[name] = self._sums.get(name, 0) + flat.t() @ flat
+                    product = flat.t() @ flat  # [in, in]
+                    if name in self._sums:
+                        self._sums[name] += product  # in place: these are the largest tensors here
+                    else:
+                        self._sums[name] = product
                 self._tokens[name] = self._tokens.get(name, 0) + flat.shape[0]
 
         return listen

@@ -17,6 +17,9 @@ from llmpress.linalg import relative_output_error, relative_weight_error
 from llmpress.methods.base import InputStatistics, Method, Shape
 from llmpress.resume import BlockStore
 
+SENSITIVITY_INDEX = 9999
+"""Where the store keeps what all layers' sensitivities are: after any block."""
+
 
 @dataclass(frozen=True)
 class LayerRecord:
@@ -85,7 +88,7 @@ def compress_layers(
         ValueError: The method needs statistics and a layer has none.
     """
     shapes = {name: shape for block in blocks for name, shape in block.items()}
-    plan = method.plan(shapes, model_weights)
+    plan = _plan(shapes, source, method, statistics, model_weights, device, store)
     for index, block in enumerate(progress(blocks, "compress blocks")):
         finished = store.load(index)
         if finished is None:
@@ -107,6 +110,41 @@ def compress_layers(
             done = _restore(*finished)
         for name, (layer, record) in done.items():
             yield name, layer, record
+
+
+def _plan(
+    shapes: Mapping[str, Shape],
+    source: TensorSource,
+    method: Method,
+    statistics: Mapping[str, InputStatistics] | None,
+    model_weights: int,
+    device: torch.device,
+    store: BlockStore,
+) -> dict[str, Method | None]:
+    """Let the method spread its budget, by each layer's sensitivity where that can be measured."""
+    if statistics is None or not method.spreads_budget:
+        return method.plan(shapes, model_weights)
+    finished = store.load(SENSITIVITY_INDEX)
+    if finished is None:
+        sensitivity = {
+            name: method.sensitivity(
+                source.tensor(f"{name}.weight").to(device), _on(statistics[name], device)
+            )
+            for name in progress(shapes, "weigh layers")
+        }
+        store.save(SENSITIVITY_INDEX, {}, sensitivity)
+    else:
+        sensitivity = finished[1]
+    return method.plan(shapes, model_weights, sensitivity)
+
+
+def _on(statistics: InputStatistics, device: torch.device) -> InputStatistics:
+    felt = statistics.output_sensitivity
+    return InputStatistics(
+        statistics.second_moment.to(device),
+        statistics.num_tokens,
+        None if felt is None else felt.to(device),
+    )
 
 
 def totals(records: Sequence[LayerRecord], model_weights: int) -> dict[str, float]:
@@ -133,8 +171,7 @@ def _compress_one(
     weight = source.tensor(f"{name}.weight").to(device)
     known = None
     if method is not None and statistics is not None and method.uses_statistics:
-        found = statistics[name]
-        known = InputStatistics(found.second_moment.to(device), found.num_tokens)
+        known = _on(statistics[name], device)
     started = time.perf_counter()
     layer = None
     if method is not None:

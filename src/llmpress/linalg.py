@@ -25,6 +25,15 @@ class Damped(NamedTuple):
     attempts: int
 
 
+def with_positive_diagonal(second_moment: Tensor) -> Tensor:
+    """Return a copy in which channels without input have the mean ``E[x²]`` of the others."""
+    moment = second_moment.detach().float().clone()
+    dead = moment.diagonal() <= 0
+    live = moment.diagonal()[~dead]
+    moment.diagonal()[dead] = live.mean() if live.numel() else 1.0
+    return moment
+
+
 def damped_cholesky(matrix: Tensor, dampening: float) -> Damped:
     """Return the lower Cholesky factor ``L`` of ``matrix + λ I = L Lᵀ``.
 

@@ -70,4 +70,6 @@ def calibrate_model(
         walk = BlockWalk(
             skeleton(checkpoint), checkpoint, device=device, autocast=settings.autocast
         )
-        save_calibration(walk, windows, validation, folder)
+        per_corpus = windows.view(len(texts), settings.windows, -1)
+        felt = per_corpus[:, : settings.sensitivity_windows].reshape(-1, settings.length)
+        save_calibration(walk, windows, validation, folder, felt)

@@ -2,7 +2,8 @@
 
 Block ``i`` of the original gets the original's hidden states, block ``i`` of the compressed model
 gets the compressed model's, so that errors of earlier blocks are seen and can be made good. Peak
-memory is two blocks and a few buffers of hidden states, whatever the depth. Gradients never cross a
+memory is two blocks and two buffers of hidden states, a third one for each term that compares on
+other hidden states, whatever the depth. Gradients never cross a
 block boundary: both chains are stored as plain tensors between blocks.
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from llmpress.blocks import BlockWalk, progress
 from llmpress.errors import NumericalError
 from llmpress.layers import CodebookLinear, CompressedLinear
+from llmpress.layers.base import rounded_to
 from llmpress.methods.base import Chain, Tunable
 from llmpress.resume import BlockStore
 
@@ -26,10 +28,12 @@ class TuningSettings:
 
     Attributes:
         epochs: Passes over the calibration windows.
-        learning_rate: Peak rate of AdamW; rises over the first steps, then falls linearly to zero.
+        learning_rate: Peak rate of AdamW, relative to each tensor's root mean square, so that one
+            value serves every layer; rises over the first steps, then falls linearly to zero.
         batch_size: Windows of a step.
         weight_decay: Decoupled weight decay.
         clip_norm: Gradients of a block are scaled down to this norm.
+        patience: Epochs without a lower held-out loss after which a block is left.
         autocast: Compute in bf16 where a matrix product allows it.
     """
 
@@ -38,11 +42,14 @@ class TuningSettings:
     batch_size: int = 4
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    patience: int = 2
     autocast: bool = True
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1 or not self.learning_rate > 0:
-            raise ValueError("finetune: epochs, batch_size and learning_rate must be positive")
+        if min(self.epochs, self.batch_size, self.patience) < 1 or not self.learning_rate > 0:
+            raise ValueError(
+                "finetune: epochs, batch_size, patience and learning_rate must be positive"
+            )
 
 
 @dataclass
@@ -106,13 +113,15 @@ def tune_blocks(
         "student": student.embed(tokens),
     }
     count = len(windows)
+    fed = {term.student_input for term in method.loss_terms()}  # to the block that is finetuned
     for index in progress(range(len(teacher)), "finetune blocks"):
         started = time.perf_counter()
         original, block = teacher.load(index), student.load(index)
         targets: dict[Chain, Tensor] = {
-            chain: teacher.propagate(original, index, chains[chain])
+            chain: teacher.propagate(original, index, chains[chain], in_place=chain not in fed)
             for chain in _needed_targets(method)
         }
+        del original
         finished = store.load(index)
         if finished is None:
             problem = _BlockProblem(student, block, index, method, chains, targets)
@@ -129,7 +138,7 @@ def tune_blocks(
                 parameter.data = trained[f"{student.prefix}.{index}.{name}"].to(parameter.device)
         chains = {
             "teacher": targets["teacher"],
-            "student": student.propagate(block, index, chains["student"]),
+            "student": student.propagate(block, index, chains["student"], in_place=True),
         }
         yield trained, record
 
@@ -181,7 +190,9 @@ def _tune_block(
     if parameters:
         _prepare(problem.block, training=True)
         for epoch_loss in _epochs(problem, train_rows, list(parameters.values()), settings, seed):
-            state = {name: p.detach().to(stored[name].dtype) for name, p in parameters.items()}
+            state = {
+                name: rounded_to(p.detach(), stored[name].dtype) for name, p in parameters.items()
+            }
             masters = {name: p.detach().clone() for name, p in parameters.items()}
             _assign(
                 parameters, {n: t.float() for n, t in state.items()}
@@ -192,6 +203,8 @@ def _tune_block(
             record.validation_loss.append(held_out_loss)
             if held_out_loss < record.loss_after:
                 best, record.loss_after, record.kept = state, held_out_loss, True
+            if _fruitless_epochs(record) >= settings.patience:
+                break
         _prepare(problem.block, training=False)
     _assign(parameters, best)
     return record
@@ -207,7 +220,9 @@ def _epochs(
     """Run AdamW and yield the mean training loss after each epoch."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
+        [{"params": [p], "lr": settings.learning_rate * _size(p)} for p in parameters],
+        betas=(0.9, 0.95),
+        weight_decay=settings.weight_decay,
     )
     steps = settings.epochs * -(-len(rows) // settings.batch_size)
     warmup = max(1, steps // 20)
@@ -232,6 +247,17 @@ def _epochs(
             optimizer.zero_grad(set_to_none=True)
             losses.append(float(loss.detach()) * len(batch))
         yield sum(losses) / len(rows)
+
+
+def _size(parameter: Tensor) -> float:
+    """Return the root mean square, 1 for a tensor of zeros."""
+    return float(parameter.detach().square().mean().sqrt()) or 1.0
+
+
+def _fruitless_epochs(record: BlockRecord) -> int:
+    """Return the number of epochs since the held-out loss was lowest."""
+    losses = [record.loss_before, *record.validation_loss]
+    return len(losses) - 1 - losses.index(min(losses))
 
 
 def _needed_targets(method: Tunable) -> set[Chain]:

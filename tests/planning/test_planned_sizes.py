@@ -146,6 +146,7 @@ def test_calibration(tiny: ModelShapes, tiny_calibration: Path) -> None:
         corpora * CALIBRATION.windows,
         corpora * CALIBRATION.validation_windows,
         CALIBRATION.length,
+        sensitive=CALIBRATION.sensitivity_windows > 0,
     )
 
     check(predicted, tiny_calibration)

@@ -27,7 +27,7 @@ class CompressedLinear(nn.Module, ABC):
     """
 
     kind: ClassVar[str]
-    trainable: ClassVar[tuple[str, ...]] = ()
+    trainable: tuple[str, ...] = ()
 
     bias: nn.Parameter | None
 
@@ -70,6 +70,13 @@ class CompressedLinear(nn.Module, ABC):
         bits = self.stored_bits() / self.num_weights
         settings = ", ".join(f"{k}={v}" for k, v in self.spec().items())
         return f"in={self.in_features}, out={self.out_features}, {settings}, bits/weight={bits:.3f}"
+
+
+def rounded_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``tensor`` as it is stored in ``dtype``; int8 is rounded to nearest and clamped."""
+    if dtype == torch.int8:
+        return tensor.round().clamp(-127, 127).to(dtype)
+    return tensor.to(dtype)
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

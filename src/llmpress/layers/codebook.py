@@ -10,21 +10,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llmpress.layers.base import CompressedLinear, frozen
+from llmpress.layers.base import CompressedLinear, frozen, rounded_to
 from llmpress.packing import pack, packed_size, unpack
+
+DTYPES = ("float16", "bfloat16", "float32", "int8")
 
 
 class CodebookLinear(CompressedLinear):
-    """A vector-quantized weight: packed codes and one codebook.
+    """A vector-quantized weight: packed codes, one codebook, and a scale per output channel.
 
     Args:
         num_entries: ``K``, 1 to 65536.
         vector_size: ``d``.
-        dtype: Stored dtype of the codebook.
+        dtype: Stored dtype of the codebook; int8 needs scales.
+        scaled: Whether every output channel has a scale, in fp16.
     """
 
     kind = "codebook"
-    trainable = ("codebook",)
     codes: Tensor
 
     def __init__(
@@ -35,6 +37,7 @@ class CodebookLinear(CompressedLinear):
         num_entries: int,
         vector_size: int,
         dtype: str = "float16",
+        scaled: bool = False,
         bias: bool = False,
     ) -> None:
         super().__init__(in_features, out_features, bias=bias)
@@ -42,6 +45,8 @@ class CodebookLinear(CompressedLinear):
             raise ValueError(f"num_entries={num_entries}: allowed are 1 to {1 << 16}")
         if vector_size < 1:
             raise ValueError(f"vector_size={vector_size}: must be positive")
+        if dtype not in DTYPES or (dtype == "int8" and not scaled):
+            raise ValueError(f"dtype={dtype!r}: known are {', '.join(DTYPES)}; int8 needs scales")
         self.num_entries = num_entries
         self.vector_size = vector_size
         self.dtype_name = dtype
@@ -49,6 +54,8 @@ class CodebookLinear(CompressedLinear):
         code_bytes = packed_size(self.num_vectors, self.code_bits)
         self.register_buffer("codes", torch.empty(code_bytes, dtype=torch.uint8))
         self.codebook = frozen(torch.empty(num_entries, vector_size, dtype=getattr(torch, dtype)))
+        self.scales = frozen(torch.empty(out_features, dtype=torch.float16)) if scaled else None
+        self.trainable = ("codebook", "scales") if scaled else ("codebook",)
         self._indices: Tensor | None = None
 
     @property
@@ -64,20 +71,31 @@ class CodebookLinear(CompressedLinear):
         in_features: int,
         out_features: int,
         dtype: str = "float16",
+        scales: Tensor | None = None,
     ) -> "CodebookLinear":
-        """Pack ``codes [N]`` that index ``codebook [K, d]``."""
+        """Pack ``codes [N]`` that index ``codebook [K, d]``, in units of ``scales [out]``."""
         K, d = codebook.shape
-        layer = cls(in_features, out_features, num_entries=K, vector_size=d, dtype=dtype)
+        layer = cls(
+            in_features,
+            out_features,
+            num_entries=K,
+            vector_size=d,
+            dtype=dtype,
+            scaled=scales is not None,
+        )
         layer.codes = pack(codes, layer.code_bits)
-        layer.codebook.data = codebook.to(layer.codebook.dtype)
+        layer.codebook.data = rounded_to(codebook, layer.codebook.dtype)
+        if layer.scales is not None and scales is not None:
+            layer.scales.data = scales.to(layer.scales.dtype)
         return layer
 
     def spec(self) -> dict[str, Any]:
-        """Return the codebook's shape and stored dtype."""
+        """Return the codebook's shape and stored dtype, and whether there are scales."""
         return {
             "num_entries": self.num_entries,
             "vector_size": self.vector_size,
             "dtype": self.dtype_name,
+            "scaled": self.scales is not None,
         }
 
     def keep_indices(self, keep: bool) -> None:
@@ -85,11 +103,12 @@ class CodebookLinear(CompressedLinear):
         self._indices = self._unpack() if keep else None
 
     def dequantize(self) -> Tensor:
-        """Look every vector up, cut the padding and transpose: fp32 ``[out, in]``."""
+        """Look every vector up, cut the padding, transpose and scale: fp32 ``[out, in]``."""
         indices = self._unpack() if self._indices is None else self._indices
         # embedding, not indexing: its backward is the scatter-add dL/dcodebook[k] = Σ dL/dv_n
         vectors = functional.embedding(indices, self.codebook.float())  # [N, d]
-        return vectors.view(self.in_features, -1)[:, : self.out_features].t()
+        weight = vectors.view(self.in_features, -1)[:, : self.out_features].t()
+        return weight if self.scales is None else weight * self.scales.float().unsqueeze(1)
 
     def _unpack(self) -> Tensor:
         return unpack(self.codes, self.code_bits, self.num_vectors)

@@ -34,10 +34,13 @@ class InputStatistics:
     Attributes:
         second_moment: ``E[x xᵀ]``, fp32 ``[in, in]``, symmetric, positive semi-definite.
         num_tokens: Tokens the mean was taken over.
+        output_sensitivity: How much the loss feels a squared error of each output, fp32 ``[out]``,
+            see `llmpress.sensitivity`; None where it was not measured.
     """
 
     second_moment: Tensor
     num_tokens: int
+    output_sensitivity: Tensor | None = None
 
     @property
     def diagonal(self) -> Tensor:
@@ -57,12 +60,32 @@ class Method(ABC):
     uses_statistics: ClassVar[bool] = False
     requires_statistics: ClassVar[bool] = False
 
-    def plan(self, shapes: Mapping[str, Shape], model_weights: int) -> dict[str, "Method | None"]:
+    @property
+    def spreads_budget(self) -> bool:
+        """Whether `plan` gives more to layers of which `sensitivity` says that they need it."""
+        return False
+
+    def sensitivity(self, weight: Tensor, statistics: InputStatistics) -> float:
+        """Return how much the loss rises per unit of relative error of this layer.
+
+        Args:
+            weight: ``[out, in]``.
+            statistics: What is known of the layer's input and output.
+        """
+        raise NotImplementedError(f"{type(self).__name__} spreads no budget")
+
+    def plan(
+        self,
+        shapes: Mapping[str, Shape],
+        model_weights: int,
+        sensitivity: Mapping[str, float] | None = None,
+    ) -> dict[str, "Method | None"]:
         """Spread a budget over all layers; by default every layer gets the same settings.
 
         Args:
             shapes: Every compressible linear layer, from the bottom of the model upwards.
             model_weights: Number of weights of the whole model, embeddings included.
+            sensitivity: Of each layer, where the method `spreads_budget` and statistics exist.
 
         Returns:
             For each layer the settings to compress it with, None where it is left as it is.
@@ -70,7 +93,7 @@ class Method(ABC):
         Raises:
             ValueError: The budget is too small for some layer; names the smallest that is not.
         """
-        del model_weights
+        del model_weights, sensitivity
         bits = getattr(self, "bits", None)
         least = {name: self.smallest_bits(shape) for name, shape in shapes.items()}
         name = max(least, key=lambda name: least[name] or 0.0, default="")
@@ -160,4 +183,14 @@ def checked_statistics(statistics: InputStatistics | None, weight: Tensor) -> In
         )
     if not bool(torch.isfinite(statistics.second_moment).all()):
         raise ValueError("statistics: the second moment holds NaN or Inf")
+    felt = statistics.output_sensitivity
+    if felt is not None and (tuple(felt.shape) != (weight.shape[0],) or not _is_size(felt)):
+        raise ValueError(
+            f"statistics: the output sensitivity must be {weight.shape[0]} finite numbers, not "
+            "negative"
+        )
     return statistics
+
+
+def _is_size(values: Tensor) -> bool:
+    return bool((torch.isfinite(values) & (values >= 0)).all())

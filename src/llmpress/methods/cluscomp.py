@@ -4,23 +4,28 @@ The weight's transpose ``Wᵀ [in, out]`` is cut into vectors of ``d`` consecuti
 one input channel, ``N = in · ceil(out / d)`` of them, and every vector becomes an index into a
 codebook ``[K, d]``.
 
-Source: ClusComp, arXiv 2503.13089, and its authors' code. Deviations: K and d are chosen from a
-target of true bits (the paper fixes K = 65500, too large for small matrices); each vector is
-weighted
-by the second moment of its input channel, as SqueezeLLM, GPTVQ and VPTQ do; the block loss is
-relative to the size of each token's output, because a few massive activations otherwise hold nearly
-all of a plain squared error.
+Source: ClusComp, arXiv 2503.13089, and its authors' code. Deviations, each a setting and each
+measured in docs/ablations.md: one budget of true bits is spread over all matrices, which chooses
+K, d and the codebook's precision (the paper fixes K = 65500, too large for small matrices); outputs
+are scaled to one size; codes are chosen with error feedback as in GPTQ and outputs count by how
+much the loss feels them; the block loss is relative to the size of each token's output, because a
+few massive activations otherwise hold nearly all of a plain squared error.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from llmpress.codebooks import CodebookSize, allocate, choose_codebook_size, num_vectors
+from llmpress.codebooks import smallest_true_bits as smallest_of
 from llmpress.kernels.kmeans import kmeans
+from llmpress.layers.base import rounded_to
 from llmpress.layers.codebook import CodebookLinear
+from llmpress.linalg import damped_inverse_cholesky, with_positive_diagonal
 from llmpress.methods.base import (
     InputStatistics,
     Method,
@@ -30,17 +35,13 @@ from llmpress.methods.base import (
     checked_statistics,
     checked_weight,
 )
+from llmpress.vector_feedback import assign_with_feedback, improve_codes, refit_codebook
 
-MAX_ENTRIES = 1 << 16
-MAX_VECTOR_SIZE = 16
-CODEBOOK_BITS = 16
+CodebookDtype = Literal["int8", "float16"]
+_DTYPES: dict[str, CodebookDtype] = {"int8": "int8", "float16": "float16"}
 
-
-class CodebookSize(NamedTuple):
-    """Number of entries ``K`` and length ``d`` of a codebook."""
-
-    num_entries: int
-    vector_size: int
+LEAST_IMPORTANCE = 0.01
+"""Of an output, relative to the mean: what the calibration text never needed may matter yet."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,19 @@ class ClusComp(Method, Tunable):
     """Settings of ClusComp; give ``bits``, or both ``num_entries`` and ``vector_size``.
 
     Attributes:
-        bits: True bits per weight of every matrix, at most: codes, codebook and padding included.
+        bits: True bits per weight over all matrices, at most: codes, codebooks, scales and padding.
+        allocation: Whether the budget is spread over all matrices by their sensitivity, or the
+            same for each.
         num_entries: ``K``, the paper's form.
         vector_size: ``d``, the paper's form.
+        codebook_dtype: Stored precision of codebooks; auto takes what leaves the smaller error.
+        scaled: Whether every output channel has a scale, which brings all to one size.
         weighted: Weight vectors by their input channel's second moment, where statistics exist.
+        feedback: Choose codes so that later input channels absorb the error of earlier ones, where
+            statistics exist.
+        rounds: Times that codebook and codes are then improved in turn.
+        importance: Weight outputs by how much the loss feels them, where it was measured.
+        dampening: Added to the diagonal of the second moment, as a fraction of its mean.
         iterations: Lloyd iterations of k-means.
         loss: Block loss: squared error relative to each token's output (default) or plain.
         own_target: Also compare with the original block on the compressed model's hidden states.
@@ -60,9 +70,16 @@ class ClusComp(Method, Tunable):
     uses_statistics: ClassVar[bool] = True
 
     bits: float | None = None
+    allocation: Literal["global", "uniform"] = "global"
     num_entries: int | None = None
     vector_size: int | None = None
+    codebook_dtype: Literal["auto", "int8", "float16"] = "auto"
+    scaled: bool = True
     weighted: bool = True
+    feedback: bool = True
+    rounds: int = 2
+    importance: bool = True
+    dampening: float = 0.01
     iterations: int = 20
     loss: Literal["relative_mse", "mse"] = "relative_mse"
     own_target: bool = False
@@ -76,10 +93,23 @@ class ClusComp(Method, Tunable):
             raise ValueError(f"bits={self.bits}: allowed are 0.1 to 16")
         if self.iterations < 1:
             raise ValueError(f"iterations={self.iterations}: must be positive")
+        if self.rounds < 0:
+            raise ValueError(f"rounds={self.rounds}: must not be negative")
+        if not 0 <= self.dampening < 1:
+            raise ValueError(f"dampening={self.dampening}: allowed are 0 to below 1")
+        if self.codebook_dtype == "int8" and not self.scaled:
+            raise ValueError("codebook_dtype=int8: needs scaled: true")
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Precisions that a codebook may be stored in."""
+        if self.codebook_dtype != "auto":
+            return (self.codebook_dtype,)
+        return ("int8", "float16") if self.scaled else ("float16",)
 
     def smallest_bits(self, shape: Shape) -> float | None:
         """Return the bits of the smallest codebook: two entries of the longest vectors."""
-        return None if self.bits is None else smallest_true_bits(shape)
+        return None if self.bits is None else smallest_of(shape, self.dtypes, self.scaled)
 
     def codebook_size(self, shape: Shape) -> CodebookSize:
         """Return the codebook that a matrix of this shape gets.
@@ -88,36 +118,87 @@ class ClusComp(Method, Tunable):
             ValueError: No codebook fits the bits; names the smallest possible.
         """
         if self.bits is not None:
-            return choose_codebook_size(shape, self.bits)
+            return choose_codebook_size(shape, self.bits, self.dtypes, self.scaled)
         if self.num_entries is None or self.vector_size is None:
             raise ValueError("cluscomp: give either bits, or both num_entries and vector_size")
-        return CodebookSize(
-            min(self.num_entries, _num_vectors(shape, self.vector_size)), self.vector_size
-        )
+        dtype = "float16" if self.codebook_dtype == "auto" else self.codebook_dtype
+        most = num_vectors(shape, self.vector_size)
+        return CodebookSize(min(self.num_entries, most), self.vector_size, dtype)
+
+    @property
+    def spreads_budget(self) -> bool:
+        """Whether there is a budget, to be spread by sensitivity."""
+        return self.bits is not None and self.allocation == "global"
+
+    def sensitivity(self, weight: Tensor, statistics: InputStatistics) -> float:
+        """Return ``Σ_o g_o Σ_i w_oi² h_i``: the loss if every weight had a relative error of one.
+
+        ``h_i`` is ``E[x_i²]``, or with error feedback ``1 / [H⁻¹]_ii``: what is left of it when the
+        other channels absorb what they can.
+        """
+        problem = self._problem(checked_weight(weight), statistics)
+        return float(problem.importance @ (weight.detach().float().square() @ problem.channels))
+
+    def plan(
+        self,
+        shapes: Mapping[str, Shape],
+        model_weights: int,
+        sensitivity: Mapping[str, float] | None = None,
+    ) -> dict[str, Method | None]:
+        """Spread the budget over all matrices; without sensitivities every weight counts alike."""
+        if self.bits is None or not self.spreads_budget:
+            return super().plan(shapes, model_weights)
+        if sensitivity is None:
+            sensitivity = {n: float(s.out_features * s.in_features) for n, s in shapes.items()}
+        sizes = allocate(shapes, sensitivity, self.bits, self.dtypes, self.scaled)
+        return {
+            name: replace(
+                self,
+                bits=None,
+                num_entries=size.num_entries,
+                vector_size=size.vector_size,
+                codebook_dtype=_DTYPES[size.dtype],
+            )
+            for name, size in sizes.items()
+        }
 
     def compress(
         self, weight: Tensor, statistics: InputStatistics | None = None, *, seed: int = 0
     ) -> CodebookLinear:
-        """Cluster the vectors of ``weight [out, in]`` and store codes and codebook."""
+        """Cluster the vectors of ``weight [out, in]``, choose codes, store codes and codebook."""
         checked = checked_weight(weight)
         out_features, in_features = checked.shape
-        K, d = self.codebook_size(Shape(out_features, in_features))
-        padded = torch.nn.functional.pad(checked.t(), (0, -out_features % d))
-        vectors = padded.reshape(-1, d)  # [N, d]
-        vector_weights = None
-        if self.weighted and statistics is not None:
-            channel = checked_statistics(statistics, checked).diagonal
-            floor = channel.mean() * 1e-6  # a dead channel still needs some entry
-            vector_weights = (
-                channel.clamp(min=float(floor)).repeat_interleave(padded.shape[1] // d)
-                / channel.mean()
-                if float(channel.mean()) > 0
-                else None
-            )
-        centroids, codes = kmeans(
-            vectors, K, weights=vector_weights, iterations=self.iterations, seed=seed
+        K, d, dtype = self.codebook_size(Shape(out_features, in_features))
+        scales = _row_scales(checked) if self.scaled else checked.new_ones(out_features)
+        scaled = torch.where(scales.unsqueeze(1) > 0, checked / scales.unsqueeze(1), 0.0)
+        columns = functional.pad(scaled.t(), (0, -out_features % d)).contiguous()  # [in, G·d]
+        problem = self._problem(checked, statistics)
+        importance = problem.importance * scales.square()  # of a scaled output
+        importance = functional.pad(importance / _positive_mean(importance), (0, -out_features % d))
+        codebook, codes = kmeans(
+            columns.reshape(-1, d),
+            K,
+            weights=_vector_weights(problem.channels, importance, d),
+            iterations=self.iterations,
+            seed=seed,
         )
-        return CodebookLinear.from_codes(codes, centroids, in_features, out_features)
+        codes = codes.view(in_features, -1)  # [in, G]
+        codebook, step = _rounded_codebook(codebook, dtype)
+        if problem.feedback is not None:
+            moment, factor, order = problem.feedback
+            codes = assign_with_feedback(columns, codebook, importance, factor, order)
+            for _ in range(self.rounds):
+                codebook = refit_codebook(columns, codebook, codes, importance, moment)
+                codebook, step = _rounded_codebook(codebook, dtype)
+                codes = improve_codes(columns, codebook, codes, importance, moment)
+        return CodebookLinear.from_codes(
+            codes.reshape(-1),
+            codebook / step,
+            in_features,
+            out_features,
+            dtype,
+            scales * step if self.scaled else None,
+        )
 
     def loss_terms(self) -> tuple[Term, ...]:
         """Compressed block on its own chain against the original; optionally on the same inputs."""
@@ -131,69 +212,70 @@ class ClusComp(Method, Tunable):
             return error.mean()
         return (error / target.square().mean(dim=-1).clamp(min=1e-12)).mean()
 
+    def _problem(self, weight: Tensor, statistics: InputStatistics | None) -> "_Problem":
+        """Return what an error in this weight costs, as far as the settings want to know it."""
+        out_features, in_features = weight.shape
+        ones = weight.new_ones(out_features)
+        if statistics is None or not (self.weighted or self.feedback):
+            return _Problem(weight.new_ones(in_features), ones, None)
+        checked = checked_statistics(statistics, weight)
+        felt = checked.output_sensitivity if self.importance else None
+        if felt is not None and bool((felt > 0).any()):
+            ones = felt.float().clamp(min=LEAST_IMPORTANCE * float(felt.mean()))
+        moment = with_positive_diagonal(checked.second_moment)
+        if not self.feedback:
+            return _Problem(moment.diagonal(), ones, None)
+        order = moment.diagonal().argsort(descending=True, stable=True)
+        factor, dampening, _ = damped_inverse_cholesky(moment[order][:, order], self.dampening)
+        moment.diagonal().add_(dampening * float(moment.diagonal().mean()))
+        left = torch.empty_like(moment.diagonal())
+        left[order] = 1 / factor.square().sum(dim=0)  # 1 / [H⁻¹]_ii
+        channels = left if self.weighted else torch.ones_like(left)
+        return _Problem(channels, ones, (moment, factor, order))
 
-def true_bits(shape: Shape, size: CodebookSize) -> float:
-    """Return all stored bits per weight: packed codes with padding, and the codebook in 16 bit."""
-    code_bits = max(1, (size.num_entries - 1).bit_length())
-    code_bytes = -(-_num_vectors(shape, size.vector_size) * code_bits // 8)
-    codebook = CODEBOOK_BITS * size.num_entries * size.vector_size
-    return (8 * code_bytes + codebook) / (shape.out_features * shape.in_features)
 
+class _Problem(NamedTuple):
+    """What an error in a weight costs.
 
-def smallest_true_bits(shape: Shape) -> float:
-    """Return the bits per weight of the smallest codebook there is for a matrix."""
-    return min(true_bits(shape, CodebookSize(2, d)) for d in range(1, MAX_VECTOR_SIZE + 1))
-
-
-def choose_codebook_size(shape: Shape, bits: float) -> CodebookSize:
-    """Choose the codebook with the smallest expected error among those within ``bits``.
-
-    Longer vectors win until the codebook eats the budget, which on small matrices is early.
-    Of codebooks whose expected errors differ by less than 2 % the smallest one is taken.
-
-    Raises:
-        ValueError: No codebook fits; names the smallest number of bits that one needs.
+    Attributes:
+        channels: Cost of a squared error by input channel, ``[in]``.
+        importance: The same by output, ``[out]``.
+        feedback: Damped second moment, factor of its inverse, order of channels; None without
+            error feedback.
     """
-    within = [size for size in _largest_sizes(shape, bits) if true_bits(shape, size) <= bits]
-    if not within:
-        smallest = smallest_true_bits(shape)
-        raise ValueError(
-            f"bits={bits}: a matrix of shape {list(shape)} needs at least {smallest:.3f} bits "
-            "per weight"
-        )
-    best = min(expected_error(size) for size in within)
-    good = [size for size in within if expected_error(size) <= 1.02 * best]
-    return min(good, key=lambda size: (true_bits(shape, size), size.vector_size))
+
+    channels: Tensor
+    importance: Tensor
+    feedback: tuple[Tensor, Tensor, Tensor] | None
 
 
-def _largest_sizes(shape: Shape, bits: float) -> Iterator[CodebookSize]:
-    """Yield, for each vector and code length, the largest codebook that may fit."""
-    budget = bits * shape.out_features * shape.in_features
-    for d in range(1, min(MAX_VECTOR_SIZE, shape.out_features) + 1):
-        vectors = _num_vectors(shape, d)
-        for code_bits in range(1, 17):
-            room = budget - 8 * -(-vectors * code_bits // 8)
-            K = min(int(room // (CODEBOOK_BITS * d)), 1 << code_bits, vectors, MAX_ENTRIES)
-            if K >= 2 and (K - 1).bit_length() == code_bits:
-                yield CodebookSize(K, d)
+def _row_scales(weight: Tensor) -> Tensor:
+    """Return the root mean square of each output's weights, ``[out]``, as fp16 holds it."""
+    scales = weight.square().mean(dim=1).sqrt()
+    if float(scales.max()) > torch.finfo(torch.float16).max:
+        raise ValueError(f"weight: rows of size {float(scales.max()):g} are too large for fp16")
+    return scales.half().float()
 
 
-def expected_error(size: CodebookSize) -> float:
-    """Return the mean squared error of an optimal quantizer of unit Laplace variables.
-
-    Zador's formula ``G_d · ‖p‖_(d/(d+2)) · K^(-2/d)``, for the density p of d independent ones:
-    ``‖p‖ = (2^((1-s)/2) / s)^(d+2)`` with ``s = d / (d + 2)``. Weights times their channel's size
-    have heavy tails; with a Gaussian p short vectors look better than they are.
-    """
-    d = size.vector_size
-    # normalised second moment of the best known quantizers: 1/12 for d=1, falling towards 1/(2πe)
-    moment = {1: 0.0833, 2: 0.0802, 3: 0.0785, 4: 0.0766, 5: 0.0756, 6: 0.0742, 8: 0.0717}
-    nearest = min(moment, key=lambda known: abs(known - d))
-    s = d / (d + 2)
-    norm = (2 ** ((1 - s) / 2) / s) ** (d + 2)
-    error: float = moment[nearest] * norm * size.num_entries ** (-2 / d)
-    return error
+def _positive_mean(values: Tensor) -> float:
+    mean = float(values.mean())
+    return mean if mean > 0 else 1.0
 
 
-def _num_vectors(shape: Shape, vector_size: int) -> int:
-    return shape.in_features * -(-shape.out_features // vector_size)
+def _vector_weights(channels: Tensor, importance: Tensor, d: int) -> Tensor:
+    """Return the weight of every vector, fp32 ``[N]``: none is quite without one."""
+    groups = importance.view(-1, d).mean(dim=1)  # [G]
+    weights = torch.outer(channels / _positive_mean(channels), groups).reshape(-1)
+    return weights.clamp(min=1e-6 * _positive_mean(weights))
+
+
+def _rounded_codebook(codebook: Tensor, dtype: str) -> tuple[Tensor, float]:
+    """Return the codebook with the values it is stored with, and the unit it is stored in."""
+    if dtype != "int8":
+        rounded = rounded_to(codebook, getattr(torch, dtype)).float()
+        if not bool(torch.isfinite(rounded).all()):
+            raise ValueError(f"weight: its values are too large for a codebook in {dtype}")
+        return rounded, 1.0
+    largest = float(codebook.abs().max())
+    step = largest / 127 if largest > 0 else 1.0
+    return (codebook / step).round() * step, step

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmpress.error_feedback import feed_errors_back
 from llmpress.layers import QuantizedLinear
-from llmpress.linalg import damped_inverse_cholesky
+from llmpress.linalg import damped_inverse_cholesky, with_positive_diagonal
 from llmpress.methods.base import InputStatistics, Method, checked_statistics, checked_weight
 from llmpress.uniform import fit_grid
 
@@ -141,7 +141,7 @@ def quantize_gptq(
     which the authors' code sets to zero.
     """
     weight = weight.detach().float()
-    moment = _with_positive_diagonal(second_moment)
+    moment = with_positive_diagonal(second_moment)
     grid = fit_grid(weight, num_bits, group_size, search=search_range, importance=moment.diagonal())
     group_of = torch.arange(weight.shape[1], device=weight.device) // group_size
     codes, used, attempts = round_with_feedback(
@@ -183,7 +183,7 @@ def round_with_feedback(
     Raises:
         ValueError: An ``H`` that is not positive.
     """
-    moment = _with_positive_diagonal(second_moment)
+    moment = with_positive_diagonal(second_moment)
     order = torch.arange(weight.shape[1], device=weight.device)
     if act_order:
         order = moment.diagonal().argsort(descending=True, stable=True)
@@ -199,12 +199,3 @@ def round_with_feedback(
     )
     codes = torch.empty_like(in_rounding_order).index_copy_(0, order, in_rounding_order)
     return Rounded(codes.T.contiguous(), used, attempts)
-
-
-def _with_positive_diagonal(second_moment: Tensor) -> Tensor:
-    """Return a copy in which columns without input have the mean ``E[x²]`` of the others."""
-    moment = second_moment.detach().float().clone()
-    dead = moment.diagonal() <= 0
-    live = moment.diagonal()[~dead]
-    moment.diagonal()[dead] = live.mean() if live.numel() else 1.0
-    return moment

@@ -65,12 +65,18 @@ class Lillama(Method, Tunable):
         if not 0 < self.keep < 1 or self.rank_step < 1:
             raise ValueError(f"keep={self.keep}, rank_step={self.rank_step}: out of range")
 
-    def plan(self, shapes: Mapping[str, Shape], model_weights: int) -> dict[str, Method | None]:
+    def plan(
+        self,
+        shapes: Mapping[str, Shape],
+        model_weights: int,
+        sensitivity: Mapping[str, float] | None = None,
+    ) -> dict[str, Method | None]:
         """Give every layer a rank so that the whole model loses ``reduction`` of its weights.
 
         Raises:
             ValueError: More is asked for than the layers can give; names the largest reduction.
         """
+        del sensitivity
         if self.rank is not None:
             ranks = {n: self.rank if _saves(s, self.rank) else None for n, s in shapes.items()}
         else:

@@ -183,8 +183,15 @@ def _gptq_workspace(_: GPTQ, shape: Shape) -> int:
 
 
 def _codebook(settings: ClusComp, shape: Shape) -> CompressedLinear:
-    K, d = settings.codebook_size(shape)
-    return CodebookLinear(shape.in_features, shape.out_features, num_entries=K, vector_size=d)
+    K, d, dtype = settings.codebook_size(shape)
+    return CodebookLinear(
+        shape.in_features,
+        shape.out_features,
+        num_entries=K,
+        vector_size=d,
+        dtype=dtype,
+        scaled=settings.scaled,
+    )
 
 
 def _codebook_copies(num_vectors: int, num_entries: int) -> int:
@@ -193,19 +200,32 @@ def _codebook_copies(num_vectors: int, num_entries: int) -> int:
 
 
 def _cluscomp_work(settings: ClusComp, shape: Shape) -> Work:
-    K, d = settings.codebook_size(shape)
-    N = shape.in_features * -(-shape.out_features // d)
+    K, d, _ = settings.codebook_size(shape)
+    n = shape.in_features
+    N = n * -(-shape.out_features // d)
     distances = float(N) * K * _codebook_copies(N, K) * (settings.iterations + 1)
     # faiss's products are only d long; comparing distances takes as long as some 14 operations
-    return Work(fp32_flops=distances * (2 * d + 10), bytes_moved=200.0 * _weights(shape))
+    clustering = Work(fp32_flops=distances * (2 * d + 10), bytes_moved=200.0 * _weights(shape))
+    if not settings.feedback:
+        return clustering
+    passes = settings.rounds + 1  # over all codes
+    products = 2.0 * _weights(shape) * n  # of a weight and the second moment
+    assigned = Work(fp32_flops=float(N) * K * (2 * d + 4) + 2 * products, calls=8.0 * n)
+    refitted = Work(fp32_flops=11 * products, bytes_moved=11 * 30.0 * _weights(shape))
+    # the second moment is factorized twice: to weigh the layers, and here
+    factorized = Work(fp32_flops=2 * 4.0 * n**3)
+    return clustering + factorized + assigned * passes + refitted * settings.rounds
 
 
 def _cluscomp_workspace(settings: ClusComp, shape: Shape) -> int:
-    K, d = settings.codebook_size(shape)
+    K, d, _ = settings.codebook_size(shape)
     N = shape.in_features * -(-shape.out_features // d)
     copies = _codebook_copies(N, K)
     chunk = min(N * copies, 16384) * K  # distances at a time
-    return 4 * (_weights(shape) + (2 + copies) * N * d + 6 * N * copies + chunk)
+    clustering = (2 + copies) * N * d + 6 * N * copies + chunk
+    moments = 4 * shape.in_features**2 if settings.feedback else 0
+    feedback = 4 * N * d + 3 * -(-shape.out_features // d) * K if settings.feedback else 0
+    return 4 * (_weights(shape) + N * d + moments + max(clustering, feedback))
 
 
 def _low_rank(settings: SVD | Lillama, shape: Shape) -> CompressedLinear:
@@ -320,7 +340,7 @@ def _signs(_: BitDelta, shape: Shape) -> CompressedLinear:
 
 METHOD_COSTS: Mapping[str, MethodCost] = {
     "bitdelta": MethodCost(_signs, _bitdelta_work, _bitdelta_workspace),
-    "cluscomp": MethodCost(_codebook, _cluscomp_work, _cluscomp_workspace),
+    "cluscomp": MethodCost(_codebook, _cluscomp_work, _cluscomp_workspace, exact=False),
     "delta_come": MethodCost(_mixed_low_rank, _delta_come_work, _delta_come_workspace, exact=False),
     "gptq": MethodCost(_quantized, _gptq_work, _gptq_workspace),
     "lillama": MethodCost(_low_rank, _lillama_work, _lillama_workspace),

@@ -240,7 +240,7 @@ def compressed_delta_size(
 
 
 def calibration_size(
-    model: ModelShapes, windows: int, validation: int, length: int
+    model: ModelShapes, windows: int, validation: int, length: int, *, sensitive: bool
 ) -> ArtifactSize:
     """Count the folder that ``calibrate`` writes: moments per block, token windows, an index.
 
@@ -249,6 +249,7 @@ def calibration_size(
         windows: Calibration windows of all corpora together.
         validation: Validation windows of all corpora together.
         length: Tokens of a window.
+        sensitive: Whether the outputs' sensitivity is measured.
     """
     prefix = len(model.prefix) + 1
     num_bytes = sum(
@@ -270,8 +271,15 @@ def calibration_size(
         name: ("moments-000.safetensors", leader[prefix:].partition(".")[2])
         for name, leader in model.leaders.items()
     }
-    other = _json_bytes({"num_tokens": windows * length, "layers": index})
-    return ArtifactSize(num_bytes, other + _provenance_bytes(2 + len(model.blocks)))
+    felt = sorted(model.linears) if sensitive else []
+    if felt:
+        num_bytes += safetensors_bytes(
+            [(n, TensorSpec(torch.float32, (model.linears[n].out_features,))) for n in felt],
+            metadata=False,
+        )
+    other = _json_bytes({"num_tokens": windows * length, "layers": index, "sensitivity": felt})
+    files = 2 + len(model.blocks) + bool(felt)
+    return ArtifactSize(num_bytes, other + _provenance_bytes(files))
 
 
 def checkpoint_bytes(layers: Mapping[str, CompressedLinear | None]) -> int:

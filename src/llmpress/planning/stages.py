@@ -106,12 +106,19 @@ def calibrate(model: ModelShapes, settings: CalibrationSettings) -> Estimate:
     block = _block_bytes(model)
     activations = int(FORWARD_BYTES * batch * model.block_features)
     embedding = _embedding_bytes(model)
+    felt = len(settings.corpora) * min(settings.sensitivity_windows, settings.windows)
     artifact = sizes.calibration_size(
-        model, windows, len(settings.corpora) * settings.validation_windows, settings.length
+        model,
+        windows,
+        len(settings.corpora) * settings.validation_windows,
+        settings.length,
+        sensitive=felt > 0,
     )
     squares = sum(n * n for inputs in model.inputs for n in inputs.values())
+    gradients = _forward(model, felt * settings.length, model.linear_weights, settings.autocast) * 4
     work = (
         _forward(model, tokens, model.linear_weights, settings.autocast)
+        + gradients  # twice forward, and back
         + Work(fp32_flops=2.0 * tokens * squares, fixed_seconds=STARTUP_SECONDS)
         + _written(artifact)
     )

@@ -1,0 +1,70 @@
+"""ClusComp at several sizes for the quality table: compressed, then finetuned block by block.
+
+Artifacts go to build/quality/out/; benchmarks/quality.py measures them beside the peers.
+
+    python benchmarks/cluscomp.py MODEL CALIBRATION BITS...
+"""
+
+from pathlib import Path
+
+import typer
+
+from llmpress.artifacts import read_provenance
+from llmpress.devices import pick_device
+from llmpress.errors import ArtifactError
+from llmpress.failures import script_errors
+from llmpress.methods.cluscomp import ClusComp
+from llmpress.model_compression import compress_model
+from llmpress.model_tuning import tune_model
+from llmpress.tuning import TuningSettings
+
+
+def main(
+    model: Path = typer.Argument(help="The original, a Hugging Face folder."),
+    calibration: Path = typer.Argument(help="What `llmpress calibrate` wrote."),
+    bits: list[float] = typer.Argument(help="True bits per weight over all linears."),
+    iterations: int = typer.Option(10, help="Lloyd iterations of k-means."),
+    epochs: int = typer.Option(1, help="Of block-wise finetuning."),
+    learning_rate: float = typer.Option(0.03, help="Of block-wise finetuning."),
+    batch_size: int = typer.Option(2, help="Windows of a step of block-wise finetuning."),
+    out: Path = typer.Option(Path("build/quality/out"), help="Folder for the artifacts."),
+) -> None:
+    """Write out/cluscomp-BITS and out/cluscomp-BITS-tuned; finished ones are kept."""
+    with script_errors():
+        for size in bits:
+            method = ClusComp(bits=size, iterations=iterations)
+            small, tuned = out / f"cluscomp-{size}", out / f"cluscomp-{size}-tuned"
+            if not _is_done(small):
+                compress_model(
+                    model,
+                    small,
+                    method_name="cluscomp",
+                    method=method,
+                    calibration=calibration,
+                    seed=0,
+                    device=pick_device(),
+                )
+            if epochs and not _is_done(tuned):
+                tune_model(
+                    small,
+                    model,
+                    calibration,
+                    tuned,
+                    method=method,
+                    settings=TuningSettings(epochs, learning_rate, batch_size),
+                    record={"run": small.name, "method": "cluscomp"},
+                    seed=0,
+                    device=pick_device(),
+                )
+
+
+def _is_done(folder: Path) -> bool:
+    try:
+        read_provenance(folder)
+    except ArtifactError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    typer.run(main)
