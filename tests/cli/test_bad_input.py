@@ -242,7 +242,7 @@ CASES: dict[str, tuple[Callable[[World], Done], str]] = {
     "bits out of range": (lambda w: compress(w, "--bits", 17), "num_bits.*17.*allowed are 1 to 8"),
     "cluscomp: unreachable budget": (
         lambda w: compress(w, "-m", "cluscomp", "--bits", 0.2),
-        r"the smallest possible budget here is \d\.\d+ bits .*k_proj",
+        r"the smallest possible budget here is \d\.\d+ bits per weight",
     ),
     "svd: unreachable budget": (
         lambda w: compress(w, "-m", "svd", "--bits", 0.01),

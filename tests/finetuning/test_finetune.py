@@ -85,8 +85,8 @@ def changed(before: Path, after: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("start", "norms", "trained"),
     [
-        ("cluscomp", False, (".codebook",)),
-        ("cluscomp", True, (".codebook", "norm.weight")),
+        ("cluscomp", False, (".codebook", ".scales")),
+        ("cluscomp", True, (".codebook", ".scales", "norm.weight")),
         ("lillama", False, (".A", ".B")),
     ],
     ids=["codebooks", "and-norms", "factors"],
@@ -235,7 +235,7 @@ def test_checkpoints_hold_the_trained_values_alone(
         tune()
     [checkpoint] = checkpoints(tmp_path)
     stored = load_file(checkpoint / "model.safetensors")
-    assert {name.rpartition("/")[2] for name in stored} == {"codebook"}
+    assert {name.rpartition("/")[2] for name in stored} == {"codebook", "scales"}
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
 
 

@@ -11,10 +11,10 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "src/llmpress").rglob("*.py"))
 # From the bottom up; what is not named here lies between blocks and report.
 LEVELS = (
-    {"errors", "packing", "linalg", "uniform", "error_feedback"},
+    {"errors", "packing", "linalg", "uniform", "error_feedback", "vector_feedback"},
     {"kernels"},
     {"layers"},
-    {"methods"},
+    {"methods", "codebooks"},
     {"architectures", "artifacts", "blocks", "compression", "environment", "resume", "tuning"},
     {"report", "cli"},
 )

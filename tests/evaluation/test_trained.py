@@ -1,0 +1,49 @@
+"""What was finetuned end to end is evaluated as every run is, adapters too."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_project import PARAMS
+
+from llmpress.config import build
+from llmpress.evaluation.evaluate import evaluate
+from llmpress.evaluation.settings import EvaluationSettings
+from llmpress.evaluation.subjects import find_subject
+from llmpress.finetuning.data import task_data
+from llmpress.finetuning.finetune import finetune_artifact
+from llmpress.finetuning.settings import FinetuningSettings, Trains
+from llmpress.tasks.arithmetic import generate
+
+ITEMS = generate(12, 1, 0)["train"]
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize("trains", ["lora", "qlora"])
+def test_adapters_are_evaluated(trains: Trains) -> None:
+    settings = FinetuningSettings(steps=2, learning_rate=1e-2, batch_size=2, warmup=0, held_out=2)
+    model = Path("data/models/tiny")
+    finetune_artifact(
+        model,
+        model,
+        Path("data/trained/beside"),
+        trains=trains,
+        settings=settings,
+        data=lambda tokenizer: task_data(ITEMS, tokenizer, settings, 0),
+        inputs={},
+        described={"task": "arithmetic"},
+        seed=0,
+        device=torch.device("cpu"),
+    )
+    params = {**PARAMS, "trainings": {"beside": {"model": "tiny"}}}
+    values = {k: v for k, v in PARAMS["evaluation"].items() if k != "models"}
+    how = build(EvaluationSettings, values, "evaluation")
+    metrics, details = evaluate(find_subject(params, "beside"), how, "cpu")
+    assert (details.kind, details.method, details.layers) == ("trained", trains, None)
+    assert details.training is not None
+    assert details.training["trains"] == trains
+    assert 1e-6 < metrics.quality.kl_divergence_nats["code"] < 5
+    assert metrics.quality.tasks.keys() == {"choice", "write"}
+    assert metrics.cost.finetune_seconds > 0
+    assert metrics.speed.decode_tokens_per_second > 0
+    assert (metrics.size.bits_per_weight > 32) == (trains == "lora")
