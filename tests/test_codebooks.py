@@ -79,6 +79,12 @@ def test_sensitive_matrices_get_more_bits() -> None:
     assert true_bits(BLOCK["v"], uneven["v"]) > true_bits(BLOCK["v"], even["v"]) + 1
 
 
+def test_no_matrix_is_lost_however_little_it_is_felt() -> None:
+    sizes = allocate(BLOCK, {"q": 1e-9, "v": 1.0, "up": 8.0}, 2.4)
+    assert true_bits(BLOCK["q"], sizes["q"]) > 0.7
+    assert expected_error(sizes["q"]) < 0.5
+
+
 def test_no_exchange_between_two_matrices_does_better() -> None:
     """The allocation beats every other one from the frontiers that costs no more."""
     shapes = {name: BLOCK[name] for name in ("q", "v")}
@@ -95,6 +101,8 @@ def test_no_exchange_between_two_matrices_does_better() -> None:
     chosen = allocate(shapes, sensitivity, 2.4)
     for q in frontier(shapes["q"], BOTH, scaled=True):
         for v in frontier(shapes["v"], BOTH, scaled=True):
+            if min(true_bits(shapes["q"], q), true_bits(shapes["v"], v)) < 1.0:
+                continue
             other = {"q": q, "v": v}
             if cost(other) <= cost(chosen):
                 assert loss(other) >= loss(chosen) * (1 - 1e-9)

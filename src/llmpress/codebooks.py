@@ -19,6 +19,10 @@ INT8_NOISE = (5.0 / 127) ** 2 / 12
 """Squared rounding error of a codebook in int8 over the mean square of its entries, which reach
 about five times their root mean square."""
 
+LEAST_SHARE = 0.5
+"""Of the budget's bits per weight, for every matrix: that the loss rises in proportion to the error
+holds for small errors only, and a matrix that is hardly felt must not be lost altogether."""
+
 RATE_LOSS: Mapping[int, tuple[float, ...]] = {
     1: (0.27, 0.46, 0.57, 0.64, 0.68),
     2: (0.22, 0.27, 0.38, 0.44, 0.47, 0.50, 0.52, 0.55),
@@ -125,8 +129,9 @@ def allocate(
     """Spread ``bits`` per weight over all matrices where they lower the loss most.
 
     Minimises ``Σ sensitivity · expected_error`` under one budget of true bits: every matrix starts
-    with its smallest codebook, then the step along some matrix's frontier that lowers the loss most
-    per bit is taken, for as long as one fits.
+    with the largest codebook of its frontier within half of the budget's bits per weight, then the
+    step along some matrix's frontier that lowers the loss most per bit is taken, for as long as one
+    fits.
 
     Args:
         shapes: The matrices by name.
@@ -142,6 +147,8 @@ def allocate(
     for order, (name, shape) in enumerate(shapes.items()):
         sizes = frontier(shape, dtypes, scaled)
         weights = shape.out_features * shape.in_features
+        affordable = [s for s in sizes if true_bits(shape, s, scaled=scaled) <= LEAST_SHARE * bits]
+        sizes = sizes[max(0, len(affordable) - 1) :]
         points = [(true_bits(shape, s, scaled=scaled) * weights, expected_error(s)) for s in sizes]
         chosen[name] = sizes[0]
         spent += points[0][0]

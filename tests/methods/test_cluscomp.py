@@ -188,3 +188,6 @@ def test_sensitivity_is_the_felt_error_of_wholly_wrong_weights() -> None:
     felt = ((error @ statistics.second_moment) * error).sum(2) @ statistics.output_sensitivity
     assert method.sensitivity(weight, statistics) == pytest.approx(float(felt.mean()), rel=0.03)
     assert ClusComp(bits=3.0).sensitivity(weight, statistics) < 0.7 * float(felt.mean())
+    unknown = InputStatistics(statistics.second_moment, 400)
+    assert ClusComp(bits=3.0).sensitivity(weight, unknown) == weight.numel()
+    assert ClusComp(bits=3.0, importance=False).sensitivity(weight, statistics) == weight.numel()

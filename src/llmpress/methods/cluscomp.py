@@ -134,8 +134,11 @@ class ClusComp(Method, Tunable):
         """Return ``Σ_o g_o Σ_i w_oi² h_i``: the loss if every weight had a relative error of one.
 
         ``h_i`` is ``E[x_i²]``, or with error feedback ``1 / [H⁻¹]_ii``: what is left of it when the
-        other channels absorb what they can.
+        other channels absorb what they can. Where the loss's gradients were not measured, nothing
+        compares two layers, and every weight counts alike.
         """
+        if statistics.output_sensitivity is None or not self.importance:
+            return float(weight.numel())
         problem = self._problem(checked_weight(weight), statistics)
         return float(problem.importance @ (weight.detach().float().square() @ problem.channels))
 
