@@ -1,17 +1,18 @@
-# make report | test | test-gpu | bench | peers | check | docs | lock | clean: each makes .venv first when it is missing or out of date.
+# make report | test | test-gpu | bench | quality | peers | check | docs | lock | clean: each makes .venv first when it is missing or out of date.
 
 PYTHON ?= python3.11
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help report test test-gpu bench peers check docs lock clean
+.PHONY: help report test test-gpu bench quality peers check docs lock clean
 
 help:
 	@echo "make report    run the pipeline up to results/report.html"
 	@echo "make test      run the tests that need no GPU"
 	@echo "make test-gpu  run the tests that need one"
 	@echo "make bench     time loading on the artifacts of make report -> benchmarks/results/"
+	@echo "make quality   cluscomp and gptq at several true bits, hours on two cores -> benchmarks/results/quality.csv"
 	@echo "make peers     measure other quantizers (peers-hqq: one) -> benchmarks/results/quality_peers.csv"
 	@echo "make check     format, lint, types, workflow, documentation: what CI runs before the tests"
 	@echo "make docs      build the documentation into build/site/index.html"
@@ -35,9 +36,18 @@ bench: $(INSTALLED)
 	python benchmarks/loading.py --base data/models/smollm2 \
 	  $(addprefix data/,models/smollm2 $(ARTIFACTS) $(addprefix compressed/,$(DELTAS)))
 
+PEER_CALIBRATION := build/quality/calibration
+QUALITY := build/quality/out
+CLUSCOMP_BITS := 1.2 2.2 2.6 3.3 4.3
+
+quality: $(INSTALLED) | $(PEER_CALIBRATION)
+	python benchmarks/cluscomp.py data/models/smollm2 $(PEER_CALIBRATION) $(CLUSCOMP_BITS)
+	for bits in 2 3 4; do test -d $(QUALITY)/gptq-$$bits || llmpress compress data/models/smollm2 --method gptq \
+	  -s num_bits=$$bits -s group_size=64 --calibration $(PEER_CALIBRATION) --out $(QUALITY)/gptq-$$bits || exit 1; done
+	python benchmarks/quality.py data/models/smollm2 $(QUALITY)/*
+
 # Other tools, each in an environment of its own that holds exactly its requirements; minutes to hours.
 PEERS := hqq gptqmodel llmcompressor autoround
-PEER_CALIBRATION := build/quality/calibration
 
 peers: $(addprefix peers-,$(PEERS))
 
