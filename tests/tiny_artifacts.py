@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 WEIGHT_METHODS = {
     "rtn": {"num_bits": 4, "group_size": 16},
     "gptq": {"num_bits": 3, "group_size": 16},
-    "cluscomp": {"bits": 2.5, "iterations": 3},
+    "cluscomp": {"bits": 1.5, "iterations": 3},
     "svd": {"rank": 16},
     "lillama": {"reduction": 0.2},
     "bitdelta": {},
