@@ -72,6 +72,28 @@ def test_calibration_stores_it_and_statistics_hold_it(
         assert float(known.output_sensitivity.max()) > 0
 
 
+def test_the_seed_draws_the_labels(
+    tiny_model_folder: Path, tiny_windows: Tensor, tmp_path: Path
+) -> None:
+    def felt(seed: int) -> dict[str, Tensor]:
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        out.mkdir()
+        save_calibration(
+            walk_of(tiny_model_folder),
+            tiny_windows[:1],
+            tiny_windows[1:2].clone(),
+            out,
+            tiny_windows[:1],
+            seed,
+        )
+        return load_file(out / "sensitivity.safetensors")
+
+    first = felt(1)
+    torch.testing.assert_close(felt(1), first, rtol=0, atol=0)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(felt(2), first)
+
+
 def test_a_calibration_can_do_without(
     tiny_model_folder: Path, tiny_windows: Tensor, tmp_path: Path
 ) -> None:

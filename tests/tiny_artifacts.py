@@ -41,6 +41,7 @@ def calibration(shared_folder: Path, tiny_model_folder: Path) -> Path:
             CalibrationSettings(("code",), windows=4, length=64, validation_windows=1),
             out,
             inputs={},
+            seed=0,
             device=CPU,
         ),
     )

@@ -13,7 +13,6 @@ from llmpress.methods.base import Shape
 
 SCALE_BITS = 16
 MAX_CODE_BITS = 16
-MAX_VECTOR_SIZE = 16
 VALUE_BITS = {"int8": 8, "float16": 16}
 INT8_NOISE = (5.0 / 127) ** 2 / 12
 """Squared rounding error of a codebook in int8 over the mean square of its entries, which reach
@@ -36,7 +35,9 @@ RATE_LOSS: Mapping[int, tuple[float, ...]] = {
 }
 """Bits per weight by which k-means on ``d`` Gaussian variables stays behind the rate-distortion
 bound ``2^(-2 R)``, for codes of 1, 2, 3, ... bits (d = 1: Lloyd and Max); the last one stands for
-all longer codes. Measured, see docs/methods/cluscomp.md."""
+all longer codes. Measured where a code is worth half a bit per weight or more, rounded along the
+trend; set along it below that, and at the longest codes of d = 8 and above, see
+docs/methods/cluscomp.md."""
 
 
 class CodebookSize(NamedTuple):
@@ -75,7 +76,7 @@ def expected_error(size: CodebookSize) -> float:
 
 
 @lru_cache(maxsize=1024)
-def frontier(shape: Shape, dtypes: tuple[str, ...], scaled: bool) -> list[CodebookSize]:
+def frontier(shape: Shape, dtypes: tuple[str, ...], scaled: bool) -> tuple[CodebookSize, ...]:
     """Return the sizes worth having, from the smallest to the most exact.
 
     They are the lower convex hull of expected error against true bits: between any two of them
@@ -93,7 +94,7 @@ def frontier(shape: Shape, dtypes: tuple[str, ...], scaled: bool) -> list[Codebo
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], (bits, error)):
             hull.pop()
         hull.append((bits, error, size))
-    return [size for _, _, size in hull]
+    return tuple(size for _, _, size in hull)
 
 
 def choose_codebook_size(

@@ -15,10 +15,7 @@ from llmpress.errors import NumericalError
 from llmpress.layers import CompressedLinear, build_layer
 from llmpress.linalg import relative_output_error, relative_weight_error
 from llmpress.methods.base import InputStatistics, Method, Shape
-from llmpress.resume import BlockStore
-
-SENSITIVITY_INDEX = 9999
-"""Where the store keeps what all layers' sensitivities are: after any block."""
+from llmpress.resume import NOT_A_BLOCK, BlockStore
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,7 @@ def _plan(
     """Let the method spread its budget, by each layer's sensitivity where that can be measured."""
     if statistics is None or not method.spreads_budget:
         return method.plan(shapes, model_weights)
-    finished = store.load(SENSITIVITY_INDEX)
+    finished = store.load(NOT_A_BLOCK)
     if finished is None:
         sensitivity = {
             name: method.sensitivity(
@@ -132,7 +129,7 @@ def _plan(
             )
             for name in progress(shapes, "weigh layers")
         }
-        store.save(SENSITIVITY_INDEX, {}, sensitivity)
+        store.save(NOT_A_BLOCK, {}, sensitivity)
     else:
         sensitivity = finished[1]
     return method.plan(shapes, model_weights, sensitivity)

@@ -150,3 +150,8 @@ def _ratio(part: Tensor, whole: Tensor) -> float:
     if float(whole) == 0:
         return 0.0 if float(part) == 0 else float("inf")
     return float(part / whole)
+
+
+def root_mean_square(values: Tensor) -> float:
+    """Return the size of a tensor's entries, 1 for a tensor of zeros."""
+    return float(values.detach().float().square().mean().sqrt()) or 1.0

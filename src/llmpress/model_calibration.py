@@ -39,6 +39,7 @@ def calibrate_model(
     out: Path,
     *,
     inputs: Mapping[str, Path],
+    seed: int,
     device: torch.device,
 ) -> None:
     """Write token windows and the second moments of all linears' inputs.
@@ -49,15 +50,16 @@ def calibrate_model(
         settings: How many windows of which length.
         out: The calibration artifact to write.
         inputs: Artifacts the texts were read from, by role, for the provenance.
+        seed: Of the labels that sensitivities are measured with; same seed, same bytes.
         device: Where to compute.
 
     Raises:
         SourceError: A text is too short.
         ArtifactError: The folder holds no model, or a damaged one.
     """
-    with artifact_folder(
-        out, stage="calibrate", settings=asdict(settings), inputs={"model": model, **inputs}
-    ) as folder:
+    recorded = {**asdict(settings), "seed": seed}
+    roles = {"model": model, **inputs}
+    with artifact_folder(out, stage="calibrate", settings=recorded, inputs=roles) as folder:
         tokenizer = load_tokenizer(model)
         windows, validation = (
             torch.cat([token_windows(text, tokenizer, settings.length, count) for text in parts])
@@ -72,4 +74,4 @@ def calibrate_model(
         )
         per_corpus = windows.view(len(texts), settings.windows, -1)
         felt = per_corpus[:, : settings.sensitivity_windows].reshape(-1, settings.length)
-        save_calibration(walk, windows, validation, folder, felt)
+        save_calibration(walk, windows, validation, folder, felt, seed)

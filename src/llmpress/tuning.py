@@ -18,6 +18,7 @@ from llmpress.blocks import BlockWalk, progress
 from llmpress.errors import NumericalError
 from llmpress.layers import CodebookLinear, CompressedLinear
 from llmpress.layers.base import rounded_to
+from llmpress.linalg import root_mean_square
 from llmpress.methods.base import Chain, Tunable
 from llmpress.resume import BlockStore
 
@@ -220,7 +221,7 @@ def _epochs(
     """Run AdamW and yield the mean training loss after each epoch."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(
-        [{"params": [p], "lr": settings.learning_rate * _size(p)} for p in parameters],
+        [{"params": [p], "lr": settings.learning_rate * root_mean_square(p)} for p in parameters],
         betas=(0.9, 0.95),
         weight_decay=settings.weight_decay,
     )
@@ -247,11 +248,6 @@ def _epochs(
             optimizer.zero_grad(set_to_none=True)
             losses.append(float(loss.detach()) * len(batch))
         yield sum(losses) / len(rows)
-
-
-def _size(parameter: Tensor) -> float:
-    """Return the root mean square, 1 for a tensor of zeros."""
-    return float(parameter.detach().square().mean().sqrt()) or 1.0
 
 
 def _fruitless_epochs(record: BlockRecord) -> int:

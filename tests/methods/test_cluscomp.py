@@ -49,14 +49,14 @@ def test_weighting_lowers_the_output_error() -> None:
     errors = [
         relative_output_error(
             weight,
-            ClusComp(num_entries=32, vector_size=2, weighted=weighted, feedback=False)
+            ClusComp(num_entries=32, vector_size=2, weighted=weighted, feedback=False, scaled=False)
             .compress(weight, statistics)
             .dequantize(),
             statistics.second_moment,
         )
         for weighted in (True, False)
     ]
-    assert errors[0] < 0.9 * errors[1]
+    assert errors[0] < 0.85 * errors[1]
 
 
 def test_a_dead_input_channel_is_harmless() -> None:

@@ -17,8 +17,9 @@ def main(
 ) -> None:
     """Write data/calibration/KEY: token windows and the second moments of all linears' inputs."""
     with script_errors():
+        values = read_params(params)
         where = f"calibrations.{key}"
-        settings = build(CalibrationSettings, section(read_params(params), where), where)
+        settings = build(CalibrationSettings, section(values, where), where)
         corpora = {name: Path("data/corpora") / name for name in settings.corpora}
         calibrate_model(
             Path("data/models") / key,
@@ -26,6 +27,7 @@ def main(
             settings,
             Path("data/calibration") / key,
             inputs={f"corpus {name}": folder for name, folder in corpora.items()},
+            seed=values["seed"],
             device=pick_device(),
         )
 

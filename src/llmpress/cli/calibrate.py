@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llmpress.cli.options import AsJson, Device, Force, Length, Model, Out, Text, Windows
+from llmpress.cli.options import AsJson, Device, Force, Length, Model, Out, Seed, Text, Windows
 
 
 def calibrate(
@@ -11,6 +11,7 @@ def calibrate(
     text: Text = None,
     windows: Windows = 16,
     length: Length = 512,
+    seed: Seed = 0,
     device: Device = None,
     force: Force = False,
     as_json: AsJson = False,
@@ -26,7 +27,7 @@ def calibrate(
 
     quiet()
     check_out(out, force=force)
-    run_calibration(model_folder(model), text, out, windows, length, device)
+    run_calibration(model_folder(model), text, out, windows, length, seed, device)
     used, _ = load_windows(out)
     record = {"folder": str(out), "tokens": used.numel(), "bytes": folder_bytes(out)}
     if as_json:
@@ -38,7 +39,13 @@ def calibrate(
 
 
 def run_calibration(
-    model: Path, text: list[Path] | None, out: Path, windows: int, length: int, device: str | None
+    model: Path,
+    text: list[Path] | None,
+    out: Path,
+    windows: int,
+    length: int,
+    seed: int,
+    device: str | None,
 ) -> None:
     """Calibrate as the options say.
 
@@ -55,5 +62,12 @@ def run_calibration(
         raise ConfigError("--text: name a text file or a corpus folder to calibrate on")
     texts = calibration_texts(text)
     settings = CalibrationSettings(tuple(texts), windows, length, max(1, windows // 8))
-    place = pick_device(device)
-    calibrate_model(model, texts, settings, out, inputs=corpus_inputs(text), device=place)
+    calibrate_model(
+        model,
+        texts,
+        settings,
+        out,
+        inputs=corpus_inputs(text),
+        seed=seed,
+        device=pick_device(device),
+    )

@@ -69,7 +69,8 @@ def compress(
     settings = method_settings(method, bits, set_)
     place = pick_device(device)
     folder = model_folder(model)
-    with statistics(folder, method, settings, text, calibration, windows, length, device) as known:
+    source = statistics(folder, method, settings, text, calibration, windows, length, seed, device)
+    with source as known:
         compress_model(
             folder,
             out,
@@ -92,6 +93,7 @@ def statistics(
     calibration: Path | None,
     windows: int,
     length: int,
+    seed: int,
     device: str | None,
 ) -> Iterator[Path | None]:
     """Give the calibration to use, made from text for the moment when there is text.
@@ -106,7 +108,7 @@ def statistics(
     if text:
         with tempfile.TemporaryDirectory(prefix="llmpress-") as temporary:
             out = Path(temporary) / "calibration"
-            run_calibration(model, text, out, windows, length, device)
+            run_calibration(model, text, out, windows, length, seed, device)
             yield out
         return
     if calibration is None and method.requires_statistics:

@@ -83,7 +83,8 @@ def compress(
     if text and finetuned is None:
         raise ConfigError("--text: name the fine-tuned model too (--finetuned), to run it on")
     model = model_folder(finetuned) if finetuned is not None else Path()
-    with statistics(model, method, settings, text, calibration, windows, length, device) as known:
+    source = statistics(model, method, settings, text, calibration, windows, length, seed, device)
+    with source as known:
         compress_delta_artifact(
             delta,
             out,

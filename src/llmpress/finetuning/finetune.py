@@ -3,10 +3,12 @@
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from llmpress.adapters import STORED_DTYPE, add_adapters, open_base, save_adapter, save_base
 from llmpress.artifacts import artifact_folder, fingerprint, read_json, read_provenance, write_json
@@ -21,6 +23,7 @@ from llmpress.resume import SCRATCH, BlockStore
 
 RECORD = "training.json"
 Data = Callable[[PreTrainedTokenizerBase], TrainingData]
+Fit = Callable[..., tuple[dict[str, Tensor], TrainingRecord]]
 
 
 def finetune_artifact(
@@ -77,9 +80,10 @@ def finetune_artifact(
             dtype = getattr(torch, settings.precision)
             teacher = load_model(original, dtype=dtype, device=str(device))
         run = _train_adapters if trains in ADAPTERS else _train_compressed
-        record, trained, weights = run(
-            start, folder, trains, examples, settings, seed, device, store.folder, teacher
+        fit = partial(
+            train, data=examples, settings=settings, seed=seed, folder=store.folder, teacher=teacher
         )
+        record, trained, weights = run(start, folder, trains, settings, seed, device, fit)
         write_json(
             folder / RECORD,
             {
@@ -98,30 +102,19 @@ def _train_compressed(
     start: Path,
     folder: Path,
     trains: Trains,
-    examples: TrainingData,
     settings: FinetuningSettings,
     seed: int,
     device: torch.device,
-    scratch: Path,
-    teacher: PreTrainedModel | None,
+    fit: Fit,
 ) -> tuple[TrainingRecord, int, int]:
-    del trains
+    del trains, seed  # the codebooks start where they are
     checkpoint = Checkpoint(start)
     model = load_model(start, dtype=torch.float32, device=str(device))
     parameters = compressed_parameters(model, norms=settings.norms)
     dtypes = {name: checkpoint.tensor(name).dtype for name in parameters}
     with training(model, parameters):
-        best, record = train(
-            model,
-            parameters,
-            dtypes,
-            examples,
-            settings,
-            seed=seed,
-            folder=scratch,
-            teacher=teacher,
-            relative_rate=True,  # one rate for codebooks of whole numbers and for their scales
-        )
+        # One rate for codebooks of whole numbers and for their scales.
+        best, record = fit(model, parameters, dtypes, relative_rate=True)
     writer = CheckpointWriter(folder)
     for name in checkpoint.names():
         writer.add(name, best[name] if name in best else checkpoint.tensor(name))
@@ -140,12 +133,10 @@ def _train_adapters(
     start: Path,
     folder: Path,
     trains: Trains,
-    examples: TrainingData,
     settings: FinetuningSettings,
     seed: int,
     device: torch.device,
-    scratch: Path,
-    teacher: PreTrainedModel | None,
+    fit: Fit,
 ) -> tuple[TrainingRecord, int, int]:
     model = open_base(start, quantize=trains == "qlora", device=device)
     if trains == "qlora":
@@ -153,16 +144,7 @@ def _train_adapters(
     parameters = add_adapters(model, rank=settings.rank, alpha=settings.alpha, seed=seed)
     for parameter in parameters.values():
         parameter.data = parameter.data.float()
-    best, record = train(
-        model,
-        parameters,
-        dict.fromkeys(parameters, STORED_DTYPE),
-        examples,
-        settings,
-        seed=seed,
-        folder=scratch,
-        teacher=teacher,
-    )
+    best, record = fit(model, parameters, dict.fromkeys(parameters, STORED_DTYPE))
     save_adapter(best, folder, model=start.name, rank=settings.rank, alpha=settings.alpha)
     copy_companions(start, folder)
     original = Checkpoint(start)

@@ -33,7 +33,8 @@ from llmpress.errors import ArtifactError, ConfigError, NumericalError
 from llmpress.finetuning.data import TrainingData
 from llmpress.finetuning.objectives import model_loss
 from llmpress.finetuning.settings import FinetuningSettings
-from llmpress.finetuning.trainables import Parameters, holding, root_mean_square, rounded
+from llmpress.finetuning.trainables import Parameters, holding, rounded
+from llmpress.linalg import root_mean_square
 from llmpress.training import Example, collate, learning_rate_share
 
 logger = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from llmpress.errors import ConfigError
 from llmpress.finetuning.rebuilt import rebuilding
 from llmpress.layers import CodebookLinear, CompressedLinear
+from llmpress.layers.base import rounded_to
 
 Parameters = Mapping[str, nn.Parameter]
 
@@ -65,19 +66,7 @@ def training(model: nn.Module, parameters: Parameters) -> Iterator[None]:
 
 def rounded(parameters: Parameters, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
     """Return the parameters as they would be stored, on the CPU."""
-    return {name: _as_stored(p.detach(), dtypes[name]).cpu() for name, p in parameters.items()}
-
-
-def _as_stored(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to a stored dtype; 8-bit codebooks hold whole numbers from -127 to 127."""
-    if dtype == torch.int8:
-        return values.round().clamp(-127, 127).to(dtype)
-    return values.to(dtype)
-
-
-def root_mean_square(values: Tensor) -> float:
-    """Return the size of a tensor's entries, 1 for a tensor of zeros."""
-    return float(values.detach().float().square().mean().sqrt()) or 1.0
+    return {name: rounded_to(p.detach(), dtypes[name]).cpu() for name, p in parameters.items()}
 
 
 @contextmanager

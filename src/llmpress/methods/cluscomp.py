@@ -20,8 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llmpress.codebooks import CodebookSize, allocate, choose_codebook_size, num_vectors
-from llmpress.codebooks import smallest_true_bits as smallest_of
+from llmpress.codebooks import (
+    CodebookSize,
+    allocate,
+    choose_codebook_size,
+    num_vectors,
+    smallest_true_bits,
+)
 from llmpress.kernels.kmeans import kmeans
 from llmpress.layers.base import rounded_to
 from llmpress.layers.codebook import CodebookLinear
@@ -109,7 +114,7 @@ class ClusComp(Method, Tunable):
 
     def smallest_bits(self, shape: Shape) -> float | None:
         """Return the bits of the smallest codebook: two entries of the longest vectors."""
-        return None if self.bits is None else smallest_of(shape, self.dtypes, self.scaled)
+        return None if self.bits is None else smallest_true_bits(shape, self.dtypes, self.scaled)
 
     def codebook_size(self, shape: Shape) -> CodebookSize:
         """Return the codebook that a matrix of this shape gets.
@@ -138,7 +143,7 @@ class ClusComp(Method, Tunable):
         compares two layers, and every weight counts alike.
         """
         if statistics.output_sensitivity is None or not self.importance:
-            return float(weight.numel())
+            return super().sensitivity(weight, statistics)
         problem = self._problem(checked_weight(weight), statistics)
         return float(problem.importance @ (weight.detach().float().square() @ problem.channels))
 
@@ -218,23 +223,23 @@ class ClusComp(Method, Tunable):
     def _problem(self, weight: Tensor, statistics: InputStatistics | None) -> "_Problem":
         """Return what an error in this weight costs, as far as the settings want to know it."""
         out_features, in_features = weight.shape
-        ones = weight.new_ones(out_features)
+        importance = weight.new_ones(out_features)
         if statistics is None or not (self.weighted or self.feedback):
-            return _Problem(weight.new_ones(in_features), ones, None)
+            return _Problem(weight.new_ones(in_features), importance, None)
         checked = checked_statistics(statistics, weight)
         felt = checked.output_sensitivity if self.importance else None
         if felt is not None and bool((felt > 0).any()):
-            ones = felt.float().clamp(min=LEAST_IMPORTANCE * float(felt.mean()))
+            importance = felt.float().clamp(min=LEAST_IMPORTANCE * float(felt.mean()))
         moment = with_positive_diagonal(checked.second_moment)
         if not self.feedback:
-            return _Problem(moment.diagonal(), ones, None)
+            return _Problem(moment.diagonal(), importance, None)
         order = moment.diagonal().argsort(descending=True, stable=True)
         factor, dampening, _ = damped_inverse_cholesky(moment[order][:, order], self.dampening)
         moment.diagonal().add_(dampening * float(moment.diagonal().mean()))
         left = torch.empty_like(moment.diagonal())
         left[order] = 1 / factor.square().sum(dim=0)  # 1 / [H⁻¹]_ii
         channels = left if self.weighted else torch.ones_like(left)
-        return _Problem(channels, ones, (moment, factor, order))
+        return _Problem(channels, importance, (moment, factor, order))
 
 
 class _Problem(NamedTuple):
