@@ -43,6 +43,22 @@ PARAMS: dict[str, Any] = {
             "settings": {"epochs": 1, "learning_rate": 1e-3},
         }
     },
+    "trainings": {
+        "clusters-sums": {
+            "start": "finetuned/clusters-tuned",
+            "model": "tiny",
+            "trains": "compressed",
+            "task": "sums",
+            "settings": {"steps": 10, "learning_rate": 1e-2},
+        },
+        "adapter": {
+            "start": "models/tiny",
+            "model": "tiny",
+            "trains": "lora",
+            "corpora": ["text"],
+            "settings": {"steps": 10, "learning_rate": 1e-3},
+        },
+    },
     "evaluation": {
         "models": ["tiny", "tiny-sums"],
         "corpora": ["text"],
@@ -65,12 +81,16 @@ STAGES = [
     ("compress", "clusters"),
     ("compress_delta", "signs"),
     ("finetune", "clusters-tuned"),
+    ("train", "clusters-sums"),
+    ("train", "adapter"),
     ("evaluate_model", "tiny"),
     ("evaluate_model", "tiny-sums"),
     ("evaluate", "three-bit"),
     ("evaluate", "clusters"),
     ("evaluate_delta", "signs"),
     ("evaluate_finetuned", "clusters-tuned"),
+    ("evaluate_trained", "clusters-sums"),
+    ("evaluate_trained", "adapter"),
 ]
 
 
@@ -134,6 +154,17 @@ def test_one_row_for_each_stage_instance(project: Path, machine: Machine) -> Non
             ],
         ),
         (
+            ["clusters-sums"],
+            [
+                "calibrate tiny",
+                "compress clusters",
+                "finetune clusters-tuned",
+                "train clusters-sums",
+                "evaluate_trained clusters-sums",
+            ],
+        ),
+        (["adapter"], ["train adapter", "evaluate_trained adapter"]),
+        (
             ["signs"],
             [
                 "train_task tiny-sums",
@@ -144,7 +175,7 @@ def test_one_row_for_each_stage_instance(project: Path, machine: Machine) -> Non
             ],
         ),
     ],
-    ids=["run", "finetune", "delta"],
+    ids=["run", "finetune", "training", "adapter", "delta"],
 )
 def test_a_run_brings_what_it_is_made_from(
     names: list[str], expected: list[str], project: Path, machine: Machine

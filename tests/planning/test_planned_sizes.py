@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from planning_examples import CALIBRATION
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from llmpress.adapters import add_adapters, open_base, save_adapter, save_base
 from llmpress.artifacts import read_json
-from llmpress.checkpoints import CheckpointWriter
+from llmpress.checkpoints import CheckpointWriter, copy_companions
 from llmpress.delta_compression import compress_delta_artifact
 from llmpress.layers import CompressedLinear
 from llmpress.methods import known_methods
@@ -157,6 +158,30 @@ def test_trained_model(tiny: ModelShapes, tiny_model_folder: Path, tmp_path: Pat
     model.save_pretrained(tmp_path)
 
     assert sizes.trained_model_size(tiny).tensor_bytes == tensor_bytes(tmp_path)
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["lora", "qlora"])
+def test_adapters(
+    quantized: bool, tiny: ModelShapes, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    base = open_base(tiny_model_folder, quantize=quantized, device=torch.device("cpu"))
+    if quantized:
+        save_base(base, tiny_model_folder, tmp_path)
+    parameters = add_adapters(base, rank=4, alpha=8, seed=0)
+    stored = {name: p.detach().to(torch.bfloat16) for name, p in parameters.items()}
+    save_adapter(stored, tmp_path, model="tiny", rank=4, alpha=8)
+    copy_companions(tiny_model_folder, tmp_path)
+
+    predicted = sizes.adapter_size(tiny, 4, quantized=quantized)
+
+    if not quantized:
+        assert predicted.exact
+        assert predicted.tensor_bytes == tensor_bytes(tmp_path)
+        return
+    files = [*tmp_path.glob("*.safetensors"), *tmp_path.glob("base/*.safetensors")]
+    payload = sum(t.numel() * t.element_size() for file in files for t in load_file(file).values())
+    # bitsandbytes adds a description of some hundred bytes to each of the tiny layers
+    assert abs(predicted.tensor_bytes - payload) < 0.02 * payload + 150 * len(tiny.linears)
 
 
 def test_shards_and_index(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from llmpress.calibration import CalibrationSettings
 from llmpress.config import build, section, suggestion
 from llmpress.errors import ArtifactError, ConfigError
 from llmpress.evaluation.settings import EvaluationSettings
+from llmpress.finetuning.settings import Training, read_training
+from llmpress.layers import CompressedLinear
 from llmpress.methods.base import Method
 from llmpress.planning import stages
 from llmpress.planning.machine import Machine
@@ -25,6 +27,8 @@ from llmpress.planning.sizes import planned_layers
 from llmpress.planning.stages import Estimate, TaskText
 from llmpress.runs import build_method, read_delta_run, read_finetune, read_run
 from llmpress.training import TrainingSettings
+
+Layers = Mapping[str, CompressedLinear | None]
 
 FASTER, SLOWER = 0.5, 2.0
 """A stage is expected to take between these multiples of the estimate. Of the 28 stages of the
@@ -42,6 +46,7 @@ REMEDIES = {
     "compress": "use a smaller model, or a method with a smaller work space",
     "compress_delta": "use a smaller model, or a method with a smaller work space",
     "finetune": "lower `batch_size`, or `windows` and `length` of the calibration",
+    "train": "lower `batch_size` or `length`, or use a smaller model",
     "train_task": "lower `batch_size`, or use a smaller model",
     "extract_delta": "use a smaller model",
     "evaluate": "use a smaller model, bfloat16 as `dtype`, or a lower `length` of the evaluation",
@@ -294,6 +299,7 @@ class _Project:
             ("runs", "compress", self._compress),
             ("delta_runs", "compress_delta", self._compress_delta),
             ("finetunes", "finetune", self._finetune),
+            ("trainings", "train", self._train),
         )
         tasks = {
             (stage, str(name)): make(str(name))
@@ -308,9 +314,10 @@ class _Project:
             ("runs", "evaluate", "compress"),
             ("delta_runs", "evaluate_delta", "compress_delta"),
             ("finetunes", "evaluate_finetuned", "finetune"),
+            ("trainings", "evaluate_trained", "train"),
         ):
             for name in self.params.get(group) or {}:
-                tasks[stage, str(name)] = self._evaluate(stage, str(name), made)
+                tasks[stage, str(name)] = self._evaluate(str(name), made)
         return tasks
 
     def _layout(self, name: str) -> ModelShapes:
@@ -384,11 +391,10 @@ class _Project:
         )
 
     def _compress(self, name: str) -> _Task:
-        run = read_run(self.params, name)
-        method = build_method(run.method, run.settings, f"runs.{name}")
+        model, method_name, method = self._run(name)
         return _Task(
-            lambda: stages.compress(self._layout(run.model), run.method, method),
-            (("calibrate", run.model),),
+            lambda: stages.compress(self._layout(model), method_name, method),
+            (("calibrate", model),),
             Path("data/compressed") / name,
         )
 
@@ -405,19 +411,50 @@ class _Project:
 
     def _finetune(self, name: str) -> _Task:
         finetune = read_finetune(self.params, name)
-        run = read_run(self.params, finetune.run)
-        method = build_method(run.method, run.settings, f"runs.{finetune.run}")
+        model, method_name, method = self._run(finetune.run)
         return _Task(
             lambda: stages.finetune(
-                self._layout(run.model),
-                run.method,
+                self._layout(model),
+                method_name,
                 method,
                 finetune.settings,
-                self._calibration(run.model),
+                self._calibration(model),
             ),
             (("compress", finetune.run),),
             Path("data/finetuned") / name,
         )
+
+    def _train(self, name: str) -> _Task:
+        training = read_training(self.params, name)
+        start = _start(training)
+        layers = self._planned_layers(*start)
+
+        def estimate() -> Estimate:
+            layout = self._layout(training.model)
+            text = None if training.task is None else self._text(training.task, "train.jsonl")
+            return stages.train(layout, training.trains, training.settings, text, layers(layout))
+
+        return _Task(estimate, (start,), Path("data/trained") / name)
+
+    def _run(self, name: str) -> tuple[str, str, Method]:
+        """Return model, method's name and method of a run."""
+        run = read_run(self.params, name)
+        return run.model, run.method, build_method(run.method, run.settings, f"runs.{name}")
+
+    def _planned_layers(self, made: str, name: str) -> Callable[[ModelShapes], Layers]:
+        """Return the compressed layers of an artifact by what made it; adapters have none."""
+        if made == "train":
+            made, name = _start(read_training(self.params, name))
+        if made == "train_task":
+            return lambda _: {}
+        if made == "compress_delta":
+            run = read_delta_run(self.params, name)
+            method_name = run.method
+            method = build_method(method_name, run.settings, f"delta_runs.{name}")
+        else:
+            of = read_finetune(self.params, name).run if made == "finetune" else name
+            _, method_name, method = self._run(of)
+        return lambda layout: planned_layers(layout, method_name, method)
 
     def _evaluation_settings(self) -> EvaluationSettings:
         if self._evaluation is None:
@@ -439,23 +476,22 @@ class _Project:
             Path("results/metrics") / f"{name}.json",
         )
 
-    def _evaluate(self, stage: str, name: str, made: str) -> _Task:
+    def _evaluate(self, name: str, made: str) -> _Task:
         settings = self._evaluation_settings()
-        if stage == "evaluate_delta":
-            delta_run = read_delta_run(self.params, name)
-            original, method_name = delta_run.finetuned, delta_run.method
-            method = build_method(method_name, delta_run.settings, f"delta_runs.{name}")
-        else:
-            of = read_finetune(self.params, name).run if stage == "evaluate_finetuned" else name
-            run = read_run(self.params, of)
-            original, method_name = run.model, run.method
-            method = build_method(method_name, run.settings, f"runs.{of}")
+        delta = made == "compress_delta"
+        read: Callable[..., Any] = {
+            "compress": read_run,
+            "compress_delta": read_delta_run,
+            "finetune": read_finetune,
+            "train": read_training,
+        }[made]
+        entry = read(self.params, name)
+        original = entry.finetuned if delta else entry.model
+        layers = self._planned_layers(made, name)
 
         def estimate() -> Estimate:
             layout = self._layout(original)
-            layers = planned_layers(layout, method_name, method)
-            delta = stage == "evaluate_delta"
-            return stages.evaluate(layout, settings, self._texts(), layers, delta=delta)
+            return stages.evaluate(layout, settings, self._texts(), layers(layout), delta=delta)
 
         return _Task(estimate, ((made, name),), Path("results/metrics") / f"{name}.json")
 
@@ -471,6 +507,13 @@ class _Project:
         if not items:
             return guess
         return task_text(items, drawn, _generated_tokens(folder / "task.yaml"))
+
+
+def _start(training: Training) -> tuple[str, str]:
+    """Return stage and key of what makes the start of a training."""
+    kind, _, name = training.start.partition("/")
+    made = {"models": "train_task", "compressed": "compress", "finetuned": "finetune"}
+    return made[kind], name
 
 
 def task_text(

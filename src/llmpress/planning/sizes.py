@@ -6,6 +6,7 @@ typical length, which is within some percent.
 """
 
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -187,6 +188,39 @@ def trained_model_size(model: ModelShapes) -> ArtifactSize:
     num_bytes, shards = sharded_bytes(trained.tensors.items(), LARGEST_HUB_SHARD_BYTES)
     other = _json_bytes(model.config) + sum(model.companion_files.values())
     return ArtifactSize(num_bytes, other + _provenance_bytes(3 + len(shards)))
+
+
+def nf4_bytes(model: ModelShapes) -> int:
+    """Return the bytes of all linears in NF4 with doubly quantized scales, as bitsandbytes does."""
+    blocks = [-(-math.prod(shape) // 64) for shape in model.linears.values()]
+    return sum(32 * count + count + 4 * -(-count // 256) + 4 * (16 + 256 + 1) for count in blocks)
+
+
+def adapter_size(model: ModelShapes, rank: int, *, quantized: bool) -> ArtifactSize:
+    """Count an adapter folder of `llmpress.adapters`.
+
+    Args:
+        model: What it lies beside.
+        rank: Of every adapter.
+        quantized: Whether the folder holds the model in NF4 too.
+    """
+    factors = [
+        (f"base_model.model.{name}.lora_{key}.weight", TensorSpec(REST_DTYPE, sides))
+        for name, shape in model.linears.items()
+        for key, sides in (
+            ("A", (rank, shape.in_features)),
+            ("B", (shape.out_features, rank)),
+        )
+    ]
+    num_bytes = safetensors_bytes(factors)
+    other = sum(model.companion_files.values())
+    if quantized:
+        linear = {f"{name}.weight" for name in model.linears}
+        rest = sum(2 * t.num_entries for name, t in model.tensors.items() if name not in linear)
+        num_bytes += nf4_bytes(model) + rest
+        other *= 2
+    files = 3 + len(model.companion_files) * (1 + quantized)
+    return ArtifactSize(num_bytes, other + _provenance_bytes(files), exact=not quantized)
 
 
 def delta_size(model: ModelShapes, exact_tensors: Collection[str] = ()) -> ArtifactSize:

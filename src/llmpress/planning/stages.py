@@ -16,6 +16,8 @@ import torch
 from llmpress.calibration import CalibrationSettings
 from llmpress.errors import ConfigError
 from llmpress.evaluation.settings import EvaluationSettings
+from llmpress.finetuning.objectives import CHUNK
+from llmpress.finetuning.settings import ADAPTERS, FinetuningSettings, Trains
 from llmpress.layers import CompressedLinear, LowRankLinear
 from llmpress.methods.base import Method, Tunable
 from llmpress.planning import sizes
@@ -298,6 +300,81 @@ def train_task(model: ModelShapes, steps: int, batch_size: int, text: TaskText) 
         artifact=artifact,
         scratch_bytes=0,
         work=step * steps + _written(artifact) + Work(fixed_seconds=STARTUP_SECONDS),
+    )
+
+
+def train(
+    model: ModelShapes,
+    trains: Trains,
+    settings: FinetuningSettings,
+    text: TaskText | None,
+    layers: Mapping[str, CompressedLinear | None],
+) -> Estimate:
+    """The whole model, activations of all blocks, gradients and optimizer of what trains.
+
+    Args:
+        model: The original.
+        trains: What trains.
+        settings: How.
+        text: Tokens of a training item; None for windows of text.
+        layers: Compressed layers of the start; none for adapters.
+    """
+    longest = settings.length if text is None else text.longest_tokens
+    learnt = 1.0 if text is None else 0.5  # of an item the answer
+    tokens = settings.batch_size * longest
+    positions = min(CHUNK, tokens * learnt)
+    linear, rest = model.linear_weights, model.num_weights - model.linear_weights
+    distills = settings.objective == "distillation"
+    adapters = sum(settings.rank * sum(shape) for shape in model.linears.values())
+    trained = adapters if trains in ADAPTERS else sum(_trainable(x) for x in layers.values())
+    held = {
+        "lora": (4 + 2) * linear,  # and the bf16 copies that the backward pass needs
+        "qlora": sizes.nf4_bytes(model),
+        "compressed": sum(_bytes(layer) for layer in layers.values()),
+    }[trains]
+    unpacked = max((_unpacked_bytes(layer) for layer in layers.values()), default=0)
+    activations = int(ACTIVATION_BYTES * tokens * model.block_features) * len(model.blocks)
+    logits = int(4 * 4 * positions * model.vocabulary) * (2 if distills else 1)
+    item = 2 if settings.precision == "bfloat16" else 4
+    teacher = item * model.num_weights if distills else 0
+    # fp32 values, their gradients, two moments; the best state as it is stored
+    state = (16 + 2) * trained
+    device = held + 4 * rest + teacher + state + unpacked + activations + logits
+    artifact = (
+        sizes.adapter_size(model, settings.rank, quantized=trains == "qlora")
+        if trains in ADAPTERS
+        else sizes.compressed_model_size(model, layers, exact=False)
+    )
+    autocast = settings.precision == "bfloat16"
+    looks = 1 + -(-settings.steps // settings.check_every)
+    judged = looks * settings.held_out * longest
+    seen = settings.steps * tokens
+    head = 2.0 * model.hidden * model.vocabulary * learnt
+    kind = "bf16_flops" if autocast else "fp32_flops"
+    forward = _forward(model, int(seen + judged), linear, autocast) + Work(
+        **{kind: head * (seen + judged)}
+    )
+    backward = _forward(model, int(seen), linear, autocast) * 2 + Work(**{kind: 3 * head * seen})
+    followed = forward if distills else Work()
+    passes = 2 * settings.steps + looks * settings.held_out / settings.batch_size
+    rebuilt = sum(_rebuild_bytes(layer) for layer in layers.values())
+    if trains in ADAPTERS:
+        rebuilt = 12.0 * linear  # frozen weights cast, or unpacked, at every pass
+    return Estimate(
+        host_bytes=PACKAGES_BYTES + device,
+        staging_bytes=PACKAGES_BYTES,
+        device_bytes=device,
+        mapped_bytes=0,
+        artifact=artifact,
+        scratch_bytes=2 * 14 * trained,  # two checkpoints: values, moments, the best state
+        work=forward
+        + backward
+        + followed
+        + Work(
+            bytes_moved=passes * rebuilt + settings.steps * 60.0 * trained,
+            fixed_seconds=STARTUP_SECONDS,
+        )
+        + _written(artifact),
     )
 
 
