@@ -26,6 +26,21 @@ PARAMS = {
             "settings": {"num_entries": 16, "vector_size": 4, "iterations": 2},
         }
     },
+    "trainings": {
+        "small": {
+            "start": "compressed/small",
+            "model": "tiny",
+            "trains": "compressed",
+            "task": "sums",
+            "settings": {
+                "steps": 3,
+                "learning_rate": 0.01,
+                "batch_size": 2,
+                "held_out": 2,
+                "check_every": 1,
+            },
+        }
+    },
     "finetunes": {
         "small": {
             "run": "small",
@@ -35,8 +50,13 @@ PARAMS = {
         }
     },
 }
-OUTPUTS = {"compress": "data/compressed/small", "finetune": "data/finetuned/small"}
+OUTPUTS = {
+    "compress": "data/compressed/small",
+    "finetune": "data/finetuned/small",
+    "train": "data/trained/small",
+}
 BLOCKS = 3
+ITEMS = [{"query": f"What is {n} + 1?", "target": f" {n + 1}"} for n in range(20)]
 
 # Imports everything once, then runs the script of each stage it is told of in a process of its own,
 # which kills itself at the point asked for.
@@ -45,6 +65,7 @@ import json, os, runpy, signal, sys, traceback
 from pathlib import Path
 import torch, faiss, transformers.models.llama.modeling_llama
 import llmpress.methods.cluscomp, llmpress.tuning, llmpress.model_compression, llmpress.runs
+import llmpress.finetuning.loop
 import llmpress.artifacts, llmpress.checkpoints, llmpress.compressed_checkpoints, llmpress.resume
 
 def die():
@@ -81,6 +102,23 @@ def before_provenance(original, path, value):
         die()
     original(path, value)
 
+def inside_the_second_step(original, watch, loss):
+    original(watch, loss)
+    if len(watch.record.losses) == 2:
+        die()
+
+def half_of_the_second_state(original, tensors, path, *rest, **more):
+    original(tensors, path, *rest, **more)
+    if path.parent.name == "checkpoint-2":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        die()
+
+def before_the_second_seal(original, path, value):
+    if path.parent.name == "checkpoint-2":
+        die()
+    original(path, value)
+
+loop = llmpress.finetuning.loop
 artifacts, checkpoints, resume = llmpress.artifacts, llmpress.checkpoints, llmpress.resume
 
 def arm(point):
@@ -92,6 +130,12 @@ def arm(point):
         wrap(resume, "write_json", before_second_record)
     elif point == "half_of_the_weights":
         wrap(checkpoints, "save_tensors", half_of_the_weights)
+    elif point == "inside_the_second_step":
+        wrap(loop._HeldOut, "note", inside_the_second_step)
+    elif point == "half_of_the_second_state":
+        wrap(loop, "save_tensors", half_of_the_second_state)
+    elif point == "before_the_second_seal":
+        wrap(loop, "write_json", before_the_second_seal)
     elif point == "before_provenance":
         wrap(artifacts, "write_json", before_provenance)
 
@@ -167,12 +211,16 @@ def finished(
     calibration: Path,
     run_stage: Stages,
 ) -> Path:
-    """A project in which both stages ran without a break."""
+    """A project in which all stages ran without a break."""
     project = tmp_path_factory.mktemp("project")
     (project / "data/models").mkdir(parents=True)
     (project / "data/calibration").mkdir()
     shutil.copytree(tiny_model_folder, project / "data/models/tiny")
     shutil.copytree(calibration, project / "data/calibration/tiny")
+    task = project / "data/tasks/sums"
+    with artifact_folder(task, stage="fetch_task", settings={}, inputs={}) as folder:
+        items = "".join(json.dumps(item) + "\n" for item in ITEMS)
+        (folder / "train.jsonl").write_text(items, encoding="utf-8")
     (project / "params.yaml").write_text(yaml.safe_dump(PARAMS), encoding="utf-8")
     for stage in OUTPUTS:
         status, said = run_stage(project, stage)
@@ -184,7 +232,7 @@ def finished(
 def unfinished(finished: Path, tmp_path: Path, stage: str) -> Path:
     """A copy of it in which one stage's output is missing."""
     project = tmp_path / "project"
-    shutil.copytree(finished, project, ignore=shutil.ignore_patterns("finetuned"))
+    shutil.copytree(finished, project, ignore=shutil.ignore_patterns("finetuned", "trained"))
     if stage == "compress":
         shutil.rmtree(project / "data/compressed")
     return project
@@ -207,7 +255,7 @@ def without_times(value: Any) -> Any:
     return [without_times(v) for v in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize("stage", OUTPUTS)
+@pytest.mark.parametrize("stage", ["compress", "finetune"])
 @pytest.mark.parametrize("point", KEPT_BLOCKS)
 def test_a_killed_stage_continues_with_the_same_bytes(
     unfinished: Path, finished: Path, run_stage: Stages, stage: str, point: str
@@ -231,6 +279,33 @@ def test_a_killed_stage_continues_with_the_same_bytes(
     status, said = run_stage(unfinished, stage)
     assert status == 0, said
     assert "continues after 3 finished blocks" in said
+    assert content(out) == content(finished / OUTPUTS[stage])
+    assert [p.name for p in out.parent.iterdir()] == ["small"]
+    assert not (unfinished / "scratch").exists()
+
+
+@pytest.mark.parametrize("stage", ["train"])
+@pytest.mark.parametrize(
+    ("point", "last"),
+    [
+        ("inside_the_second_step", 1),
+        ("half_of_the_second_state", 1),
+        ("before_the_second_seal", 1),
+        ("before_provenance", 2),
+    ],
+)
+def test_a_killed_training_continues_with_the_same_bytes(
+    unfinished: Path, finished: Path, run_stage: Stages, stage: str, point: str, last: int
+) -> None:
+    status, said = run_stage(unfinished, stage, point)
+    assert status == -signal.SIGKILL, said
+    out = unfinished / OUTPUTS[stage]
+    assert not out.exists()
+
+    status, said = run_stage(unfinished, stage)
+    assert status == 0, said
+    assert f"continues after step {last}," in said
+    assert ("checkpoint-2: incomplete" in said) == ("second_s" in point and "step" not in point)
     assert content(out) == content(finished / OUTPUTS[stage])
     assert [p.name for p in out.parent.iterdir()] == ["small"]
     assert not (unfinished / "scratch").exists()

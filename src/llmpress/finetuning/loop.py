@@ -200,7 +200,9 @@ class _HeldOut(TrainerCallback):
         else:
             self.best = load_file(checkpoint / BEST)
             self.record = TrainingRecord(**read_json(checkpoint / SEAL)["record"])
-            self.progress.update(len(self.record.losses))
+            done = len(self.record.losses)
+            logger.warning("continues after step %d, which is read from %s", done, checkpoint)
+            self.progress.update(done)
 
     def note(self, loss: float) -> None:
         """Keep the training loss of a step."""
