@@ -11,6 +11,7 @@ from planning_examples import REFERENCE_RATES, large_shapes
 from llmpress.calibration import CalibrationSettings
 from llmpress.errors import ConfigError
 from llmpress.evaluation.settings import EvaluationSettings
+from llmpress.finetuning.settings import FinetuningSettings, Trains
 from llmpress.methods.base import Shape
 from llmpress.planning import ModelShapes, stages
 from llmpress.planning.costs import METHOD_COSTS, Work, dequantize_bytes, layer_work
@@ -115,6 +116,42 @@ def test_default_run(stage: str, run: str, smollm2: ModelShapes) -> None:
     expected = computed.seconds(REFERENCE_RATES.with_threads(threads))
     if (stage, run) not in CONTENDED:
         assert FASTER * expected < seconds < SLOWER * expected
+
+
+@pytest.mark.parametrize(
+    ("trains", "seconds", "peak_bytes", "tensor_bytes"),
+    [
+        ("lora", 375.8, 2_732_773_376, 9_824_056),
+        ("qlora", 792.4, 2_543_034_368, 9_824_056 + 111_879_761),
+        ("compressed", 758.6, 2_549_395_456, 113_832_664),  # codebooks of 4.3 bits
+    ],
+)
+def test_trainings_of_the_default_run(
+    trains: Trains, seconds: float, peak_bytes: int, tensor_bytes: int, smollm2: ModelShapes
+) -> None:
+    method = build_method("cluscomp", {"bits": 4.3}, "test")
+    layers = planned_layers(smollm2, "cluscomp", method) if trains == "compressed" else {}
+    settings = FinetuningSettings(steps=120, learning_rate=1e-3)
+
+    predicted = stages.train(smollm2, trains, settings, TaskText(1, 45, 60, 0, 4000), layers)
+
+    assert predicted.artifact.tensor_bytes == pytest.approx(tensor_bytes, rel=0.02)
+    assert 0.85 < (predicted.host_bytes + predicted.mapped_bytes) / peak_bytes < 1.25
+    expected = replace(predicted.work, fixed_seconds=0.0).seconds(REFERENCE_RATES)
+    assert FASTER * expected < seconds < SLOWER * expected
+
+
+def test_distillation_holds_the_teacher_and_follows_it(smollm2: ModelShapes) -> None:
+    plain = FinetuningSettings(steps=60, learning_rate=5e-3)
+    layers = planned_layers(smollm2, "cluscomp", build_method("cluscomp", {"bits": 2.2}, "test"))
+    alone, distilled = (
+        stages.train(smollm2, "compressed", settings, None, layers)
+        for settings in (plain, replace(plain, objective="distillation"))
+    )
+
+    assert distilled.host_bytes - alone.host_bytes > 2 * smollm2.num_weights
+    assert distilled.work.bf16_flops > 1.2 * alone.work.bf16_flops
+    assert distilled.artifact == alone.artifact
 
 
 def test_compression_of_70b_is_bounded(llama_70b: ModelShapes) -> None:

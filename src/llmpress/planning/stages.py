@@ -18,7 +18,7 @@ from llmpress.errors import ConfigError
 from llmpress.evaluation.settings import EvaluationSettings
 from llmpress.finetuning.objectives import CHUNK
 from llmpress.finetuning.settings import ADAPTERS, FinetuningSettings, Trains
-from llmpress.layers import CompressedLinear, LowRankLinear
+from llmpress.layers import CodebookLinear, CompressedLinear, LowRankLinear
 from llmpress.methods.base import Method, Tunable
 from llmpress.planning import sizes
 from llmpress.planning.costs import METHOD_COSTS, Work, dequantize_bytes, layer_work, total
@@ -330,16 +330,18 @@ def train(
     held = {
         "lora": (4 + 2) * linear,  # and the bf16 copies that the backward pass needs
         "qlora": sizes.nf4_bytes(model),
-        "compressed": sum(_bytes(layer) for layer in layers.values()),
+        "compressed": sum(_bytes(layer) + _index_bytes(layer) for layer in layers.values()),
     }[trains]
     unpacked = max((_unpacked_bytes(layer) for layer in layers.values()), default=0)
     activations = int(ACTIVATION_BYTES * tokens * model.block_features) * len(model.blocks)
     logits = int(4 * 4 * positions * model.vocabulary) * (2 if distills else 1)
     item = 2 if settings.precision == "bfloat16" else 4
+    head_copy = 0 if item == 4 else item * model.hidden * model.vocabulary
     teacher = item * model.num_weights if distills else 0
     # fp32 values, their gradients, two moments; the best state as it is stored
     state = (16 + 2) * trained
-    device = held + 4 * rest + teacher + state + unpacked + activations + logits
+    whole = held + 4 * rest + head_copy + teacher
+    device = whole + state + unpacked + activations + logits
     artifact = (
         sizes.adapter_size(model, settings.rank, quantized=trains == "qlora")
         if trains in ADAPTERS
@@ -364,7 +366,7 @@ def train(
         host_bytes=PACKAGES_BYTES + device,
         staging_bytes=PACKAGES_BYTES,
         device_bytes=device,
-        mapped_bytes=0,
+        mapped_bytes=model.num_bytes if trains in ADAPTERS else artifact.tensor_bytes,
         artifact=artifact,
         scratch_bytes=2 * 14 * trained,  # two checkpoints: values, moments, the best state
         work=forward
@@ -522,6 +524,11 @@ def _multiplied(layer: CompressedLinear | None, shape: Collection[int]) -> int:
     if isinstance(layer, LowRankLinear):
         return layer.rank * (layer.in_features + layer.out_features)
     return math.prod(shape)
+
+
+def _index_bytes(layer: CompressedLinear | None) -> int:
+    """Return the bytes of a codebook's unpacked codes, which are kept while it trains."""
+    return 4 * layer.num_vectors if isinstance(layer, CodebookLinear) else 0
 
 
 def _unpacked_bytes(layer: CompressedLinear | None) -> int:
