@@ -13,6 +13,7 @@ from llmpress.blocks import BlockWalk
 from llmpress.calibration import CalibrationSettings, load_statistics, save_calibration
 from llmpress.checkpoints import Checkpoint
 from llmpress.hf import skeleton
+from llmpress.model_calibration import CalibrationText, calibrate_model
 from llmpress.sensitivity import output_sensitivity
 
 
@@ -72,26 +73,21 @@ def test_calibration_stores_it_and_statistics_hold_it(
         assert float(known.output_sensitivity.max()) > 0
 
 
-def test_the_seed_draws_the_labels(
-    tiny_model_folder: Path, tiny_windows: Tensor, tmp_path: Path
-) -> None:
-    def felt(seed: int) -> dict[str, Tensor]:
-        out = tmp_path / f"{len(list(tmp_path.iterdir()))}"
-        out.mkdir()
-        save_calibration(
-            walk_of(tiny_model_folder),
-            tiny_windows[:1],
-            tiny_windows[1:2].clone(),
-            out,
-            tiny_windows[:1],
-            seed,
+def test_the_seed_draws_the_labels(tiny_model_folder: Path, tmp_path: Path) -> None:
+    texts = {"code": CalibrationText(["def f(x): return x + 1\n" * 40], ["class A: pass\n" * 40])}
+    settings = CalibrationSettings(("code",), windows=1, length=32, validation_windows=1)
+
+    def felt(seed: int, out: Path) -> dict[str, Tensor]:
+        device = torch.device("cpu")
+        calibrate_model(
+            tiny_model_folder, texts, settings, out, inputs={}, seed=seed, device=device
         )
         return load_file(out / "sensitivity.safetensors")
 
-    first = felt(1)
-    torch.testing.assert_close(felt(1), first, rtol=0, atol=0)
+    first = felt(1, tmp_path / "first")
+    torch.testing.assert_close(felt(1, tmp_path / "same"), first, rtol=0, atol=0)
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(felt(2), first)
+        torch.testing.assert_close(felt(2, tmp_path / "other"), first)
 
 
 def test_a_calibration_can_do_without(

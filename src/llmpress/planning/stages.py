@@ -324,19 +324,19 @@ def train(
     tokens = settings.batch_size * longest
     positions = min(CHUNK, tokens * learnt)
     linear, rest = model.linear_weights, model.num_weights - model.linear_weights
-    distills = settings.objective == "distillation"
+    distills, autocast = settings.objective == "distillation", settings.precision == "bfloat16"
+    item = 2 if autocast else 4  # bytes of a number in a matrix product
     adapters = sum(settings.rank * sum(shape) for shape in model.linears.values())
     trained = adapters if trains in ADAPTERS else sum(_trainable(x) for x in layers.values())
     held = {
-        "lora": (4 + 2) * linear,  # and the bf16 copies that the backward pass needs
+        "lora": (6 if autocast else 4) * linear,  # and the copies that the backward pass needs
         "qlora": sizes.nf4_bytes(model),
         "compressed": sum(_bytes(layer) + _index_bytes(layer) for layer in layers.values()),
     }[trains]
     unpacked = max((_unpacked_bytes(layer) for layer in layers.values()), default=0)
     activations = int(ACTIVATION_BYTES * tokens * model.block_features) * len(model.blocks)
     logits = int(4 * 4 * positions * model.vocabulary) * (2 if distills else 1)
-    item = 2 if settings.precision == "bfloat16" else 4
-    head_copy = 0 if item == 4 else item * model.hidden * model.vocabulary
+    head_copy = item * model.hidden * model.vocabulary if autocast else 0
     teacher = item * model.num_weights if distills else 0
     # fp32 values, their gradients, two moments; the best state as it is stored
     state = (16 + 2) * trained
@@ -347,7 +347,6 @@ def train(
         if trains in ADAPTERS
         else sizes.compressed_model_size(model, layers, exact=False)
     )
-    autocast = settings.precision == "bfloat16"
     looks = 1 + -(-settings.steps // settings.check_every)
     judged = looks * settings.held_out * longest
     seen = settings.steps * tokens
