@@ -36,15 +36,17 @@ bench: $(INSTALLED)
 	python benchmarks/loading.py --base data/models/smollm2 \
 	  $(addprefix data/,models/smollm2 $(ARTIFACTS) $(addprefix compressed/,$(DELTAS)))
 
+# A copy, for hours of measuring: make report replaces the model in data/ when it is out of date.
+QUALITY_MODEL := build/quality/smollm2
 PEER_CALIBRATION := build/quality/calibration
 QUALITY := build/quality/out
 CLUSCOMP_BITS := 1.2 2.2 2.6 3.3 4.3
 
 quality: $(INSTALLED) | $(PEER_CALIBRATION)
-	python benchmarks/cluscomp.py data/models/smollm2 $(PEER_CALIBRATION) $(CLUSCOMP_BITS)
-	for bits in 2 3 4; do test -d $(QUALITY)/gptq-$$bits || llmpress compress data/models/smollm2 --method gptq \
+	python benchmarks/cluscomp.py $(QUALITY_MODEL) $(PEER_CALIBRATION) $(CLUSCOMP_BITS)
+	for bits in 2 3 4; do test -d $(QUALITY)/gptq-$$bits || llmpress compress $(QUALITY_MODEL) --method gptq \
 	  -s num_bits=$$bits -s group_size=64 --calibration $(PEER_CALIBRATION) --out $(QUALITY)/gptq-$$bits || exit 1; done
-	python benchmarks/quality.py data/models/smollm2 $(QUALITY)/*
+	python benchmarks/quality.py $(QUALITY_MODEL) $(QUALITY)/* --original $(QUALITY_MODEL)
 
 # Other tools, each in an environment of its own that holds exactly its requirements; minutes to hours.
 PEERS := hqq gptqmodel llmcompressor autoround
@@ -62,8 +64,12 @@ build/peers/venv-%/.installed: benchmarks/peers/requirements/%.txt
 	$(@D)/bin/python -m pip install --no-compile --no-build-isolation -r $<
 	@touch $@
 
-$(PEER_CALIBRATION): | $(INSTALLED)
-	llmpress calibrate data/models/smollm2 --text data/corpora/wikipedia --text data/corpora/code \
+$(QUALITY_MODEL): | $(INSTALLED)
+	snakemake --cores all data/models/smollm2 data/corpora/wikipedia data/corpora/code
+	mkdir -p $(@D) && rm -rf $@.partial && cp -r data/models/smollm2 $@.partial && mv $@.partial $@
+
+$(PEER_CALIBRATION): | $(QUALITY_MODEL)
+	llmpress calibrate $(QUALITY_MODEL) --text data/corpora/wikipedia --text data/corpora/code \
 	  --windows 64 --length 512 --out $@
 
 check: $(INSTALLED)

@@ -23,7 +23,7 @@ import typer
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from llmpress.artifacts import PROVENANCE, read_json, read_provenance
+from llmpress.artifacts import PROVENANCE, fingerprint, read_json, read_provenance
 from llmpress.calibration import INDEX
 from llmpress.corpora import load_text, token_windows
 from llmpress.environment import hardware, packages
@@ -40,12 +40,12 @@ class Remembered:
 
     def __init__(self, folder: Path, kept: Path) -> None:
         self.folder, self.kept, self.model, self.device = folder, kept, None, torch.device("cpu")
+        self.origin = fingerprint(folder)
 
     def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
         """Return an output with the logits, as the model itself does."""
-        origin = (self.folder / PROVENANCE, *sorted(self.folder.glob("*.safetensors")))
-        stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in origin if f.is_file()]
-        key = hashlib.sha256(repr((stats, torch.__version__, input_ids.tolist())).encode())
+        asked = (self.origin, torch.__version__, input_ids.tolist())
+        key = hashlib.sha256(repr(asked).encode())
         file = self.kept / f"{key.hexdigest()[:32]}.safetensors"
         if not file.is_file():
             self.model = self.model or load_model(self.folder)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-MODEL = Path("data/models/smollm2")
+MODEL = Path("build/quality/smollm2")  # a copy: make report may replace the model meanwhile
 CALIBRATION = Path("build/quality/calibration/windows.safetensors")
 OUT = Path("build/peers/out")
 PACKED = Path("build/peers/packed")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from llmpress.artifacts import read_json
 from llmpress.codebooks import CodebookSize, true_bits
 from llmpress.config import build
 from llmpress.evaluation import ablations
@@ -62,6 +63,23 @@ def test_rows_are_measured_once_and_again_when_their_settings_change(
         measured(asked(one={"vector_size": 3}), cache)
 
 
+def test_rows_of_another_calibration_are_measured_again_and_unasked_ones_dropped(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "rows.json"
+    measured(asked(one={"vector_size": 1}, two={"vector_size": 2}), cache, data)
+    monkeypatch.setattr(ablations, "_measure", lambda *_: {"error": 1.0})
+    measured(asked(two={"vector_size": 2}), cache, data)
+    (row,) = read_json(cache).values()
+    assert row["varied"] == {"vector_size": 2}
+    assert row["error"] != 1.0
+    assert set(row["inputs"]) == {"models/tiny", "calibration/tiny"}
+    monkeypatch.setattr(ablations, "fingerprint", lambda folder: f"new {folder.name}")
+    (row,) = measured(asked(two={"vector_size": 2}), cache, data)["size"]
+    assert row["error"] == 1.0
+    assert set(row["inputs"].values()) == {"new tiny"}
+
+
 @pytest.mark.parametrize("bits", [1.0, 2.5, 4.0])
 @pytest.mark.parametrize("d", [1, 2, 4, 7])
 def test_the_largest_codebook_that_fits_is_taken(d: int, bits: float) -> None:
@@ -93,7 +111,7 @@ def test_the_pages_of_the_project_are_known_without_measuring(
 ) -> None:
     monkeypatch.setattr(ablations, "_measure", lambda *_: pytest.fail("not measured"))
     ablation = build(Ablation, yaml.safe_load(file.read_text(encoding="utf-8")), file.stem)
-    rows = measured(ablation, file.with_suffix(".rows.json"))
+    rows = measured(ablation, file.with_suffix(".rows.json"), tmp_path / "data")
     write_page(ablation, rows, FOLDER / "page.html.j2", tmp_path / "page.html")
     documented = (ROOT / "docs/ablations.md").read_text(encoding="utf-8")
     assert markdown(ablation, rows).strip() in documented

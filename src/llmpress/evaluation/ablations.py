@@ -1,7 +1,7 @@
 """Ablations: one choice of a method varied at a time, everything else kept.
 
-What is asked stands in a data file; a measured row is kept with the settings it was measured with,
-and is only measured again when they change.
+What is asked stands in a data file. A measured row is kept with its settings and the fingerprints
+of what it was measured on, and is measured again when one of them changes.
 """
 
 import hashlib
@@ -9,14 +9,16 @@ import json
 import statistics
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from tqdm.auto import tqdm
 
-from llmpress.artifacts import read_json, write_json
+from llmpress.artifacts import fingerprint, read_json, write_json
 from llmpress.calibration import load_statistics, load_windows
 from llmpress.checkpoints import Checkpoint
 from llmpress.codebooks import CodebookSize, true_bits
@@ -76,29 +78,62 @@ class Ablation:
 
 
 def measured(ablation: Ablation, cache: Path, data: Path = Path("data")) -> dict[str, list[Row]]:
-    """Return the rows of every question; only those that ``cache`` lacks are measured.
+    """Return the rows of every question; those that ``cache`` has of the same inputs are kept.
 
     Args:
         ablation: What is asked.
-        cache: JSON file of rows, which is completed.
-        data: Folder of models, calibration, corpora and compressed models; not needed when all
-            rows are known.
+        cache: JSON file of rows, which is completed; rows that nobody asks for are dropped.
+        data: Folder of models, calibration, corpora and compressed models. Where a row's inputs
+            are not there, a known row is taken as it is.
     """
     known: dict[str, Row] = read_json(cache) if cache.is_file() else {}
-    found: dict[str, list[Row]] = {}
-    for question in ablation.questions:
-        found[question.key] = []
-        for label, varied in question.rows.items():
-            key = _key(ablation, question, varied)
-            if key not in known:
-                known[key] = {
-                    "question": question.key,
-                    "varied": varied,
-                    **_measure(ablation, question, varied, data),
-                }
-                write_json(cache, known)
-            found[question.key].append({"label": label, **known[key]})
+    origins = _Origins(data)
+    kept: dict[str, Row] = {}
+    found: dict[str, list[Row]] = {question.key: [] for question in ablation.questions}
+    asked = [(q, label, varied) for q in ablation.questions for label, varied in q.rows.items()]
+    for question, label, varied in tqdm(asked, desc="ablations", unit="row"):
+        key = _key(ablation, question, varied)
+        of = origins.of(_inputs(ablation, question, varied))
+        if key not in known or (of is not None and known[key]["inputs"] != of):
+            known[key] = {
+                "question": question.key,
+                "varied": varied,
+                "inputs": of,
+                "measured": datetime.now(UTC).date().isoformat(),
+                **_measure(ablation, question, varied, data),
+            }
+            write_json(cache, known)
+        kept[key] = known[key]
+        found[question.key].append({"label": label, **known[key]})
+    if kept != known:
+        write_json(cache, kept)
     return found
+
+
+class _Origins:
+    """Fingerprints of folders below ``data``, each computed once."""
+
+    def __init__(self, data: Path) -> None:
+        self._data = data
+        self._known: dict[str, str] = {}
+
+    def of(self, names: Iterable[str]) -> dict[str, str] | None:
+        """Return the fingerprints by name; None where a folder is missing."""
+        for name in names:
+            if not (self._data / name).is_dir():
+                return None
+            if name not in self._known:
+                self._known[name] = fingerprint(self._data / name)
+        return {name: self._known[name] for name in names}
+
+
+def _inputs(ablation: Ablation, question: Question, varied: Any) -> tuple[str, ...]:
+    """Name the folders that decide a row."""
+    if question.measure == "layers":
+        return (f"models/{ablation.model}", f"calibration/{ablation.model}")
+    if question.measure == "perplexity":
+        return (f"calibration/{ablation.model}", varied)
+    return (varied,)
 
 
 def _key(ablation: Ablation, question: Question, varied: Any) -> str:
