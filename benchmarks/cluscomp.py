@@ -25,7 +25,9 @@ def main(
     bits: list[float] = typer.Argument(help="True bits per weight over all linears."),
     iterations: int = typer.Option(10, help="Lloyd iterations of k-means."),
     epochs: int = typer.Option(1, help="Of block-wise finetuning."),
-    learning_rate: float = typer.Option(0.03, help="Of block-wise finetuning."),
+    learning_rate: float = typer.Option(
+        None, help="Of block-wise finetuning; by default 0.03 at 2.2 bits, half of it a bit more."
+    ),
     batch_size: int = typer.Option(2, help="Windows of a step of block-wise finetuning."),
     out: Path = typer.Option(Path("build/quality/out"), help="Folder for the artifacts."),
 ) -> None:
@@ -51,11 +53,16 @@ def main(
                     calibration,
                     tuned,
                     method=method,
-                    settings=TuningSettings(epochs, learning_rate, batch_size),
+                    settings=TuningSettings(epochs, learning_rate or rate_at(size), batch_size),
                     record={"run": small.name, "method": "cluscomp"},
                     seed=0,
                     device=pick_device(),
                 )
+
+
+def rate_at(bits: float) -> float:
+    """Return a rate in proportion to the error that is left: steps larger than that do harm."""
+    return round(0.03 * 2 ** (2.2 - bits), 4)
 
 
 def _is_done(folder: Path) -> bool:

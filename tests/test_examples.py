@@ -40,6 +40,7 @@ SPECS: dict[str, list[dict[str, Any]]] = {
         {"groups": [{"rank": 2, "num_bits": 3}], "group_size": 4},
         {"groups": [{"rank": 2, "num_bits": 16}], "group_size": 4},
     ],
+    "pivoted_low_rank": [{"rank": 2}],
     "quantized": [{"num_bits": 3, "group_size": 4}],
     "sign": [{}],
     "sparse": [{"num_nonzeros": 2, "index": "bitmap"}, {"num_nonzeros": 2, "index": "columns"}],

@@ -113,6 +113,33 @@ def gptq_weights(folder: Path, num_bits: int, *, zero_offset: bool) -> dict[str,
     return weights
 
 
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Which of eight outputs each of a word's four-bit fields holds, the lowest first."""
+
+
+def awq_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Dequantize a checkpoint in AWQ's layout: eight outputs of four bits in a word.
+
+    Args:
+        folder: With ``qweight [in, out / 8]``, ``qzeros [groups, out / 8]`` and
+            ``scales [groups, out]`` for every layer.
+
+    Returns:
+        Weights ``[out, in]`` by layer, fp32.
+    """
+    tensors, weights = packed_tensors(folder), {}
+    place = torch.tensor(AWQ_ORDER).argsort()
+    for name in linears():
+        codes, zeros = (
+            unpack_words(tensors[f"{name}.{kind}"], 4).unflatten(1, (-1, 8))[..., place].flatten(1)
+            for kind in ("qweight", "qzeros")
+        )  # [in, out], [groups, out]
+        scales = tensors[f"{name}.scales"].float()
+        group = torch.arange(len(codes)) // (len(codes) // len(scales))
+        weights[name] = ((codes - zeros[group]) * scales[group]).T.contiguous()
+    return weights
+
+
 def unpack_words(words: torch.Tensor, num_bits: int) -> torch.Tensor:
     """Unpack int32 ``[N, W]`` into codes ``[N, 32 W / b]``, the lowest bits of a word first."""
     bits = (words.contiguous()[..., None] >> torch.arange(32, dtype=torch.int32)) & 1  # [N, W, 32]

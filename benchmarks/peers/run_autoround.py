@@ -14,6 +14,7 @@ from auto_round import AutoRound
 from common import (
     MODEL,
     PACKED,
+    awq_weights,
     calibration_windows,
     check_levels,
     export,
@@ -66,8 +67,11 @@ def main() -> None:
     )
     packed = next(file.parent for file in sorted(packed.rglob("*.safetensors")))
     layout = json.loads((packed / "config.json").read_text())["quantization_config"]
-    weights = gptq_weights(
-        packed, arguments.bits, zero_offset="gptq" in layout.get("packing_format", "")
+    packing = layout.get("packing_format", "")
+    weights = (
+        awq_weights(packed)
+        if packing.endswith("awq")
+        else gptq_weights(packed, arguments.bits, zero_offset="gptq" in packing)
     )
     check_levels(weights, arguments.bits, arguments.group_size)
     export(
@@ -80,7 +84,8 @@ def main() -> None:
         seconds=seconds,
         calibration_tokens=windows.numel(),
         packages=("auto-round", "torch", "transformers"),
-        logits=lambda tokens: _own(packed)(tokens).logits,
+        # its loader has no working CPU layer for AWQ's layout, which it takes at four bits
+        logits=None if packing.endswith("awq") else lambda tokens: _own(packed)(tokens).logits,
     )
 
 

@@ -65,7 +65,10 @@ def compress_delta(
         store=store,
     ):
         if layer is None:
-            raise ConfigError(f"{name}: {method_name} left this delta uncompressed")
+            raise ConfigError(
+                f"{name}: {method_name} would leave this delta dense, which is not stored; choose "
+                "settings that compress every layer"
+            )
         for key, tensor in layer.tensors().items():
             writer.add(f"{name}.{key}", tensor)
         layers[name] = {"kind": layer.kind, "spec": layer.spec(), "shape": list(record.shape)}

@@ -12,6 +12,7 @@ from llmpress.layers.base import frozen
 from llmpress.layers.codebook import CodebookLinear
 from llmpress.layers.low_rank import LowRankLinear
 from llmpress.layers.mixed_low_rank import MixedLowRankLinear, Vectors
+from llmpress.layers.pivoted_low_rank import PivotedLowRankLinear
 from llmpress.layers.quantized import QuantizedLinear
 from llmpress.layers.sign import SignLinear
 from llmpress.layers.sparse import SparseLinear
@@ -44,6 +45,10 @@ def mixed_low_rank() -> CompressedLinear:
     )
 
 
+def pivoted_low_rank() -> CompressedLinear:
+    return PivotedLowRankLinear.from_factors(torch.randn(OUT, 4), torch.randn(4, IN))
+
+
 def quantized() -> CompressedLinear:
     codes, zeros = torch.randint(8, (OUT, IN)), torch.randint(8, (OUT, 4))
     return QuantizedLinear.from_codes(codes, torch.rand(OUT, 4), zeros, 3, 4)
@@ -61,6 +66,7 @@ MAKERS: dict[str, Callable[[], CompressedLinear]] = {
     "codebook": codebook,
     "low_rank": low_rank,
     "mixed_low_rank": mixed_low_rank,
+    "pivoted_low_rank": pivoted_low_rank,
     "quantized": quantized,
     "sign": sign,
     "sparse": sparse,
@@ -144,3 +150,21 @@ def test_unknown_kinds_and_specs_are_refused() -> None:
         build_layer("sign", 3, 3, {"rank": 2})
     with pytest.raises(ValueError, match="empty side"):
         build_layer("sign", 0, 3, {})
+
+
+@pytest.mark.parametrize("rank", [1, 4, OUT])
+def test_pivoted_rows_are_rows_of_the_product(rank: int) -> None:
+    A, B = torch.randn(OUT, rank), torch.randn(rank, IN)
+    layer = PivotedLowRankLinear.from_factors(A, B, dtype="float32")
+    torch.testing.assert_close(layer.dequantize(), A @ B, rtol=1e-4, atol=1e-5)
+    assert sorted(layer.order.tolist()) == list(range(OUT))
+    torch.testing.assert_close(
+        layer.dequantize()[layer.order[:rank].long()], layer.B, rtol=0, atol=0
+    )
+    assert layer.A.shape == (OUT - rank, rank)
+
+
+def test_factors_without_the_rank_they_claim_are_refused() -> None:
+    A = torch.randn(OUT, 1).expand(OUT, 3)
+    with pytest.raises(ValueError, match="span fewer directions"):
+        PivotedLowRankLinear.from_factors(A, torch.randn(3, IN))

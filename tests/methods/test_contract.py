@@ -63,6 +63,7 @@ EXAMPLES: dict[str, list[Example]] = {
     "lillama": [
         Example({"rank": 3}, needs_statistics=True),
         Example({"rank": 8, "start": "weights"}),
+        Example({"rank": 5, "start": "activations", "form": "factors"}, needs_statistics=True),
     ],
     "magnitude": [
         Example({"sparsity": 0.5}),
@@ -89,7 +90,9 @@ LADDERS: dict[str, list[list[dict[str, Any]]]] = {
         [{"num_bits": bits, "group_size": 32} for bits in range(1, 9)],
         [{"num_bits": 3, "group_size": size} for size in (160, 32, 8)],
     ],
-    "lillama": [[{"rank": rank} for rank in (1, 4, 16, 48)]],
+    "lillama": [
+        [{"rank": r, "form": form} for r in (1, 4, 16, 48)] for form in ("pivoted", "factors")
+    ],
     "magnitude": [
         [{"bits": bits} for bits in (0.5, 1, 2, 4, 8, 17.5)],
         [{"sparsity": sparsity} for sparsity in (0.99, 0.9, 0.5, 0.1, 0.0)],

@@ -11,6 +11,7 @@ from llmpress.layers.codebook import CodebookLinear
 from llmpress.layers.delta import AdaptedLinear
 from llmpress.layers.low_rank import LowRankLinear
 from llmpress.layers.mixed_low_rank import MixedLowRankLinear
+from llmpress.layers.pivoted_low_rank import PivotedLowRankLinear
 from llmpress.layers.quantized import QuantizedLinear
 from llmpress.layers.sign import SignLinear
 from llmpress.layers.sparse import SparseLinear
@@ -21,6 +22,7 @@ KINDS: dict[str, type[CompressedLinear]] = {
         CodebookLinear,
         LowRankLinear,
         MixedLowRankLinear,
+        PivotedLowRankLinear,
         QuantizedLinear,
         SignLinear,
         SparseLinear,
@@ -82,6 +84,7 @@ __all__ = [
     "CompressedLinear",
     "LowRankLinear",
     "MixedLowRankLinear",
+    "PivotedLowRankLinear",
     "QuantizedLinear",
     "SignLinear",
     "SparseLinear",

@@ -19,6 +19,12 @@ from llmpress.layers import CompressedLinear
 Chain = Literal["teacher", "student"]
 """Whose hidden states enter a block: the original model's or the compressed model's."""
 
+Sensitivity = float | list[float]
+"""How much the loss rises per unit of a layer's relative error, or at each size it may get."""
+
+LEAST_IMPORTANCE = 0.01
+"""Of an output, relative to the mean: what the calibration text never needed may matter yet."""
+
 
 class Shape(NamedTuple):
     """Shape of a linear layer's weight."""
@@ -47,6 +53,14 @@ class InputStatistics:
         """``E[x²]`` per input channel, ``[in]``."""
         return self.second_moment.diagonal()
 
+    @property
+    def output_importance(self) -> Tensor | None:
+        """How much an error of each output counts, positive ``[out]``; None if all count alike."""
+        felt = self.output_sensitivity
+        if felt is None or not bool((felt > 0).any()):
+            return None
+        return felt.float().clamp(min=LEAST_IMPORTANCE * float(felt.mean()))
+
 
 @dataclass(frozen=True)
 class Method(ABC):
@@ -65,8 +79,8 @@ class Method(ABC):
         """Whether `plan` gives more to layers of which `sensitivity` says that they need it."""
         return False
 
-    def sensitivity(self, weight: Tensor, statistics: InputStatistics) -> float:
-        """Return how much the loss rises per unit of relative error of this layer.
+    def sensitivity(self, weight: Tensor, statistics: InputStatistics) -> Sensitivity:
+        """Return what `plan` wants to know of this layer to compare it with others.
 
         By default every weight counts alike.
 
@@ -81,7 +95,7 @@ class Method(ABC):
         self,
         shapes: Mapping[str, Shape],
         model_weights: int,
-        sensitivity: Mapping[str, float] | None = None,
+        sensitivity: Mapping[str, Sensitivity] | None = None,
     ) -> dict[str, "Method | None"]:
         """Spread a budget over all layers; by default every layer gets the same settings.
 

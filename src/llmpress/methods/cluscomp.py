@@ -14,7 +14,7 @@ few massive activations otherwise hold nearly all of a plain squared error.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from llmpress.linalg import damped_inverse_cholesky, with_positive_diagonal
 from llmpress.methods.base import (
     InputStatistics,
     Method,
+    Sensitivity,
     Shape,
     Term,
     Tunable,
@@ -44,9 +45,6 @@ from llmpress.vector_feedback import assign_with_feedback, improve_codes, refit_
 
 CodebookDtype = Literal["int8", "float16"]
 _DTYPES: dict[str, CodebookDtype] = {"int8": "int8", "float16": "float16"}
-
-LEAST_IMPORTANCE = 0.01
-"""Of an output, relative to the mean: what the calibration text never needed may matter yet."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ class ClusComp(Method, Tunable):
         """Whether there is a budget, to be spread by sensitivity."""
         return self.bits is not None and self.allocation == "global"
 
-    def sensitivity(self, weight: Tensor, statistics: InputStatistics) -> float:
+    def sensitivity(self, weight: Tensor, statistics: InputStatistics) -> Sensitivity:
         """Return ``Σ_o g_o Σ_i w_oi² h_i``: the loss if every weight had a relative error of one.
 
         ``h_i`` is ``E[x_i²]``, or with error feedback ``1 / [H⁻¹]_ii``: what is left of it when the
@@ -151,14 +149,15 @@ class ClusComp(Method, Tunable):
         self,
         shapes: Mapping[str, Shape],
         model_weights: int,
-        sensitivity: Mapping[str, float] | None = None,
+        sensitivity: Mapping[str, Sensitivity] | None = None,
     ) -> dict[str, Method | None]:
         """Spread the budget over all matrices; without sensitivities every weight counts alike."""
         if self.bits is None or not self.spreads_budget:
             return super().plan(shapes, model_weights)
-        if sensitivity is None:
-            sensitivity = {n: float(s.out_features * s.in_features) for n, s in shapes.items()}
-        sizes = allocate(shapes, sensitivity, self.bits, self.dtypes, self.scaled)
+        weight = {n: float(s.out_features * s.in_features) for n, s in shapes.items()}
+        if sensitivity is not None:
+            weight = {name: cast("float", felt) for name, felt in sensitivity.items()}
+        sizes = allocate(shapes, weight, self.bits, self.dtypes, self.scaled)
         return {
             name: replace(
                 self,
@@ -227,9 +226,8 @@ class ClusComp(Method, Tunable):
         if statistics is None or not (self.weighted or self.feedback):
             return _Problem(weight.new_ones(in_features), importance, None)
         checked = checked_statistics(statistics, weight)
-        felt = checked.output_sensitivity if self.importance else None
-        if felt is not None and bool((felt > 0).any()):
-            importance = felt.float().clamp(min=LEAST_IMPORTANCE * float(felt.mean()))
+        if self.importance and checked.output_importance is not None:
+            importance = checked.output_importance
         moment = with_positive_diagonal(checked.second_moment)
         if not self.feedback:
             return _Problem(moment.diagonal(), importance, None)

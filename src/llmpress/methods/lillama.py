@@ -1,30 +1,40 @@
 """Lillama: low-rank weights, started from activations and trained by local feature distillation.
 
-``W [out, in] ≈ A B`` with ``A [out, rank]`` and ``B [rank, in]``.
-
 Source: Lillama, arXiv 2412.16719. Deviations: the engine trains block after block (the paper steps
 all blocks in one forward pass), so the student's own hidden states come from finished blocks and
-only two blocks are in memory; the default start is the optimum for the calibration text instead of
-the plain SVD.
+only two blocks are in memory. By default the start is the optimum for the calibration text and the
+loss instead of the plain SVD, ranks go where the loss feels them, and a matrix of rank r is stored
+without the ``r²`` redundant numbers of two factors; the paper's choices are settings.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llmpress.layers.low_rank import LowRankLinear
+from llmpress.layers import LowRankLinear, PivotedLowRankLinear
 from llmpress.methods.base import (
     InputStatistics,
     Method,
+    Sensitivity,
     Shape,
     Term,
     Tunable,
     checked_statistics,
     checked_weight,
+)
+from llmpress.ranks import (
+    Budget,
+    Form,
+    Ranks,
+    candidate_ranks,
+    num_stored,
+    ranks_by_loss,
+    ranks_from_one_end,
+    uniform_ranks,
 )
 
 
@@ -35,12 +45,16 @@ class Lillama(Method, Tunable):
     Attributes:
         reduction: Share of the whole model's weights, embeddings included, to remove.
         rank: One rank for all matrices; one too large for a matrix leaves it dense.
-        strategy: Where ranks fall: ``uniform`` over all layers, or only from the ``bottom``
-            (``top``) of the model as far as the budget asks for.
+        strategy: Where ranks fall: ``loss``: where they cost the least, as far as statistics tell,
+            and ``uniform`` without any; ``uniform``: the same share of every layer is kept;
+            ``bottom`` (``top``): only from one end of the model, as far as the budget asks for.
         keep: With ``bottom`` and ``top``, share of a compressed matrix's weights that is kept.
         rank_step: Ranks are multiples of this.
-        start: ``activations``: best for the calibration text; ``weights``: truncated SVD, the
-            paper's.
+        start: ``loss``: best for the calibration text, outputs weighted by how much the loss feels
+            them, where that was measured; ``activations``: all outputs alike; ``weights``:
+            truncated SVD, the paper's.
+        form: How a matrix is stored: ``pivoted``, as some of its rows and the others in terms of
+            them; ``factors``: two plain linears, the paper's.
         mode: Which hidden states the student block is trained on: the ``teacher``'s, the
             ``student``'s own, or ``both``, the paper's.
     """
@@ -49,10 +63,11 @@ class Lillama(Method, Tunable):
 
     reduction: float | None = None
     rank: int | None = None
-    strategy: Literal["uniform", "bottom", "top"] = "uniform"
+    strategy: Literal["loss", "uniform", "bottom", "top"] = "loss"
     keep: float = 0.5
     rank_step: int = 8
-    start: Literal["activations", "weights"] = "activations"
+    start: Literal["loss", "activations", "weights"] = "loss"
+    form: Form = "pivoted"
     mode: Literal["both", "teacher", "student"] = "both"
 
     def __post_init__(self) -> None:
@@ -65,37 +80,77 @@ class Lillama(Method, Tunable):
         if not 0 < self.keep < 1 or self.rank_step < 1:
             raise ValueError(f"keep={self.keep}, rank_step={self.rank_step}: out of range")
 
+    @property
+    def spreads_budget(self) -> bool:
+        """Whether there is a budget, to be spread by what each rank costs."""
+        return self.reduction is not None and self.strategy == "loss"
+
+    def sensitivity(self, weight: Tensor, statistics: InputStatistics) -> list[float]:
+        """Return ``E Σ_o g_o (y_o - ŷ_o)²`` at every candidate rank, of the best start there is.
+
+        Where the loss's gradients were not measured, nothing compares two layers: then it is the
+        share of the outputs' energy that is lost, times the number of weights.
+        """
+        checked = checked_weight(weight)
+        known = checked_statistics(statistics, checked)
+        energy = output_directions(checked, known.second_moment, known.output_importance).energy
+        lost = energy.sum() - energy.cumsum(0)
+        if known.output_sensitivity is None:
+            lost *= checked.numel() / energy.sum().clamp(min=torch.finfo(energy.dtype).tiny)
+        ranks = candidate_ranks(Shape(*checked.shape), self.rank_step, self.form)
+        return [max(0.0, float(lost[rank - 1])) for rank in ranks]
+
     def plan(
         self,
         shapes: Mapping[str, Shape],
         model_weights: int,
-        sensitivity: Mapping[str, float] | None = None,
+        sensitivity: Mapping[str, Sensitivity] | None = None,
     ) -> dict[str, Method | None]:
         """Give every layer a rank so that the whole model loses ``reduction`` of its weights.
 
         Raises:
             ValueError: More is asked for than the layers can give; names the largest reduction.
         """
-        del sensitivity
         if self.rank is not None:
-            ranks = {n: self.rank if _saves(s, self.rank) else None for n, s in shapes.items()}
+            ranks: Ranks = {
+                name: self.rank if self._saves(shape) else None for name, shape in shapes.items()
+            }
         else:
-            target = (self.reduction or 0.0) * model_weights
-            smallest = sum(
-                _removed(s, self._ranks(s)[0]) for s in shapes.values() if self._ranks(s)
-            )
-            if target > smallest:
-                raise ValueError(
-                    f"reduction={self.reduction}: at most {smallest / model_weights:.3f} of the "
-                    f"model's weights can go (every matrix at rank {self.rank_step})"
-                )
-            ranks = self._uniform(shapes, target) if self.strategy == "uniform" else {}
-            if self.strategy != "uniform":
-                ranks = self._one_end(shapes, target)
+            ranks = self._planned_ranks(shapes, model_weights, sensitivity)
         return {
             name: None if rank is None else replace(self, reduction=None, rank=rank)
             for name, rank in ranks.items()
         }
+
+    def _saves(self, shape: Shape) -> bool:
+        if self.rank is None or self.rank >= min(shape):
+            return False
+        return num_stored(shape, self.rank, self.form) < num_stored(shape, None, self.form)
+
+    def _planned_ranks(
+        self,
+        shapes: Mapping[str, Shape],
+        model_weights: int,
+        sensitivity: Mapping[str, Sensitivity] | None,
+    ) -> Ranks:
+        wanted = self.reduction or 0.0
+        budget = Budget(shapes, wanted * model_weights, self.rank_step, self.form)
+        one_end = self.strategy in ("bottom", "top")
+        most = budget.most(keep=self.keep if one_end else 0.0)
+        if budget.removed > most:
+            remedy = f"at keep={self.keep}; lower keep" if one_end else "every matrix at rank "
+            remedy += "" if one_end else str(self.rank_step)
+            raise ValueError(
+                f"reduction={self.reduction}: at most {most / model_weights:.3f} of the model's "
+                f"weights can go ({remedy})"
+            )
+        if one_end:
+            return ranks_from_one_end(budget, self.keep, top=self.strategy == "top")
+        if self.strategy == "uniform" or sensitivity is None:
+            return uniform_ranks(budget)
+        return ranks_by_loss(
+            budget, {name: cast("list[float]", losses) for name, losses in sensitivity.items()}
+        )
 
     def compress(
         self, weight: Tensor, statistics: InputStatistics | None = None, *, seed: int = 0
@@ -108,10 +163,16 @@ class Lillama(Method, Tunable):
                 "lillama: plan() turns a reduction into ranks before a matrix is compressed"
             )
         rank = min(self.rank, *checked.shape)
+        pivoted = self.form == "pivoted"
+        layer = PivotedLowRankLinear if pivoted else LowRankLinear
         if self.start == "weights":
-            return LowRankLinear.from_factors(*svd_factors(checked, rank))
-        moment = checked_statistics(statistics, checked).second_moment
-        return LowRankLinear.from_factors(*activation_factors(checked, moment, rank))
+            return layer.from_factors(*svd_factors(checked, rank, balanced=not pivoted))
+        known = checked_statistics(statistics, checked)
+        importance = known.output_importance if self.start == "loss" else None
+        factors = output_factors(
+            checked, known.second_moment, rank, importance, balanced=not pivoted
+        )
+        return layer.from_factors(*factors)
 
     def loss_terms(self) -> tuple[Term, ...]:
         """Student block on the teacher's and on its own states, against the teacher block."""
@@ -124,77 +185,80 @@ class Lillama(Method, Tunable):
         cosine = functional.cosine_similarity(output, target, dim=-1)
         return (distance - functional.logsigmoid(cosine)).mean()
 
-    def _ranks(self, shape: Shape) -> list[int]:
-        """Candidate ranks that make a matrix smaller, rising."""
-        out_features, in_features = shape
-        limit = (out_features * in_features - 1) // (out_features + in_features)
-        return list(range(self.rank_step, limit + 1, self.rank_step))
 
-    def _fitting_rank(self, shape: Shape, keep: float) -> int | None:
-        """Return the largest candidate that keeps at most ``keep``, else the smallest one."""
-        candidates = self._ranks(shape)
-        fitting = [r for r in candidates if r * sum(shape) <= keep * shape[0] * shape[1]]
-        return fitting[-1] if fitting else (candidates[0] if candidates else None)
+class OutputDirections(NamedTuple):
+    """Orthonormal directions of weighted outputs ``G^½ W x``, by falling energy.
 
-    def _uniform(self, shapes: Mapping[str, Shape], target: float) -> dict[str, int | None]:
-        low, high = 0.0, 1.0  # keeping `low` removes enough, keeping `high` may not
-        for _ in range(40):
-            keep = (low + high) / 2
-            removed = sum(_removed(s, self._fitting_rank(s, keep)) for s in shapes.values())
-            low, high = (keep, high) if removed >= target else (low, keep)
-        return {name: self._fitting_rank(shape, low) for name, shape in shapes.items()}
+    Attributes:
+        energy: Mean square of the outputs along each, fp64 ``[min(out, in)]``.
+        vectors: Its columns, fp64 ``[out, min(out, in)]``.
+    """
 
-    def _one_end(self, shapes: Mapping[str, Shape], target: float) -> dict[str, int | None]:
-        ranks: dict[str, int | None] = dict.fromkeys(shapes)
-        missing = target
-        for name in shapes if self.strategy == "bottom" else reversed(list(shapes)):
-            if missing <= 0:
-                break
-            shape = shapes[name]
-            ranks[name] = self._fitting_rank(
-                shape, max(self.keep, 1 - missing / (shape[0] * shape[1]))
-            )
-            missing -= _removed(shape, ranks[name])
-        if missing > 0:
-            reachable = (target - missing) / target * (self.reduction or 0.0)
-            raise ValueError(
-                f"reduction={self.reduction}: at keep={self.keep} at most {reachable:.3f} of "
-                "the model's weights can go; lower keep"
-            )
-        return ranks
+    energy: Tensor
+    vectors: Tensor
 
 
-def svd_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return ``A = U_r Σ_r^½`` and ``B = Σ_r^½ V_rᵀ`` of the truncated SVD."""
-    U, sigma, Vt = torch.linalg.svd(weight.double(), full_matrices=False)
-    root = sigma[:rank].sqrt()
-    return (U[:, :rank] * root).float(), (root.unsqueeze(1) * Vt[:rank]).float()
+def output_directions(
+    weight: Tensor, second_moment: Tensor, importance: Tensor | None = None
+) -> OutputDirections:
+    """Return the principal directions of ``G^½ y``, ``y = W x``.
+
+    They are the eigenvectors of ``G^½ W H Wᵀ G^½``, found from the smaller side: where the outputs
+    are more than the inputs, from those of ``Lᵀ Wᵀ G W L`` with ``L Lᵀ = H``.
+
+    Args:
+        weight: ``W [out, in]``.
+        second_moment: ``H [in, in]``.
+        importance: Diagonal of G, positive ``[out]``; ones if None.
+    """
+    W = weight.double()
+    if importance is not None:
+        W = W * importance.double().sqrt().unsqueeze(1)
+    H = second_moment.double()
+    if W.shape[0] <= W.shape[1]:
+        energy, vectors = torch.linalg.eigh(W @ H @ W.t())  # ascending
+        return OutputDirections(energy.flip(0).clamp(min=0), vectors.flip(1))
+    values, basis = torch.linalg.eigh(H)
+    outputs = W @ (basis * values.clamp(min=0).sqrt())  # [out, in], their moment as that of G^½ y
+    energy, vectors = torch.linalg.eigh(outputs.t() @ outputs)
+    directions = torch.linalg.qr(outputs @ vectors.flip(1)).Q  # orthonormal where energy is 0, too
+    return OutputDirections(energy.flip(0).clamp(min=0), directions)
 
 
-def activation_factors(weight: Tensor, second_moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the factors that minimise ``E‖(W - A B) x‖²``.
+def output_factors(
+    weight: Tensor,
+    second_moment: Tensor,
+    rank: int,
+    importance: Tensor | None = None,
+    *,
+    balanced: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Return the factors ``A [out, rank]``, ``B [rank, in]`` of least ``E Σ_o g_o (y_o - ŷ_o)²``.
 
-    The optimum projects the outputs onto the leading eigenvectors of ``E[y yᵀ] = W H Wᵀ``:
-    ``A = U_r``, ``B = U_rᵀ W``. It equals whitening by any ``S`` with ``S Sᵀ = H`` followed by a
-    truncated SVD, but needs no inverse of ``S`` and so no damping when ``H`` is singular. Columns
-    of A and rows of B are scaled to equal norms.
+    The optimum projects the weighted outputs onto their leading directions ``U_r``:
+    ``A = G^-½ U_r``, ``B = U_rᵀ G^½ W``. Without weights it equals whitening by any ``S`` with
+    ``S Sᵀ = H`` followed by a truncated SVD, but needs no inverse of ``S`` and so no damping when
+    ``H`` is singular.
 
     Args:
         weight: ``W [out, in]``.
         second_moment: ``H [in, in]``.
         rank: Number of directions kept.
+        importance: Diagonal of G, positive ``[out]``; ones if None.
+        balanced: Scale columns of A and rows of B to equal norms.
     """
-    W = weight.double()
-    _, vectors = torch.linalg.eigh(W @ second_moment.double() @ W.t())  # ascending
-    U = vectors[:, -rank:].flip(1)  # [out, rank]
-    B = U.t() @ W
-    scale = B.norm(dim=1).clamp(min=1e-30).sqrt()  # [rank]
-    return (U * scale).float(), (B / scale.unsqueeze(1)).float()
+    U = output_directions(weight, second_moment, importance).vectors[:, :rank]
+    root = torch.ones_like(U[:, 0]) if importance is None else importance.double().sqrt()
+    B = (U * root.unsqueeze(1)).t() @ weight.double()
+    A = U / root.unsqueeze(1)
+    if not balanced:
+        return A.float(), B.float()
+    scale = (B.norm(dim=1).clamp(min=1e-30) / A.norm(dim=0)).sqrt()
+    return (A * scale).float(), (B / scale.unsqueeze(1)).float()
 
 
-def _saves(shape: Shape, rank: int) -> bool:
-    return rank * sum(shape) < shape[0] * shape[1]
-
-
-def _removed(shape: Shape, rank: int | None) -> int:
-    return 0 if rank is None else shape[0] * shape[1] - rank * sum(shape)
+def svd_factors(weight: Tensor, rank: int, *, balanced: bool = True) -> tuple[Tensor, Tensor]:
+    """Return ``A = U_r Σ_r^½`` and ``B = Σ_r^½ V_rᵀ`` of the truncated SVD, or with all Σ in B."""
+    U, sigma, Vt = torch.linalg.svd(weight.double(), full_matrices=False)
+    root = sigma[:rank].sqrt() if balanced else torch.ones_like(sigma[:rank])
+    return (U[:, :rank] * root).float(), ((sigma[:rank] / root).unsqueeze(1) * Vt[:rank]).float()

@@ -23,6 +23,7 @@ from llmpress.layers import (
     CompressedLinear,
     LowRankLinear,
     MixedLowRankLinear,
+    PivotedLowRankLinear,
     QuantizedLinear,
     SignLinear,
     SparseLinear,
@@ -231,7 +232,9 @@ def _cluscomp_workspace(settings: ClusComp, shape: Shape) -> int:
 def _low_rank(settings: SVD | Lillama, shape: Shape) -> CompressedLinear:
     wanted = settings.rank_of(*shape) if isinstance(settings, SVD) else settings.rank or 1
     rank = min(wanted, *shape)
-    return LowRankLinear(shape.in_features, shape.out_features, rank=rank)
+    pivoted = isinstance(settings, Lillama) and settings.form == "pivoted"
+    layer = PivotedLowRankLinear if pivoted else LowRankLinear
+    return layer(shape.in_features, shape.out_features, rank=rank)
 
 
 def _svd_cubes(shape: Shape) -> float:
@@ -258,15 +261,24 @@ def _lillama_work(settings: Lillama, shape: Shape) -> Work:
     rank = min(settings.rank or 1, o, n)
     if settings.start == "weights":
         return Work(svd_cubes=1.7 * _svd_cubes(shape), bytes_moved=60.0 * o * n)
-    flops = 2.0 * o * n * n + 2.0 * o * o * n + 2.0 * rank * o * n
-    return Work(fp64_flops=flops, eigh_cubes=float(o) ** 3, bytes_moved=60.0 * o * n)
+    small = min(shape)
+    cubes = float(small) ** 3 if o <= n else float(n) ** 3 + small**3
+    directions = Work(
+        fp64_flops=2.0 * o * n * n + 2.0 * small * o * n + (6.0 * o * n * n if o > n else 0.0),
+        eigh_cubes=cubes,
+    )
+    times = 2 if settings.strategy == "loss" else 1  # to weigh the layers, and here
+    pivoting = 6.0 * rank * rank * o if settings.form == "pivoted" else 0.0
+    factors = Work(fp64_flops=2.0 * rank * o * n + pivoting, bytes_moved=60.0 * o * n)
+    return directions * times + factors
 
 
 def _lillama_workspace(settings: Lillama, shape: Shape) -> int:
     o, n = shape
     if settings.start == "weights":
         return 8 * (5 * o * n + 6 * min(shape) ** 2)
-    return 8 * (3 * o * n + n * n + 5 * o * o)
+    small = min(shape)
+    return 8 * (5 * o * n + 3 * n * n + 5 * small * small)
 
 
 def _sparse(settings: Magnitude, shape: Shape) -> CompressedLinear:
@@ -343,7 +355,7 @@ METHOD_COSTS: Mapping[str, MethodCost] = {
     "cluscomp": MethodCost(_codebook, _cluscomp_work, _cluscomp_workspace, exact=False),
     "delta_come": MethodCost(_mixed_low_rank, _delta_come_work, _delta_come_workspace, exact=False),
     "gptq": MethodCost(_quantized, _gptq_work, _gptq_workspace),
-    "lillama": MethodCost(_low_rank, _lillama_work, _lillama_workspace),
+    "lillama": MethodCost(_low_rank, _lillama_work, _lillama_workspace, exact=False),
     "magnitude": MethodCost(_sparse, _magnitude_work, _per_weight(60)),
     "rtn": MethodCost(_quantized, _rtn_work, _per_weight(48)),
     "svd": MethodCost(_low_rank, _svd_work, _svd_workspace),

@@ -521,7 +521,7 @@ def _trainable(layer: CompressedLinear | None) -> int:
 def _multiplied(layer: CompressedLinear | None, shape: Collection[int]) -> int:
     """Return the multiply-adds per token of a compressed layer in a forward pass."""
     if isinstance(layer, LowRankLinear):
-        return layer.rank * (layer.in_features + layer.out_features)
+        return layer.A.numel() + layer.B.numel()
     return math.prod(shape)
 
 

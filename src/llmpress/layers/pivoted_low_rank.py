@@ -1,0 +1,86 @@
+"""A weight of low rank stored without redundancy: some of its rows, and the others from them.
+
+Two factors of rank r hold ``r²`` numbers more than a matrix of rank r has degrees of freedom. Here
+``Ŵ[order[:r]] = B`` are r rows of ``Ŵ`` as they are, and ``Ŵ[order[r:]] = A B``.
+
+Source: pivoting factorization (PIFA), arXiv 2501.19090.
+"""
+
+import torch
+from scipy.linalg import qr, solve_triangular
+from torch import Tensor
+from torch.nn import functional
+
+from llmpress.layers.base import frozen
+from llmpress.layers.low_rank import LowRankLinear
+
+
+class PivotedLowRankLinear(LowRankLinear):
+    """``z = x Bᵀ`` are ``rank`` of the outputs; the others are ``z Aᵀ``.
+
+    ``A [out - rank, rank]``, ``B [rank, in]``, and ``order [out]``, the outputs that ``B`` gives
+    before those that ``A`` gives.
+
+    Args:
+        rank: Rows that are stored, fewer than there are.
+        dtype: Stored dtype of ``A`` and ``B``.
+    """
+
+    kind = "pivoted_low_rank"
+
+    order: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int,
+        dtype: str = "bfloat16",
+        bias: bool = False,
+    ) -> None:
+        super().__init__(in_features, out_features, rank=rank, dtype=dtype, bias=bias)
+        stored = getattr(torch, dtype)
+        self.A = frozen(torch.empty(out_features - rank, rank, dtype=stored))
+        narrow = torch.int16 if out_features <= 1 << 15 else torch.int32
+        self.register_buffer("order", torch.empty(out_features, dtype=narrow))
+
+    @classmethod
+    def from_factors(cls, A: Tensor, B: Tensor, dtype: str = "bfloat16") -> "PivotedLowRankLinear":
+        """Store the product of ``A [out, rank]`` and ``B [rank, in]``.
+
+        Rows are chosen by QR with column pivoting of ``Aᵀ``, which keeps the entries of the stored
+        ``A`` small.
+
+        Raises:
+            ValueError: ``A`` has not the rank it should have.
+        """
+        layer = cls(B.shape[1], A.shape[0], rank=A.shape[1], dtype=dtype)
+        rank = layer.rank
+        _, R, order = qr(A.detach().double().cpu().numpy().T, mode="economic", pivoting=True)
+        if abs(R[rank - 1, rank - 1]) <= 1e-12 * abs(R[0, 0]):
+            raise ValueError(f"factors of rank {rank} span fewer directions")
+        others = torch.from_numpy(solve_triangular(R[:, :rank], R[:, rank:])).t()
+        rows = torch.from_numpy(order).to(A.device)
+        layer.A.data = others.to(A.device, layer.A.dtype).contiguous()
+        layer.B.data = (A.double()[rows[:rank]] @ B.double()).to(layer.B.dtype).contiguous()
+        layer.order = rows.to(layer.order.dtype)
+        return layer
+
+    def dequantize(self) -> Tensor:
+        """Return ``Ŵ`` as fp32 ``[out, in]``."""
+        B = self.B.float()
+        return torch.cat([B, self.A.float() @ B])[self._places()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x [..., in]`` to ``[..., out]`` without forming the dense weight."""
+        z = functional.linear(x, self.B.to(x.dtype))
+        y = torch.cat([z, functional.linear(z, self.A.to(z.dtype))], dim=-1)[..., self._places()]
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _places(self) -> Tensor:
+        """Return where each output stands in ``order``, int64 ``[out]``."""
+        places = torch.empty(self.out_features, dtype=torch.int64, device=self.order.device)
+        return places.scatter_(
+            0, self.order.long(), torch.arange(self.out_features, device=self.order.device)
+        )
