@@ -145,10 +145,9 @@ def _on(statistics: InputStatistics, device: torch.device) -> InputStatistics:
 
 
 def totals(records: Sequence[LayerRecord], model_weights: int) -> dict[str, float]:
-    """Return the true size over all compressed layers; dense ones do not count as compressed."""
-    compressed = [r for r in records if r.kind != "dense"]
-    weights = sum(r.shape[0] * r.shape[1] for r in compressed)
-    bits = sum(r.stored_bits for r in compressed)
+    """Return the true size over all compressible layers, those that were left dense included."""
+    weights = sum(r.shape[0] * r.shape[1] for r in records)
+    bits = sum(r.stored_bits for r in records)
     return {
         "compressed_weights": weights,
         "stored_bits": bits,

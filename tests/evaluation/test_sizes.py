@@ -5,6 +5,7 @@ import pytest
 from safetensors import safe_open
 
 from llmpress.artifacts import artifact_folder, read_provenance, write_json
+from llmpress.compression import LayerRecord, totals
 from llmpress.evaluation.metrics import Cost
 from llmpress.evaluation.sizes import compressed_size, cost, delta_size, model_size
 
@@ -78,3 +79,13 @@ def test_finetuning_adds_its_own_cost(tmp_path: Path) -> None:
     assert (found.compress_seconds, found.compress_peak_memory_bytes) == (3.5, 0)
     assert found.finetune_seconds == provenance["seconds"]
     assert found.finetune_peak_memory_bytes == provenance["peak_memory_bytes"]
+
+
+def test_layers_left_dense_count_with_their_bits() -> None:
+    def record(kind: str, stored_bits: int) -> LayerRecord:
+        return LayerRecord("layer", kind, {}, (8, 10), stored_bits, 0.0, 0.0, None, 0.0)
+
+    size = totals([record("low_rank", 640), record("dense", 1280)], 1000)
+    assert size["compressed_weights"] == 160
+    assert size["stored_bits"] == 1920
+    assert size["bits_per_weight"] == 12

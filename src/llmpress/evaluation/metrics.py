@@ -62,9 +62,9 @@ class Size(Record):
         "indices and padding included. A model: bits of the dtype it is stored in."
     )
     compressed_weights: NonNegativeInt = Field(
-        description="Weights of the linear layers that are stored compressed; layers that a method "
-        "leaves dense do not count. A model, and one with adapters: weights of the linear layers "
-        "of its decoder blocks."
+        description="Weights of the linear layers that the method was given; those that it left "
+        "dense count, with 16 bits each. A model, and one with adapters: weights of the linear "
+        "layers of its decoder blocks."
     )
     stored_bits: NonNegativeInt = Field(description="Bits stored for those layers.")
     model_weights: NonNegativeInt = Field(

@@ -138,11 +138,10 @@ class Lillama(Method, Tunable):
         one_end = self.strategy in ("bottom", "top")
         most = budget.most(keep=self.keep if one_end else 0.0)
         if budget.removed > most:
-            remedy = f"at keep={self.keep}; lower keep" if one_end else "every matrix at rank "
-            remedy += "" if one_end else str(self.rank_step)
+            how = f"keep={self.keep}; lower keep" if one_end else f"rank {self.rank_step}"
             raise ValueError(
-                f"reduction={self.reduction}: at most {most / model_weights:.3f} of the model's "
-                f"weights can go ({remedy})"
+                f"reduction={self.reduction}: at most {most / model_weights:.3f} of the "
+                f"model's weights can go (every matrix at {how})"
             )
         if one_end:
             return ranks_from_one_end(budget, self.keep, top=self.strategy == "top")

@@ -51,7 +51,7 @@ def _dense_layers(results: Results, layers: pd.DataFrame) -> Iterator[Skipped]:
                 + (f" and {more} more" if more > 0 else ""),
                 f"The plan of {(result and result.method) or 'its method'} gives them no share: "
                 "the budget is met without them, or no allowed rank makes them smaller. They stay "
-                "at 16 bits and do not count in bits per weight.",
+                "at 16 bits, which count in bits per weight.",
             )
 
 
