@@ -204,6 +204,25 @@ def test_a_rerun_after_a_kill_continues_and_gives_the_same_bytes(
     assert not (tmp_path / "scratch").exists()
 
 
+def test_a_rerun_knows_a_best_state_from_before_the_checkpoint(
+    tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = loop._HeldOut._judge
+    monkeypatch.setattr(
+        loop._HeldOut,
+        "_judge",
+        lambda self, values, step: judge(self, values, step) + abs(step - 2),
+    )
+    whole = content(tune())
+    assert read_json(tmp_path / "out" / "training.json")["best_step"] == 2
+    shutil.rmtree(tmp_path / "out")
+    stop_at(6, monkeypatch)
+    with pytest.raises(Killed):
+        tune()
+    assert checkpoints(tmp_path)[-1].name == "checkpoint-4"
+    assert content(tune()) == whole
+
+
 def test_a_damaged_checkpoint_is_not_continued_from(
     tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
