@@ -1,7 +1,7 @@
 """A weight of low rank stored without redundancy: some of its rows, and the others from them.
 
 Two factors of rank r hold ``r²`` numbers more than a matrix of rank r has degrees of freedom. Here
-``Ŵ[order[:r]] = B`` are r rows of ``Ŵ`` as they are, and ``Ŵ[order[r:]] = A B``.
+``B`` are r rows of ``Ŵ`` as they are and ``A B`` the others, so that ``Ŵ = [B; A B][place]``.
 
 Source: pivoting factorization (PIFA), arXiv 2501.19090.
 """
@@ -18,8 +18,8 @@ from llmpress.layers.low_rank import LowRankLinear
 class PivotedLowRankLinear(LowRankLinear):
     """``z = x Bᵀ`` are ``rank`` of the outputs; the others are ``z Aᵀ``.
 
-    ``A [out - rank, rank]``, ``B [rank, in]``, and ``order [out]``, the outputs that ``B`` gives
-    before those that ``A`` gives.
+    ``A [out - rank, rank]``, ``B [rank, in]``, and ``place [out]``: where each output stands among
+    those that ``B`` gives and then those that ``A`` gives.
 
     Args:
         rank: Rows that are stored, fewer than there are.
@@ -28,7 +28,7 @@ class PivotedLowRankLinear(LowRankLinear):
 
     kind = "pivoted_low_rank"
 
-    order: Tensor
+    place: Tensor
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class PivotedLowRankLinear(LowRankLinear):
         stored = getattr(torch, dtype)
         self.A = frozen(torch.empty(out_features - rank, rank, dtype=stored))
         narrow = torch.int16 if out_features <= 1 << 15 else torch.int32
-        self.register_buffer("order", torch.empty(out_features, dtype=narrow))
+        self.register_buffer("place", torch.empty(out_features, dtype=narrow))
 
     @classmethod
     def from_factors(cls, A: Tensor, B: Tensor, dtype: str = "bfloat16") -> "PivotedLowRankLinear":
@@ -64,23 +64,17 @@ class PivotedLowRankLinear(LowRankLinear):
         rows = torch.from_numpy(order).to(A.device)
         layer.A.data = others.to(A.device, layer.A.dtype).contiguous()
         layer.B.data = (A.double()[rows[:rank]] @ B.double()).to(layer.B.dtype).contiguous()
-        layer.order = rows.to(layer.order.dtype)
+        layer.place = rows.argsort().to(layer.place.dtype)
         return layer
 
     def dequantize(self) -> Tensor:
         """Return ``Ŵ`` as fp32 ``[out, in]``."""
         B = self.B.float()
-        return torch.cat([B, self.A.float() @ B])[self._places()]
+        return torch.cat([B, self.A.float() @ B])[self.place.long()]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., in]`` to ``[..., out]`` without forming the dense weight."""
         z = functional.linear(x, self.B.to(x.dtype))
-        y = torch.cat([z, functional.linear(z, self.A.to(z.dtype))], dim=-1)[..., self._places()]
+        y = torch.cat([z, functional.linear(z, self.A.to(z.dtype))], dim=-1)
+        y = y.gather(-1, self.place.long().expand_as(y))  # half the time of an index, on a CPU
         return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    def _places(self) -> Tensor:
-        """Return where each output stands in ``order``, int64 ``[out]``."""
-        places = torch.empty(self.out_features, dtype=torch.int64, device=self.order.device)
-        return places.scatter_(
-            0, self.order.long(), torch.arange(self.out_features, device=self.order.device)
-        )
