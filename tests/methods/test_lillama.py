@@ -99,6 +99,12 @@ def test_the_sensitivity_is_the_loss_of_each_candidate_rank(felt: bool) -> None:
         assert loss(error) * unit == pytest.approx(expected, rel=0.02)  # stored in bf16
 
 
+def test_a_layer_that_the_loss_does_not_feel_costs_nothing() -> None:
+    statistics = InputStatistics(correlated(64, 100), 400, torch.zeros(40))
+    losses = Lillama(reduction=0.5).sensitivity(torch.randn(40, 64), statistics)
+    assert losses == [0.0] * 4
+
+
 def test_both_forms_stand_for_the_same_matrix() -> None:
     weight, statistics = torch.randn(40, 64), InputStatistics(correlated(64, 100), 400)
     factors = Lillama(rank=16, form="factors").compress(weight, statistics)

@@ -93,9 +93,12 @@ class Lillama(Method, Tunable):
         """
         checked = checked_weight(weight)
         known = checked_statistics(statistics, checked)
-        energy = output_directions(checked, known.second_moment, known.output_importance).energy
+        importance = known.output_importance
+        energy = output_directions(checked, known.second_moment, importance).energy
         lost = energy.sum() - energy.cumsum(0)
-        if known.output_sensitivity is None:
+        if known.output_sensitivity is not None and importance is None:  # nothing is felt
+            lost *= 0
+        elif importance is None:
             lost *= checked.numel() / energy.sum().clamp(min=torch.finfo(energy.dtype).tiny)
         ranks = candidate_ranks(Shape(*checked.shape), self.rank_step, self.form)
         return [max(0.0, float(lost[rank - 1])) for rank in ranks]
