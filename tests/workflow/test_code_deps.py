@@ -14,7 +14,7 @@ LEVELS = (
     {"errors", "packing", "linalg", "uniform", "error_feedback", "vector_feedback"},
     {"kernels"},
     {"layers"},
-    {"methods", "codebooks"},
+    {"methods", "codebooks", "ranks"},
     {"architectures", "artifacts", "blocks", "compression", "environment", "resume", "tuning"},
     {"report", "cli"},
 )
