@@ -277,7 +277,7 @@ def test_a_loss_that_is_not_finite_names_the_rate(
 def test_adapters(tune: Tune, tiny_model_folder: Path, trains: Trains) -> None:
     out = tune(trains=trains, rate=1e-2)
     record = read_json(out / "training.json")
-    assert record["loss_after"] < 0.98 * record["loss_before"]
+    assert record["loss_after"] < 0.97 * record["loss_before"]
     assert record["best_step"] > 0
     stored = load_file(out / adapters.ADAPTER_WEIGHTS)
     assert record["trainable_parameters"] == sum(tensor.numel() for tensor in stored.values())
