@@ -22,7 +22,7 @@ from llmpress.tuning import BlockRecord, TuningSettings, tune_blocks
 CPU = torch.device("cpu")
 METHODS = {
     "cluscomp": (ClusComp(num_entries=24, vector_size=4), 0.03),
-    "lillama": (Lillama(reduction=0.4, start="weights"), 0.01),
+    "lillama": (Lillama(reduction=0.25, start="weights"), 0.003),
 }
 
 

@@ -3,7 +3,7 @@
 A rank of None leaves a matrix dense. Sizes are in numbers of 16 bits, the dtype of the factors.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -57,10 +57,9 @@ class Budget(NamedTuple):
         shape = self.shapes[name]
         return num_stored(shape, None, self.form) - num_stored(shape, rank, self.form)
 
-    def most(self, names: Iterable[str] | None = None, keep: float = 0.0) -> int:
-        """Return the most that can go, from some of the matrices, with a share of each kept."""
-        names = self.shapes if names is None else names
-        return sum(self.saved(name, self.rank_keeping(name, keep)) for name in names)
+    def most(self, keep: float = 0.0) -> int:
+        """Return what goes when each matrix keeps this share, or as little as it can."""
+        return sum(self.saved(name, self.rank_keeping(name, keep)) for name in self.shapes)
 
     def rank_keeping(self, name: str, share: float) -> int | None:
         """Return the largest candidate that keeps at most ``share`` of a matrix, else the least."""

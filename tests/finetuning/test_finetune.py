@@ -94,12 +94,12 @@ def changed(before: Path, after: Path) -> set[str]:
 def test_only_what_may_train_changes_and_the_loss_falls(
     tune: Tune, compressed: Make, start: str, norms: bool, trained: tuple[str, ...]
 ) -> None:
-    rate = 3e-2 if start == "cluscomp" else 1e-2
+    rate = 3e-2 if start == "cluscomp" else 2e-2
     out = tune(start=start, norms=norms, rate=rate)
     names = changed(compressed(start), out)
     assert names == {name for name in tensors(out) if name.endswith(trained)}
     record = read_json(out / "training.json")
-    assert record["loss_after"] < 0.98 * record["loss_before"]
+    assert record["loss_after"] < 0.97 * record["loss_before"]
     assert record["loss_after"] == min(loss for _, loss in record["held_out"])
     assert [step for step, _ in record["held_out"]] == [0, 2, 4, 6]
     assert len(record["losses"]) == 6

@@ -19,7 +19,7 @@ from llmpress.layers import CompressedLinear
 from llmpress.methods import known_methods
 from llmpress.model_compression import compress_model
 from llmpress.planning import ModelShapes, sizes
-from llmpress.planning.costs import METHOD_COSTS
+from llmpress.planning.costs import METHOD_COSTS, knows_layers
 from llmpress.planning.shapes import TensorSpec
 from llmpress.runs import build_method
 
@@ -29,6 +29,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("cluscomp", {"num_entries": 5, "vector_size": 3, "iterations": 1}),
     ("delta_come", {"bits": 3.0}),
     ("gptq", {"num_bits": 3, "group_size": 48}),
+    ("lillama", {"reduction": 0.3, "strategy": "uniform"}),
     ("lillama", {"reduction": 0.3, "rank_step": 2}),
     ("lillama", {"rank": 16, "form": "factors"}),
     ("lillama", {"reduction": 0.1, "strategy": "top"}),
@@ -40,7 +41,9 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
 ]
 IDS = [f"{name} {' '.join(settings)}".strip() for name, settings in METHODS]
 # what is spread by loss or from one end may leave layers dense, which a delta cannot have
-DELTA_METHODS = [(n, s) for n, s in METHODS if n != "lillama" or "rank" in s]
+DELTA_METHODS = [
+    (n, s) for n, s in METHODS if n != "lillama" or "rank" in s or s.get("strategy") == "uniform"
+]
 DELTA_IDS = [f"{name} {' '.join(settings)}".strip() for name, settings in DELTA_METHODS]
 
 Layers = Mapping[str, CompressedLinear | None]
@@ -103,7 +106,7 @@ def test_compressed_model(
     )
 
     layers = sizes.planned_layers(tiny, name, method)
-    exact = METHOD_COSTS[name].exact
+    exact = knows_layers(name, method)
 
     predicted = sizes.compressed_model_size(tiny, layers, exact=exact)
     check_layers(predicted, layers, tiny, tmp_path / "out")
@@ -133,7 +136,7 @@ def test_compressed_delta(
 
     exact_tensors = list(read_json(tiny_delta / "delta.json")["exact"])
     predicted = sizes.compressed_delta_size(
-        tiny, layers, exact=METHOD_COSTS[name].exact, exact_tensors=exact_tensors
+        tiny, layers, exact=knows_layers(name, method), exact_tensors=exact_tensors
     )
 
     check_layers(predicted, layers, tiny, tmp_path / "out")

@@ -262,10 +262,10 @@ def _lillama_work(settings: Lillama, shape: Shape) -> Work:
     if settings.start == "weights":
         return Work(svd_cubes=1.7 * _svd_cubes(shape), bytes_moved=60.0 * o * n)
     small = min(shape)
-    cubes = float(small) ** 3 if o <= n else float(n) ** 3 + small**3
+    tall = o > n  # then the second moment is decomposed, too, and the directions made orthonormal
     directions = Work(
-        fp64_flops=2.0 * o * n * n + 2.0 * small * o * n + (6.0 * o * n * n if o > n else 0.0),
-        eigh_cubes=cubes,
+        fp64_flops=2.0 * o * n * n + 2.0 * small * o * n + (6.0 * o * n * n if tall else 0.0),
+        eigh_cubes=float(small) ** 3 * (2 if tall else 1),
     )
     times = 2 if settings.strategy == "loss" else 1  # to weigh the layers, and here
     pivoting = 6.0 * rank * rank * o if settings.form == "pivoted" else 0.0
@@ -355,12 +355,17 @@ METHOD_COSTS: Mapping[str, MethodCost] = {
     "cluscomp": MethodCost(_codebook, _cluscomp_work, _cluscomp_workspace, exact=False),
     "delta_come": MethodCost(_mixed_low_rank, _delta_come_work, _delta_come_workspace, exact=False),
     "gptq": MethodCost(_quantized, _gptq_work, _gptq_workspace),
-    "lillama": MethodCost(_low_rank, _lillama_work, _lillama_workspace, exact=False),
+    "lillama": MethodCost(_low_rank, _lillama_work, _lillama_workspace),
     "magnitude": MethodCost(_sparse, _magnitude_work, _per_weight(60)),
     "rtn": MethodCost(_quantized, _rtn_work, _per_weight(48)),
     "svd": MethodCost(_low_rank, _svd_work, _svd_workspace),
 }
 """Every method of `llmpress.methods`; a new one adds its row."""
+
+
+def knows_layers(name: str, method: Method) -> bool:
+    """Return whether a plan without calibration gives each layer exactly what it will get."""
+    return METHOD_COSTS[name].exact and not method.spreads_budget
 
 
 def layer_work(name: str, method: Method, shape: Shape) -> Work:

@@ -21,7 +21,14 @@ from llmpress.finetuning.settings import ADAPTERS, FinetuningSettings, Trains
 from llmpress.layers import CodebookLinear, CompressedLinear, LowRankLinear
 from llmpress.methods.base import Method, Tunable
 from llmpress.planning import sizes
-from llmpress.planning.costs import METHOD_COSTS, Work, dequantize_bytes, layer_work, total
+from llmpress.planning.costs import (
+    METHOD_COSTS,
+    Work,
+    dequantize_bytes,
+    knows_layers,
+    layer_work,
+    total,
+)
 from llmpress.planning.shapes import ModelShapes
 from llmpress.tuning import TuningSettings
 
@@ -143,7 +150,7 @@ def compress(model: ModelShapes, method_name: str, method: Method) -> Estimate:
         ValueError: A budget that the model or a layer cannot meet.
     """
     layers = sizes.planned_layers(model, method_name, method)
-    artifact = sizes.compressed_model_size(model, layers, exact=METHOD_COSTS[method_name].exact)
+    artifact = sizes.compressed_model_size(model, layers, exact=knows_layers(method_name, method))
     pending = min(artifact.tensor_bytes, sizes.MODEL_SHARD_BYTES)
     largest_rest = max(t.num_entries * 2 for t in model.tensors.values())  # an embedding, as bf16
     return _compression(
@@ -161,7 +168,7 @@ def compress_delta(
     """
     layers = sizes.planned_layers(model, method_name, method)
     artifact = sizes.compressed_delta_size(
-        model, layers, exact=METHOD_COSTS[method_name].exact, exact_tensors=exact_tensors
+        model, layers, exact=knows_layers(method_name, method), exact_tensors=exact_tensors
     )
     pending = min(artifact.tensor_bytes, sizes.DELTA_SHARD_BYTES)
     mapped = sizes.delta_size(model, exact_tensors).tensor_bytes
@@ -221,7 +228,7 @@ def finetune(
         raise ConfigError(f"method {method_name!r} has nothing to finetune")
     layers = sizes.planned_layers(model, method_name, method)
     artifact = sizes.compressed_model_size(
-        model, layers, exact=METHOD_COSTS[method_name].exact, blocks=len(model.blocks)
+        model, layers, exact=knows_layers(method_name, method), blocks=len(model.blocks)
     )
     terms = method.loss_terms()
     student_chains = len({term.student_input for term in terms})
