@@ -3,6 +3,7 @@
 A folder is an artifact of llmpress, a model as it is, or the dense weights that another tool's
 quantized model stands for with a peer.json beside them (benchmarks/peers/). Perplexity is that of
 the test text's first windows; KL is the mean divergence from the original's predictions, in nats.
+Accuracy is zero-shot, length-normalised where lm-eval does so, in bf16.
 
     python benchmarks/quality.py data/models/smollm2 data/compressed/gptq-3bit
 """
@@ -15,6 +16,7 @@ import subprocess
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import mean
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,13 +25,20 @@ import typer
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from llmpress.artifacts import PROVENANCE, fingerprint, read_json, read_provenance
+from llmpress.artifacts import (
+    PROVENANCE,
+    fingerprint,
+    folder_bytes,
+    read_json,
+    read_provenance,
+)
 from llmpress.calibration import INDEX
 from llmpress.corpora import load_text, token_windows
 from llmpress.environment import hardware, packages
 from llmpress.evaluation.comparison import folder_size
 from llmpress.evaluation.likelihood import likelihood
 from llmpress.evaluation.sizes import cost
+from llmpress.evaluation.tasks import TaskScore, evaluate_tasks
 from llmpress.hf import dequantized, load_model, load_tokenizer
 
 PEER = "peer.json"
@@ -65,6 +74,8 @@ def main(
     ),
     windows: int = typer.Option(16, min=1, help="Windows of each test text."),
     length: int = typer.Option(512, min=2, help="Tokens of a window."),
+    tasks: list[Path] = typer.Option([], help="Task folders, for accuracy; repeatable."),
+    items: int = typer.Option(300, min=1, help="Items of each task, the same for every model."),
     calibrations: list[Path] = typer.Option(
         [Path("data/calibration"), Path("build/quality")],
         help="Where calibrations are looked for, for the number of their tokens.",
@@ -76,7 +87,7 @@ def main(
     out: Path = typer.Option(Path("benchmarks/results/quality.csv"), help="Rows are appended."),
 ) -> None:
     """Measure perplexity and divergence in fp32 and append a row per folder."""
-    for folder in (*folders, *text, original):
+    for folder in (*folders, *text, *tasks, original):
         if not folder.is_dir():
             raise SystemExit(f"error: {folder}: no such folder; make report makes the default ones")
     if name is not None and len(folders) > 1:
@@ -99,10 +110,15 @@ def main(
             for corpus, tokens in cut.items()
         }
         del model
+        scores = accuracies(folder, tasks, items)
         row = {"name": name or folder.name} | described(folder, calibrations)
         row |= {f"perplexity_{c}": round(r.perplexity, 4) for c, r in results.items()}
         row |= {f"kl_nats_{c}": round(r.kl_divergence_nats, 5) for c, r in results.items()}
         row |= {f"top1_agreement_{c}": round(r.top1_agreement, 4) for c, r in results.items()}
+        if scores:
+            row |= {f"accuracy_{name}": score.accuracy for name, score in scores.items()}
+            row |= {"mean_accuracy": mean(score.accuracy for score in scores.values())}
+            row |= {"model_bytes": folder_bytes(folder), "items": items}
         row |= {
             "windows": windows,
             "length": length,
@@ -119,9 +135,20 @@ def main(
         tqdm.write(
             ", ".join(f"{key}={row[key]}" for key in ("name", "bits_per_weight"))
             + "".join(
-                f", {key}={value}" for key, value in row.items() if key.startswith(("perp", "kl"))
+                f", {key}={value}"
+                for key, value in row.items()
+                if key.startswith(("perp", "kl", "mean_acc"))
             )
         )
+
+
+def accuracies(folder: Path, tasks: Iterable[Path], items: int) -> dict[str, TaskScore]:
+    """Return zero-shot accuracy by task."""
+    folders = {task.name: task for task in tasks}
+    if not folders:
+        return {}
+    model = dequantized(load_model(folder, dtype=torch.bfloat16))
+    return evaluate_tasks(model, load_tokenizer(folder), folders, dict.fromkeys(folders, items))
 
 
 def described(folder: Path, calibrations: Iterable[Path]) -> dict[str, Any]:

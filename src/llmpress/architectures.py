@@ -2,10 +2,44 @@
 
 The rule: the blocks are the longest ``ModuleList`` that is not itself inside another one, and every
 ``nn.Linear`` inside a block is compressible. Embeddings and the language-model head lie outside the
-blocks and stay as they are.
+blocks and stay as they are. Of a mixture of experts each matrix of each expert is a linear, see
+`llmpress.experts`. What the rule does not know of an architecture stands in the tables here.
 """
 
+from collections.abc import Mapping
+from fnmatch import fnmatch
+
 from torch import nn
+
+ROUTERS = ("*.router", "*.router.layer", "*.mlp.gate", "*.shared_expert_gate")
+"""Linears that choose experts: tiny, and an error in them sends tokens to another expert."""
+
+_MIXTRAL = {
+    ".block_sparse_moe.": ".mlp.",
+    ".w1.": ".gate_proj.",
+    ".w3.": ".up_proj.",
+    ".w2.": ".down_proj.",
+}
+
+STORED_NAMES: Mapping[str, Mapping[str, str]] = {
+    "gpt_neox": {"embed_out.": "lm_head."},
+    "mixtral": _MIXTRAL,
+}
+"""By model type, parts of names in published checkpoints and what they are called in the model."""
+
+
+def module_name(model_type: str, stored: str) -> str:
+    """Return what a tensor of a published checkpoint is called in the model."""
+    for part, name in STORED_NAMES.get(model_type, {}).items():
+        stored = stored.replace(part, name)
+    return stored
+
+
+def stored_name(model_type: str, name: str) -> str:
+    """Return what a tensor of the model is called in a published checkpoint."""
+    for part, new in STORED_NAMES.get(model_type, {}).items():
+        name = name.replace(new, part)
+    return name
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -37,6 +71,7 @@ def block_linears(model: nn.Module) -> list[dict[str, nn.Linear]]:
             f"{prefix}.{index}.{name}": module
             for name, module in block.named_modules()
             if isinstance(module, nn.Linear)
+            and not any(fnmatch(f".{name}", pattern) for pattern in ROUTERS)
         }
         for index, block in enumerate(blocks)
     ]

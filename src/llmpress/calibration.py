@@ -1,8 +1,10 @@
 """What calibration text tells of a model: the second moment of every linear layer's input."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,13 +13,20 @@ from torch import Tensor, nn
 
 from llmpress.artifacts import read_json, read_provenance, save_tensors, write_json
 from llmpress.blocks import BlockWalk, progress
-from llmpress.errors import ArtifactError, NumericalError
+from llmpress.errors import ArtifactError, NumericalError, SourceError
+from llmpress.expert_statistics import second_moments
+from llmpress.experts import ExpertMatrix, expert_matrix
+from llmpress.linear_calls import LinearCall, LinearCalls, rows
 from llmpress.methods.base import InputStatistics
 from llmpress.sensitivity import output_sensitivity
 
 WINDOWS = "windows.safetensors"
 INDEX = "index.json"
 SENSITIVITY = "sensitivity.safetensors"
+FEW_TOKENS = 100
+"""An expert that saw fewer than this is worth a warning."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,7 @@ class Statistics(Mapping[str, InputStatistics]):
         index = read_json(folder / INDEX)
         self._where: dict[str, tuple[str, str]] = {k: tuple(v) for k, v in index["layers"].items()}
         self._num_tokens: int = index["num_tokens"]
+        self._tokens: dict[str, int] = index.get("tokens", {})
         self._felt: frozenset[str] = frozenset(index.get("sensitivity", ()))
 
     def __getitem__(self, name: str) -> InputStatistics:
@@ -83,7 +93,7 @@ class Statistics(Mapping[str, InputStatistics]):
             raise ArtifactError(
                 f"{self.folder / file}: damaged ({error}); calibrate again"
             ) from None
-        return InputStatistics(moment, self._num_tokens, felt)
+        return InputStatistics(moment, self._tokens.get(name, self._num_tokens), felt)
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names of all layers."""
@@ -151,6 +161,7 @@ def save_calibration(
     save_tensors({"calibration": windows, "validation": validation}, folder / WINDOWS)
     hidden_states = walk.embed(windows)
     where: dict[str, tuple[str, str]] = {}
+    tokens: dict[str, int] = {}
     for index in progress(range(len(walk)), "calibrate blocks"):
         block = walk.load(index)
         file = f"moments-{index:03d}.safetensors"
@@ -159,14 +170,42 @@ def save_calibration(
         moments = inputs.moments()
         save_tensors(moments, folder / file)
         for name, leader in inputs.leaders.items():
-            where[f"{walk.prefix}.{index}.{name}"] = (file, leader)
+            full_name = f"{walk.prefix}.{index}.{name}"
+            where[full_name] = (file, leader)
+            if expert_matrix(full_name):
+                tokens[full_name] = inputs.tokens.get(leader, 0)
         del block, inputs, moments  # before the next block is there
     felt: dict[str, Tensor] = {}
     if sensitivity_windows is not None and len(sensitivity_windows):
         felt = output_sensitivity(walk, sensitivity_windows, seed, folder)
         save_tensors(felt, folder / SENSITIVITY)
     index_record = {"num_tokens": windows.numel(), "layers": where, "sensitivity": sorted(felt)}
+    if tokens:
+        index_record["tokens"] = tokens
+        _warn_of_rare_experts(tokens)
     write_json(folder / INDEX, index_record)
+
+
+def _warn_of_rare_experts(tokens: Mapping[str, int]) -> None:
+    """Say how many experts lean on the others' statistics because they saw few tokens."""
+    counts = {matrix.group + f".{matrix.number}": n for matrix, n in _by_expert(tokens)}
+    rare = sorted((n, name) for name, n in counts.items() if n < FEW_TOKENS)
+    if rare:
+        logger.warning(
+            "%d of %d experts saw fewer than %d calibration tokens (%s: %d) and lean on the "
+            "statistics of the others; calibrate on more text",
+            len(rare),
+            len(counts),
+            FEW_TOKENS,
+            rare[0][1],
+            rare[0][0],
+        )
+
+
+def _by_expert(tokens: Mapping[str, int]) -> Iterator[tuple[ExpertMatrix, int]]:
+    for name, count in tokens.items():
+        if matrix := expert_matrix(name):
+            yield matrix, count
 
 
 class InputMoments:
@@ -174,57 +213,77 @@ class InputMoments:
 
     Linears that are given the very same tensor (q, k and v; gate and up) share one sum, named after
     the first of them.
+
+    Attributes:
+        leaders: For each linear, whose sum it shares.
+        tokens: For each leader that was used, how many tokens it got.
     """
 
     def __init__(self, block: nn.Module) -> None:
-        self.linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+        self._calls = LinearCalls(block, self._add)
+        self._widths = {name: m.in_features for name, m in self._calls.linears.items()}
         self.leaders: dict[str, str] = {}
         self._sums: dict[str, Tensor] = {}
-        self._tokens: dict[str, int] = {}
+        self.tokens: dict[str, int] = {}
         self._last: dict[str, Tensor] = {}
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "InputMoments":
         """Start listening."""
-        for name, linear in self.linears.items():
-            self._hooks.append(linear.register_forward_pre_hook(self._listener(name)))
+        self._calls.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         """Stop listening."""
-        for hook in self._hooks:
-            hook.remove()
+        self._calls.__exit__(kind, error, traceback)
         self._last.clear()
 
     def moments(self) -> dict[str, Tensor]:
-        """Return ``E[x xᵀ]`` by leader, fp32 ``[in, in]``.
+        """Return ``E[x xᵀ]`` by leader, fp32 ``[in, in]``, and let go of what was collected.
 
         Raises:
             NumericalError: An input held NaN or Inf.
         """
-        means = {name: total.div_(self._tokens[name]) for name, total in self._sums.items()}
-        self._sums = {}
-        for name, mean in means.items():
-            if not bool(torch.isfinite(mean).all()):
+        sums, self._sums = self._sums, {}
+        for name, total in sums.items():
+            if not bool(torch.isfinite(total).all()):
                 raise NumericalError(f"{name}: its inputs hold NaN or Inf during calibration")
-        return {name: mean.cpu().contiguous() for name, mean in means.items()}
+        for name in self._widths.keys() - self.leaders.keys():
+            self.leaders[name] = _leader_of_unseen(name)
+        widths = {n: width for n, width in self._widths.items() if self.leaders[n] == n}
+        return second_moments(sums, self.tokens, widths)
 
-    def _listener(self, name: str):  # type: ignore[no-untyped-def]
-        def listen(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0]
-            leader = self.leaders.get(name)
-            if leader is None:
-                leader = next((n for n, seen in self._last.items() if seen is x), name)
-                self.leaders[name] = leader
-            self._last[name] = x
-            if leader == name:
-                flat = x.detach().reshape(-1, x.shape[-1]).float()  # [tokens, in]
-                with torch.autocast(x.device.type, enabled=False):  # sums must stay fp32
-                    product = flat.t() @ flat  # [in, in]
-                    if name in self._sums:
-                        self._sums[name] += product  # in place: these are the largest tensors here
-                    else:
-                        self._sums[name] = product
-                self._tokens[name] = self._tokens.get(name, 0) + flat.shape[0]
+    def _add(self, call: LinearCall) -> None:
+        leader = self.leaders.get(call.name)
+        if leader is None:
+            leader = next((n for n, seen in self._last.items() if seen is call.x), call.name)
+            self.leaders[call.name] = leader
+        self._last[call.name] = call.x
+        if leader == call.name:
+            flat = rows(call.x.detach(), call.axis).float()  # [tokens, in]
+            with torch.autocast(flat.device.type, enabled=False):  # sums must stay fp32
+                product = flat.t() @ flat  # [in, in]
+                if leader in self._sums:
+                    self._sums[leader] += product  # in place: these are the largest tensors here
+                else:
+                    self._sums[leader] = product
+            self.tokens[leader] = self.tokens.get(leader, 0) + flat.shape[0]
 
-        return listen
+
+def _leader_of_unseen(name: str) -> str:
+    """Return whose input a linear that saw no token would have shared.
+
+    Raises:
+        SourceError: It is no expert's, so it should have seen all of them.
+    """
+    matrix = expert_matrix(name)
+    if matrix is None:
+        raise SourceError(
+            f"{name}: the model computes with this linear in a way that cannot be followed, so it "
+            "has no statistics; llmpress follows calls and `weight @ x`"
+        )
+    return name.removesuffix("up_proj") + "gate_proj" if matrix.matrix == "up_proj" else name

@@ -1,5 +1,6 @@
 """Hugging Face checkpoint folders, read tensor by tensor and never loaded whole."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from llmpress.architectures import block_linears
+from llmpress.architectures import block_linears, module_name
 from llmpress.artifacts import fingerprint, read_json, save_tensors, write_json
 from llmpress.errors import ArtifactError, SourceError
+from llmpress.experts import separate_experts
 
 __all__ = ["Checkpoint", "CheckpointWriter", "block_linears", "copy_companions", "stored_dtype"]
 
@@ -26,7 +28,8 @@ class Checkpoint:
     """A folder with config.json and safetensors weights, in one file or in shards.
 
     A tensor is read when it is asked for and has a file mapping of its own, so that its pages are
-    let go with it: a walk over all tensors never holds more than those in use.
+    let go with it: a walk over all tensors never holds more than those in use. Tensors go by the
+    names they have in the model, which for some architectures are not those in the file.
 
     Attributes:
         folder: Where it lies.
@@ -42,13 +45,14 @@ class Checkpoint:
         if not (self.folder / "config.json").is_file():
             raise ArtifactError(f"{self.folder}: no model here (config.json is missing)")
         self.config = _read_config(self.folder)
-        self._where: dict[str, Path] = {}
+        self._where: dict[str, tuple[Path, str]] = {}  # file, and name in it
         self._shapes: dict[str, tuple[int, ...]] = {}
         for path in self._files():
             with self._open(path) as shard:
-                for name in shard.keys():  # noqa: SIM118 - no dictionary
-                    self._where[name] = path
-                    self._shapes[name] = tuple(shard.get_slice(name).get_shape())
+                for stored in shard.keys():  # noqa: SIM118 - no dictionary
+                    name = module_name(self.config.model_type, stored)
+                    self._where[name] = path, stored
+                    self._shapes[name] = tuple(shard.get_slice(stored).get_shape())
 
     def _files(self) -> list[Path]:
         if (self.folder / WEIGHTS_INDEX).is_file():
@@ -79,6 +83,15 @@ class Checkpoint:
         except SafetensorError as error:
             raise ArtifactError(f"{path}: damaged ({error}); fetch the model again") from None
 
+    def plain_config(self) -> dict[str, Any]:
+        """Return the configuration as config.json holds it, infinite numbers as transformers does.
+
+        A compressed model's holds the list of its layers, too.
+        """
+        valid = json.loads(self.config.to_json_string(use_diff=True))  # JSON, but sorted
+        config = {key: valid[key] for key in self.config.to_diff_dict()}
+        return config | {"architectures": self.config.architectures}
+
     @property
     def fingerprint(self) -> str:
         """What identifies the model: see `llmpress.artifacts.fingerprint`."""
@@ -96,8 +109,9 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """Read one tensor."""
         self._check(name)
-        with self._open(self._where[name]) as shard:
-            tensor: Tensor = shard.get_tensor(name)
+        path, stored = self._where[name]
+        with self._open(path) as shard:
+            tensor: Tensor = shard.get_tensor(stored)
         return tensor
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
@@ -111,11 +125,16 @@ class Checkpoint:
             raise ArtifactError(f"{self.folder}: holds no tensor {name!r}")
 
     def skeleton(self) -> PreTrainedModel:
-        """Build the model with parameters on the meta device and buffers in memory."""
+        """Build the model with parameters on the meta device and buffers in memory.
+
+        Raises:
+            SourceError: A mixture of experts of another form than those llmpress takes apart.
+        """
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 self.config, trust_remote_code=False
             )
+        separate_experts(model)
         model.eval()
         return model
 

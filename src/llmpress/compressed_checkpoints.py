@@ -59,9 +59,8 @@ def write_compressed_model(
 
 def write_model_config(source: Checkpoint, entries: Mapping[str, Any], folder: Path) -> None:
     """Write config.json with the list of compressed layers in it."""
-    config = source.config.to_diff_dict()
+    config = source.plain_config()
     config["dtype"] = str(REST_DTYPE).removeprefix("torch.")
-    config["architectures"] = source.config.architectures
     config["quantization_config"] = LLMPressConfig(entries, FORMAT_VERSION).to_dict()
     write_json(folder / "config.json", config)
 

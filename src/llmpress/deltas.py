@@ -12,6 +12,7 @@ from llmpress.architectures import replace_module
 from llmpress.artifacts import PROVENANCE, fingerprint, verify
 from llmpress.delta_files import EXACT, DeltaFolder
 from llmpress.errors import ArtifactError
+from llmpress.experts import separate_experts
 from llmpress.layers import AdaptedLinear, CompressedLinear, filled_layer
 
 APPLIED = "_llmpress_delta"
@@ -62,6 +63,7 @@ def load_delta(
         verify(folder)
     delta = DeltaFolder(folder, "compressed_delta")
     _check_base(model, delta, base_folder)
+    separate_experts(model)
     layers = {name: _build(name, entry, delta) for name, entry in delta.header["layers"].items()}
     _check_layers(model, layers, delta)
     applied = _Applied(folder)

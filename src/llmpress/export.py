@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmpress.architectures import stored_name
 from llmpress.artifacts import artifact_folder, fingerprint, write_json
 from llmpress.blocks import progress
 from llmpress.checkpoints import Checkpoint, CheckpointWriter, copy_companions
@@ -53,7 +54,8 @@ def export_dense(
         shapes = {}
         for name, tensor in _dense_tensors(source, change):
             shapes[name] = tensor.shape
-            writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+            stored = stored_name(source.config.model_type, name)
+            writer.add(stored, tensor.to(dtype) if tensor.is_floating_point() else tensor)
         writer.close()
         config = _plain_config(source, change, shapes, dtype)
         write_json(folder / "config.json", config)
@@ -118,9 +120,8 @@ def _plain_config(
     shapes: Mapping[str, torch.Size],
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    config: dict[str, Any] = source.config.to_diff_dict()
+    config = source.plain_config()
     config.pop("quantization_config", None)
-    config["architectures"] = source.config.architectures
     config["dtype"] = str(dtype).removeprefix("torch.")
     if delta is not None:
         config["tie_word_embeddings"] = bool(delta.header["tie_word_embeddings"])

@@ -6,7 +6,7 @@ here may need more of transformers than its registry.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llmpress.architectures import replace_module
 from llmpress.artifacts import PROVENANCE, verify
 from llmpress.errors import ArtifactError
+from llmpress.experts import separate_experts
 from llmpress.layers import build_layer
 
 if TYPE_CHECKING:
@@ -73,12 +74,19 @@ class LLMPressQuantizer(HfQuantizer):
     ) -> None:
         if checkpoint_files:
             _verify_before_reading(model, [Path(file) for file in checkpoint_files])
+        separate_experts(model)
         insert_layers(model, self.quantization_config.layers)
+        _forbid_initialisation(model, self.quantization_config.layers)
 
     def _process_model_after_weight_loading(
         self, model: "PreTrainedModel", **_: Any
     ) -> "PreTrainedModel":
         return model
+
+    def update_weight_conversions(self, weight_conversions: Any, model: "PreTrainedModel") -> Any:
+        """Tensors have the names of the model's parameters: nothing is renamed or fused."""
+        del weight_conversions, model
+        return []
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """Compressed models can be saved again."""
@@ -127,6 +135,17 @@ def insert_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> 
                 bias=linear.bias is not None,
             )
         replace_module(model, name, layer)
+
+
+def _forbid_initialisation(model: nn.Module, names: Iterable[str]) -> None:
+    """Tell transformers that modules with compressed layers need no first weights.
+
+    Some, such as Mamba's mixer, would otherwise write them into layers that have no weight.
+    """
+    for name in names:
+        module = model.get_submodule(name.rpartition(".")[0])
+        if next(module.buffers(recurse=False), None) is None:  # buffers may be in no file
+            module._is_hf_initialized = True  # type: ignore[assignment]  # transformers' own flag
 
 
 def _verify_before_reading(model: "PreTrainedModel", files: list[Path]) -> None:

@@ -13,6 +13,7 @@ two hidden states per window, whatever the depth. What entered each block lies o
 import copy
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from llmpress.architectures import decoder_blocks
 from llmpress.artifacts import save_tensors
 from llmpress.blocks import BlockWalk, progress
 from llmpress.errors import NumericalError
+from llmpress.expert_statistics import output_sensitivities
+from llmpress.linear_calls import LinearCall, LinearCalls, rows
 
 
 def output_sensitivity(
@@ -55,14 +58,15 @@ def output_sensitivity(
         gradient = _loss_gradient(walk, hidden_states, seed)
         for index in progress(range(len(walk) - 1, -1, -1), "sensitivity, backward"):
             block = walk.load(index)
-            sums = _SquaredGradients(block)
             hidden_states = load_file(entered[index])["hidden_states"]
-            gradient = _backward(walk, block, index, hidden_states, gradient)
-            for name, total in sums.totals.items():
+            with _SquaredGradients(block) as squares:
+                gradient = _backward(walk, block, index, hidden_states, gradient)
+            found = output_sensitivities(squares.totals, squares.tokens, windows.numel())
+            for name, mean in found.items():
                 full_name = f"{walk.prefix}.{index}.{name}"
-                if not bool(torch.isfinite(total).all()):
+                if not bool(torch.isfinite(mean).all()):
                     raise NumericalError(f"{full_name}: its gradient is NaN or Inf")
-                means[full_name] = (total / windows.numel()).cpu()
+                means[full_name] = mean
     return means
 
 
@@ -80,24 +84,33 @@ def _backward(
 
 
 class _SquaredGradients:
-    """Sums ``g²`` over all tokens, for each output of each linear of a block."""
+    """Sums ``g²`` over all tokens, for each output of each linear of a block, inside a ``with``."""
 
     def __init__(self, block: nn.Module) -> None:
-        self.totals: dict[str, Tensor] = {}
-        for name, linear in block.named_modules():
-            if isinstance(linear, nn.Linear):
-                self.totals[name] = torch.zeros(linear.out_features, device=linear.weight.device)
-                linear.register_forward_hook(self._forward_hook(name))
+        self._calls = LinearCalls(block, self._listen)
+        linears = self._calls.linears.items()
+        self.totals = {n: torch.zeros(m.out_features, device=m.weight.device) for n, m in linears}
+        self.tokens = dict.fromkeys(self.totals, 0)
 
-    def _forward_hook(self, name: str):  # type: ignore[no-untyped-def]
+    def __enter__(self) -> "_SquaredGradients":
+        self._calls.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._calls.__exit__(kind, error, traceback)
+
+    def _listen(self, call: LinearCall) -> None:
         def add(gradient: Tensor) -> None:
-            rows = gradient.float().reshape(-1, gradient.shape[-1])
-            self.totals[name] += rows.square().sum(dim=0)
+            flat = rows(gradient.float(), call.axis)
+            self.totals[call.name] += flat.square().sum(dim=0)
+            self.tokens[call.name] += len(flat)
 
-        def listen(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            output.register_hook(add)
-
-        return listen
+        call.y.register_hook(add)
 
 
 def _loss_gradient(walk: BlockWalk, hidden_states: Tensor, seed: int) -> Tensor:

@@ -90,7 +90,8 @@ def tune_blocks(
     """Finetune block after block; finished blocks are taken from the store.
 
     The best state by held-out loss is kept, rounded to the dtype it is stored in; a block that
-    finetuning does not improve keeps its start.
+    finetuning does not improve keeps its start. Blocks above the last one with something to train
+    are neither loaded nor run.
 
     Args:
         teacher: The original model.
@@ -115,7 +116,8 @@ def tune_blocks(
     }
     count = len(windows)
     fed = {term.student_input for term in method.loss_terms()}  # to the block that is finetuned
-    for index in progress(range(len(teacher)), "finetune blocks"):
+    trained_blocks = [i for i, block in enumerate(student.blocks) if _trainable(block)]
+    for index in progress(range(max(trained_blocks, default=-1) + 1), "finetune blocks"):
         started = time.perf_counter()
         original, block = teacher.load(index), student.load(index)
         targets: dict[Chain, Tensor] = {

@@ -1,7 +1,7 @@
 """What every compressed linear layer has in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -47,10 +47,19 @@ class CompressedLinear(nn.Module, ABC):
     def dequantize(self) -> Tensor:
         """Return the weight this layer stands for, fp32 ``[out, in]``."""
 
+    def product(self, x: Tensor) -> Tensor:
+        """Return ``x Wᵀ``, ``[..., out]``, in the dtype of ``x [..., in]``."""
+        return functional.linear(x, self.dequantize().to(x.dtype))
+
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., in]`` to ``[..., out]`` in the dtype of ``x``."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return functional.linear(x, self.dequantize().to(x.dtype), bias)
+        y = self.product(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    @property
+    def weight(self) -> "ImpliedWeight":
+        """The weight, for a module that multiplies by it without calling this layer."""
+        return ImpliedWeight(self.product)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every stored tensor by name."""
@@ -70,6 +79,21 @@ class CompressedLinear(nn.Module, ABC):
         bits = self.stored_bits() / self.num_weights
         settings = ", ".join(f"{k}={v}" for k, v in self.spec().items())
         return f"in={self.in_features}, out={self.out_features}, {settings}, bits/weight={bits:.3f}"
+
+
+class ImpliedWeight:
+    """A weight ``[out, in]`` that is never formed: ``weight @ x``, as Mamba's mixer calls for.
+
+    Args:
+        product: Maps ``x [..., in]`` to ``x Wᵀ``.
+    """
+
+    def __init__(self, product: Callable[[Tensor], Tensor]) -> None:
+        self._product = product
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """Multiply ``x [..., in, columns]`` from the left."""
+        return self._product(x.transpose(-1, -2)).transpose(-1, -2)
 
 
 def rounded_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:

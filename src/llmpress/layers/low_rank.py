@@ -57,7 +57,6 @@ class LowRankLinear(CompressedLinear):
         """Return ``A B`` as fp32 ``[out, in]``."""
         return self.A.float() @ self.B.float()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``x [..., in]`` to ``[..., out]`` without forming the dense weight."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return functional.linear(functional.linear(x, self.B.to(x.dtype)), self.A.to(x.dtype), bias)
+    def product(self, x: Tensor) -> Tensor:
+        """Return ``x Wᵀ``, ``[..., out]``, without forming the dense weight."""
+        return functional.linear(functional.linear(x, self.B.to(x.dtype)), self.A.to(x.dtype))

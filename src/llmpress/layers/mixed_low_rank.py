@@ -160,11 +160,10 @@ class MixedLowRankLinear(CompressedLinear):
         A, V = self.factors()
         return A @ V
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``x [..., in]`` to ``[..., out]`` through the two thin factors."""
+    def product(self, x: Tensor) -> Tensor:
+        """Return ``x Wᵀ``, ``[..., out]``, through the two thin factors."""
         A, V = self.factors()
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return functional.linear(functional.linear(x, V.to(x.dtype)), A.to(x.dtype), bias)
+        return functional.linear(functional.linear(x, V.to(x.dtype)), A.to(x.dtype))
 
 
 def dequantize_vectors(vectors: Vectors, group_size: int) -> Tensor:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from llmpress.architectures import block_linears, decoder_blocks
 from llmpress.checkpoints import WEIGHTS, WEIGHTS_INDEX, Checkpoint
 from llmpress.errors import ArtifactError
+from llmpress.experts import SeparateExperts, separate_experts
 from llmpress.methods.base import Shape
 
 TRACE_TOKENS = 8
@@ -137,6 +138,7 @@ def read_shapes(source: Path) -> ModelShapes:
     except (ValueError, KeyError, OSError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ArtifactError(f"{file}: no model that transformers builds ({reason})") from None
+    separate_experts(model)
     model.eval()
     has_weights = any((file.parent / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX))
     has_weights = has_weights and file.name == "config.json"
@@ -208,6 +210,9 @@ def _leaders(model: PreTrainedModel) -> dict[str, str]:
         for linears in blocks
         for name, linear in linears.items()
     ]
+    mixtures = [module for module in model.modules() if isinstance(module, SeparateExperts)]
+    for mixture in mixtures:  # which tokens an expert gets is not known here
+        mixture.forward = partial(_all_experts, mixture)  # type: ignore[method-assign]
     shape = (1, TRACE_TOKENS)
     try:
         with torch.no_grad():
@@ -222,6 +227,8 @@ def _leaders(model: PreTrainedModel) -> dict[str, str]:
     finally:
         for hook in hooks:
             hook.remove()
+        for mixture in mixtures:
+            del mixture.forward
     leaders: dict[str, str] = {}
     known: dict[tuple[str, ...], list[int]] = {}
     for linears in blocks:
@@ -234,6 +241,14 @@ def _leaders(model: PreTrainedModel) -> dict[str, str]:
             first = known.get(layout) or _partly_known(names, inputs)
         leaders.update({name: names[i] for name, i in zip(names, first, strict=True)})
     return leaders
+
+
+def _all_experts(
+    experts: SeparateExperts, hidden_states: torch.Tensor, *_: torch.Tensor
+) -> torch.Tensor:
+    for expert in experts:
+        expert(hidden_states.clone())  # each has an input of its own
+    return hidden_states
 
 
 def _partly_known(names: list[str], inputs: Mapping[str, torch.Tensor]) -> list[int]:
