@@ -9,7 +9,9 @@ import pytest
 import torch
 from huggingface_hub.utils import enable_progress_bars
 from tiny_models import (
+    ARCHITECTURES,
     HELD_OUT_PACKAGES,
+    build_architecture,
     build_tiny_finetuned,
     build_tiny_model,
     built_once,
@@ -42,6 +44,23 @@ def tiny_finetuned_folder(shared_folder: Path, tiny_model_folder: Path) -> Path:
         shared_folder,
         "tiny-finetuned",
         lambda folder: build_tiny_finetuned(tiny_model_folder, folder),
+    )
+
+
+@pytest.fixture(scope="session", params=list(ARCHITECTURES))
+def architecture(request: pytest.FixtureRequest) -> str:
+    """Each architecture other than Llama in turn."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="session")
+def architecture_folder(shared_folder: Path, tiny_model_folder: Path, architecture: str) -> Path:
+    """A trained model of the architecture: 2 layers, hidden 64, 512 tokens."""
+    return built_once(
+        shared_folder,
+        f"tiny-{architecture}",
+        lambda folder: build_architecture(architecture, tiny_model_folder, folder),
     )
 
 

@@ -9,12 +9,48 @@ import torch
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mamba2Config,
+    MambaConfig,
+    MixtralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3MoeConfig,
+)
 
 VOCABULARY = 512
 TRAIN_PACKAGES = ("json", "email", "http", "logging", "unittest")
 OTHER_PACKAGES = ("xml", "importlib", "concurrent")
 HELD_OUT_PACKAGES = ("asyncio",)
+
+_SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2}
+_TOKENS = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+_LLAMA = {**_SIZES, **_TOKENS, **_HEADS, "intermediate_size": 176}
+
+ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
+    "qwen2": lambda: Qwen2Config(**_LLAMA, tie_word_embeddings=True),  # biases
+    "gemma3": lambda: Gemma3TextConfig(**_LLAMA, head_dim=16, sliding_window=32),
+    "phi3": lambda: Phi3Config(**_LLAMA),  # q, k, v in one matrix, gate and up in one
+    "gpt_neox": lambda: GPTNeoXConfig(**{**_LLAMA, "num_key_value_heads": None}),  # both
+    "mixtral": lambda: MixtralConfig(**{**_LLAMA, "intermediate_size": 96}, num_local_experts=4),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **_LLAMA, head_dim=16, moe_intermediate_size=64, num_experts=8, num_experts_per_tok=2
+    ),
+    "mamba": lambda: MambaConfig(**_SIZES, **_TOKENS, state_size=8, time_step_rank=16),
+    "mamba2": lambda: Mamba2Config(
+        **_SIZES, **_TOKENS, state_size=16, num_heads=8, head_dim=16, n_groups=1, chunk_size=32
+    ),
+}
+"""Other architectures than Llama, as small; each is there for what its comment or name says."""
 
 
 def library_text(packages: tuple[str, ...]) -> list[str]:
@@ -30,16 +66,18 @@ def tokenize(tokenizer: Tokenizer | PreTrainedTokenizerFast, documents: list[str
     return torch.tensor(encoded.ids if isinstance(tokenizer, Tokenizer) else encoded)
 
 
-def train(model: LlamaForCausalLM, tokens: Tensor, steps: int, learning_rate: float) -> None:
-    """Next-token training on random stretches of 64 tokens, batch 8; deterministic."""
+def train(
+    model: PreTrainedModel, tokens: Tensor, steps: int, learning_rate: float, length: int = 64
+) -> None:
+    """Next-token training on random stretches of tokens, batch 8; deterministic."""
     generator = torch.Generator().manual_seed(0)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * (1 - step / steps)
-        starts = torch.randint(len(tokens) - 64, (8,), generator=generator)
-        batch = torch.stack([tokens[start : start + 64] for start in starts])  # [8, 64]
+        starts = torch.randint(len(tokens) - length, (8,), generator=generator)
+        batch = torch.stack([tokens[start : start + length] for start in starts])
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -92,6 +130,18 @@ def build_tiny_finetuned(base: Path, folder: Path) -> None:
     model.get_input_embeddings().requires_grad_(requires_grad=False)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
     train(model, tokenize(tokenizer, library_text(OTHER_PACKAGES)), steps=30, learning_rate=5e-4)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def build_architecture(name: str, tokenizer_folder: Path, folder: Path) -> None:
+    """A small model of another architecture, trained on the same text with the same tokenizer."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+    tokens = tokenize(tokenizer, library_text(TRAIN_PACKAGES))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name]())
+    # Mamba's scan goes token by token without a GPU
+    train(model, tokens, steps=100, learning_rate=4e-3, length=24 if name == "mamba" else 64)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

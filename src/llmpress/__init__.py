@@ -19,7 +19,7 @@ from llmpress.registration import register
 if TYPE_CHECKING:
     from llmpress.deltas import load_delta, remove_delta
     from llmpress.errors import LLMPressError
-    from llmpress.export import export_dense
+    from llmpress.export import export_dense, export_factors
     from llmpress.hf import dequantized, load_model, load_tokenizer
     from llmpress.hub_artifacts import fetch_artifact, push_artifact
     from llmpress.model_compression import compress_model
@@ -31,6 +31,7 @@ _WHERE = {
     "compress_model": "llmpress.model_compression",
     "dequantized": "llmpress.hf",
     "export_dense": "llmpress.export",
+    "export_factors": "llmpress.export",
     "fetch_artifact": "llmpress.hub_artifacts",
     "load_delta": "llmpress.deltas",
     "load_model": "llmpress.hf",
@@ -45,6 +46,7 @@ __all__ = [
     "compress_model",
     "dequantized",
     "export_dense",
+    "export_factors",
     "fetch_artifact",
     "load_delta",
     "load_model",

@@ -6,13 +6,16 @@ blocks and stay as they are. Of a mixture of experts each matrix of each expert 
 `llmpress.experts`. What the rule does not know of an architecture stands in the tables here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 
 from torch import nn
 
 ROUTERS = ("*.router", "*.router.layer", "*.mlp.gate", "*.shared_expert_gate")
 """Linears that choose experts: tiny, and an error in them sends tokens to another expert."""
+
+LEFT_MULTIPLIED = ("*.dt_proj",)
+"""Linears whose module multiplies by their weight instead of calling them: Mamba's time steps."""
 
 _MIXTRAL = {
     ".block_sparse_moe.": ".mlp.",
@@ -70,11 +73,15 @@ def block_linears(model: nn.Module) -> list[dict[str, nn.Linear]]:
         {
             f"{prefix}.{index}.{name}": module
             for name, module in block.named_modules()
-            if isinstance(module, nn.Linear)
-            and not any(fnmatch(f".{name}", pattern) for pattern in ROUTERS)
+            if isinstance(module, nn.Linear) and not matches(name, ROUTERS)
         }
         for index, block in enumerate(blocks)
     ]
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a module's name fits one of the patterns."""
+    return any(fnmatch(f".{name}", pattern) for pattern in patterns)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Write a compressed model, or a base with a delta, as a plain checkpoint."""
+"""Write a compressed model, or a base with a delta, for tools that know nothing of llmpress."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmpress.architectures import stored_name
+from llmpress.architectures import LEFT_MULTIPLIED, matches, stored_name
 from llmpress.artifacts import artifact_folder, fingerprint, write_json
 from llmpress.blocks import progress
 from llmpress.checkpoints import Checkpoint, CheckpointWriter, copy_companions
 from llmpress.delta_files import EXACT, DeltaFolder
 from llmpress.errors import ArtifactError
 from llmpress.hf import compressed_layers
-from llmpress.layers import filled_layer
+from llmpress.layers import KINDS, CompressedLinear, LowRankLinear, filled_layer
 
 
 def export_dense(
@@ -62,6 +62,41 @@ def export_dense(
         copy_companions(Path(tokenizer) if tokenizer else source.folder, folder)
 
 
+def export_factors(
+    model: Path | str, out: Path | str, *, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write a low-rank model with each compressed matrix as two plain linears in a row.
+
+    Beside the configuration of the original lie tensors under the names that its modules get when
+    each low-rank linear becomes ``nn.Sequential(nn.Linear(in, rank, bias=False), nn.Linear(rank,
+    out))``: ``NAME.0.weight`` and ``NAME.1.weight``. Pivoted matrices take ``rank²`` numbers more.
+    Where a module multiplies by a linear's weight itself, that weight is written dense.
+
+    Args:
+        model: A model that ``lillama`` or ``svd`` compressed.
+        out: Where to write: config.json without a trace of compression, safetensors, tokenizer.
+        dtype: What floats are stored in.
+
+    Raises:
+        ArtifactError: A damaged folder, or a model that holds no low-rank layer.
+    """
+    source = Checkpoint(Path(model))
+    settings = {"dtype": str(dtype).removeprefix("torch."), "form": "factors"}
+    with artifact_folder(
+        Path(out), stage="export", settings=settings, inputs={"model": source.folder}
+    ) as folder:
+        if not any(_has_factors(*item) for item in compressed_layers(source).items()):
+            raise ArtifactError(
+                f"{source.folder}: holds no low-rank layer; --dense writes any compressed model"
+            )
+        writer = CheckpointWriter(folder)
+        for name, tensor in _factored_tensors(source):
+            writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+        writer.close()
+        write_json(folder / "config.json", _plain_config(source, None, {}, dtype))
+        copy_companions(source.folder, folder)
+
+
 def _opened_delta(base: Checkpoint, folder: Path) -> DeltaFolder:
     delta = DeltaFolder(folder, "compressed_delta")
     needed = delta.header["base"]
@@ -89,29 +124,52 @@ def _dense_tensors(source: Checkpoint, delta: DeltaFolder | None) -> Iterator[tu
             yield name, delta.tensor(EXACT + name)
             continue
         if name in weights:
-            tensor = _dequantized(layer, entries[layer], linears.get(layer), source)
+            tensor = _filled(layer, entries[layer], linears.get(layer), source).dequantize()
         else:
             tensor = source.tensor(name)
         if layer in changes and delta is not None:
             out_features, in_features = changes[layer]["shape"]
             like = nn.Linear(in_features, out_features, bias=False, device="meta")
-            tensor = tensor.float() + _dequantized(layer, changes[layer], like, delta)
+            tensor = tensor.float() + _filled(layer, changes[layer], like, delta).dequantize()
         yield name, tensor
 
 
-def _dequantized(
+def _factored_tensors(source: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    entries = compressed_layers(source)
+    linears = dict(source.skeleton().named_modules())
+    for name, entry in progress(sorted(entries.items()), "export"):
+        layer = _filled(name, entry, linears.get(name), source)
+        last = name
+        if isinstance(layer, LowRankLinear) and _has_factors(name, entry):
+            left, right = layer.factors()
+            last = f"{name}.1"
+            yield f"{name}.0.weight", right
+            yield f"{last}.weight", left
+        else:
+            yield f"{name}.weight", layer.dequantize()
+        if layer.bias is not None:
+            yield f"{last}.bias", layer.bias
+    for name in source.names():
+        if name.rpartition(".")[0] not in entries:
+            yield name, source.tensor(name)
+
+
+def _has_factors(name: str, entry: Mapping[str, Any]) -> bool:
+    return issubclass(KINDS[entry["kind"]], LowRankLinear) and not matches(name, LEFT_MULTIPLIED)
+
+
+def _filled(
     name: str, entry: Mapping[str, Any], linear: nn.Module | None, source: Checkpoint | DeltaFolder
-) -> Tensor:
-    """Return the weight of a stored layer; ``linear`` tells its shape and whether it has a bias."""
+) -> CompressedLinear:
+    """Return a stored layer; ``linear`` tells its shape and whether it has a bias."""
     if not isinstance(linear, nn.Linear):
         raise ArtifactError(f"{name}: compressed in the artifact, but the model has no such linear")
     tensors = source.tensors(f"{name}.")
     shape = (linear.in_features, linear.out_features)
     try:
-        layer = filled_layer(entry, *shape, tensors, bias=linear.bias is not None)
+        return filled_layer(entry, *shape, tensors, bias=linear.bias is not None)
     except ValueError as error:
         raise ArtifactError(f"{source.folder}: layer {name} is damaged: {error}") from None
-    return layer.dequantize()
 
 
 def _plain_config(

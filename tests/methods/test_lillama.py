@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from llmpress.linalg import relative_output_error
+from llmpress.low_rank_factors import output_directions, output_factors, weight_factors
 from llmpress.methods.base import InputStatistics, Shape, Term
-from llmpress.methods.lillama import Lillama, output_directions, output_factors, svd_factors
+from llmpress.methods.lillama import Lillama
 from llmpress.ranks import candidate_ranks, num_stored
 
 SHAPES = {
@@ -35,7 +36,7 @@ def test_the_start_is_the_optimum_for_the_activations(shape: tuple[int, int]) ->
     expected = float(sigma[6:].square().sum() / sigma.square().sum())
     assert relative_output_error(weight, A @ B, moment) == pytest.approx(expected, rel=1e-3)
     assert relative_output_error(weight, A @ B, moment) < 0.9 * relative_output_error(
-        weight, torch.matmul(*svd_factors(weight, 6)), moment
+        weight, torch.matmul(*weight_factors(weight, 6)), moment
     )
 
 
@@ -124,7 +125,9 @@ def test_factors_have_equal_norms() -> None:
 
 def test_full_rank_svd_is_exact() -> None:
     weight = torch.randn(9, 14)
-    torch.testing.assert_close(torch.matmul(*svd_factors(weight, 9)), weight, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.matmul(*weight_factors(weight, 9)), weight, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_only_a_budget_without_a_given_spread_is_spread_by_loss() -> None:

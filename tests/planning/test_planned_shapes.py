@@ -46,8 +46,8 @@ def test_inputs_are_shared_as_calibration_finds_them(
     ("config", "inputs_per_block"),
     [
         (OPTConfig(num_hidden_layers=2, hidden_size=96, ffn_dim=128, word_embed_proj_dim=96), 4),
-        # its experts do not run on the meta device, its attention does
-        (MixtralConfig(num_hidden_layers=2, hidden_size=64, intermediate_size=128), 2),
+        # two of the attention, and of each of the eight experts
+        (MixtralConfig(num_hidden_layers=2, hidden_size=64, intermediate_size=128), 18),
     ],
     ids=["opt", "mixtral"],
 )

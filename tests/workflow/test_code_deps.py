@@ -14,7 +14,7 @@ LEVELS = (
     {"errors", "packing", "linalg", "uniform", "error_feedback", "vector_feedback"},
     {"kernels"},
     {"layers"},
-    {"methods", "codebooks", "ranks"},
+    {"methods", "codebooks", "ranks", "low_rank_factors"},
     {"architectures", "artifacts", "blocks", "compression", "environment", "resume", "tuning"},
     {"report", "cli"},
 )

@@ -53,9 +53,14 @@ class LowRankLinear(CompressedLinear):
         """Return rank and stored dtype."""
         return {"rank": self.rank, "dtype": self.dtype_name}
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return fp32 ``[out, rank]`` and ``[rank, in]`` whose product is the weight."""
+        return self.A.float(), self.B.float()
+
     def dequantize(self) -> Tensor:
-        """Return ``A B`` as fp32 ``[out, in]``."""
-        return self.A.float() @ self.B.float()
+        """Return the product of the factors as fp32 ``[out, in]``."""
+        left, right = self.factors()
+        return left @ right
 
     def product(self, x: Tensor) -> Tensor:
         """Return ``x Wᵀ``, ``[..., out]``, without forming the dense weight."""

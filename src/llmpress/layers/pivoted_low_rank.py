@@ -67,6 +67,11 @@ class PivotedLowRankLinear(LowRankLinear):
         layer.place = rows.argsort().to(layer.place.dtype)
         return layer
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return fp32 ``[out, rank]``, of which ``rank`` rows are unit vectors, and ``B``."""
+        unit = torch.eye(self.rank, device=self.A.device)
+        return torch.cat([unit, self.A.float()])[self.place.long()], self.B.float()
+
     def dequantize(self) -> Tensor:
         """Return ``Ŵ`` as fp32 ``[out, in]``."""
         B = self.B.float()

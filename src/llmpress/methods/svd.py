@@ -5,15 +5,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from llmpress.layers import LowRankLinear
-from llmpress.linalg import damped_cholesky, truncated_svd
+from llmpress.low_rank_factors import output_factors, weight_factors
 from llmpress.methods.base import InputStatistics, Method, Shape, checked_statistics, checked_weight
 
 STORED_BITS = 16  # the factors are stored in bfloat16
-CHOLESKY_DAMPENING = 1e-6  # fraction of the mean E[x²]; only decides between near-equal directions
 
 
 @dataclass(frozen=True)
@@ -54,13 +52,13 @@ class SVD(Method):
     ) -> LowRankLinear:
         """Factorize ``weight [out, in]`` into ``A = U √Σ`` and ``B = √Σ Vᵀ``; no seed is used.
 
-        With ``whiten``, ``U`` holds the left singular vectors of ``W L``, ``L Lᵀ = H``, that is
-        the principal directions of the layer's outputs, and ``Ŵ = U Uᵀ W``: no other matrix of this
-        rank has a smaller ``tr(E H Eᵀ)``. No inverse is taken, so a singular ``H`` does no harm.
+        With ``whiten``, ``U`` holds the principal directions of the layer's outputs, and ``Ŵ = U Uᵀ
+        W``: no other matrix of this rank has a smaller ``tr(E H Eᵀ)``. No inverse is taken, so a
+        singular ``H`` does no harm.
 
         Raises:
             ValueError: A weight that is no finite float matrix; a budget below rank 1, a rank above
-                the full one; statistics missing (``whiten``), of another size or all zero.
+                the full one; statistics missing (``whiten``) or of another size.
 
         Source: Eckart-Young; for ``whiten`` arXiv 2403.07378, whose ``B`` is ``√Σ Vᵀ L⁻¹``: the
         same matrix where that inverse exists.
@@ -70,15 +68,8 @@ class SVD(Method):
         rank = self.rank_of(*weight.shape)
         if self.whiten:
             moment = checked_statistics(statistics, weight).second_moment
-            lower = damped_cholesky(moment, CHOLESKY_DAMPENING).factor
-            left, _, _ = truncated_svd(weight @ lower, rank)
-            right = left.T @ weight
-            values = right.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
-            right = right / values[:, None]
-        else:
-            left, values, right = truncated_svd(weight, rank)
-        half = values.sqrt()
-        return LowRankLinear.from_factors(left * half, half[:, None] * right)
+            return LowRankLinear.from_factors(*output_factors(weight, moment, rank))
+        return LowRankLinear.from_factors(*weight_factors(weight, rank))
 
     def smallest_bits(self, shape: Shape) -> float | None:
         """Return the bits of rank 1."""
