@@ -27,8 +27,10 @@ _MIXTRAL = {
 STORED_NAMES: Mapping[str, Mapping[str, str]] = {
     "gpt_neox": {"embed_out.": "lm_head."},
     "mixtral": _MIXTRAL,
+    "phimoe": {**_MIXTRAL, ".mlp.gate.": ".mlp.router."},
 }
-"""By model type, parts of names in published checkpoints and what they are called in the model."""
+"""By model type, parts of names in published checkpoints and what they are called in the model,
+replaced in this order."""
 
 
 def module_name(model_type: str, stored: str) -> str:
@@ -40,7 +42,7 @@ def module_name(model_type: str, stored: str) -> str:
 
 def stored_name(model_type: str, name: str) -> str:
     """Return what a tensor of the model is called in a published checkpoint."""
-    for part, new in STORED_NAMES.get(model_type, {}).items():
+    for part, new in reversed(list(STORED_NAMES.get(model_type, {}).items())):
         name = name.replace(new, part)
     return name
 
@@ -70,13 +72,18 @@ def block_linears(model: nn.Module) -> list[dict[str, nn.Linear]]:
     """Return, for each decoder block from the bottom up, its linear layers by full name."""
     prefix, blocks = decoder_blocks(model)
     return [
-        {
-            f"{prefix}.{index}.{name}": module
-            for name, module in block.named_modules()
-            if isinstance(module, nn.Linear) and not matches(name, ROUTERS)
-        }
+        {f"{prefix}.{index}.{name}": linear for name, linear in compressible(block).items()}
         for index, block in enumerate(blocks)
     ]
+
+
+def compressible(block: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linears of one decoder block that are compressed, by their name in it."""
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and not matches(name, ROUTERS)
+    }
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -57,6 +57,7 @@ class BlockWalk:
         self.autocast = autocast
         self.prefix, self.blocks = decoder_blocks(skeleton)
         self.arguments: list[dict[str, Any]] = []
+        self.gives_tuples = False  # known after the first forward
 
     def __len__(self) -> int:
         """Return the number of decoder blocks."""
@@ -138,6 +139,7 @@ class BlockWalk:
         """Run one batch ``[batch, tokens, hidden]`` through a loaded block; gradients are kept."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             output = block(hidden_states.to(self.device), **self.arguments[index])
+        self.gives_tuples = isinstance(output, tuple)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result.float()
 

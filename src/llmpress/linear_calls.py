@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from llmpress.architectures import compressible
+
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
@@ -28,7 +30,7 @@ class LinearCall(NamedTuple):
 
 
 class LinearCalls:
-    """Tells of every use of a block's linears, inside one ``with``.
+    """Tells of every use of a block's compressible linears, inside one ``with``.
 
     A linear is called, or, as in Mamba's ``dt_proj``, its weight is multiplied from the left.
 
@@ -38,7 +40,7 @@ class LinearCalls:
     """
 
     def __init__(self, block: nn.Module, listener: Callable[[LinearCall], None]) -> None:
-        self.linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+        self.linears = compressible(block)
         self.listener = listener
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._products = _LeftProducts({m.weight: n for n, m in self.linears.items()}, listener)
