@@ -8,6 +8,8 @@ Artifacts go to build/removal/; benchmarks/quality.py measures them.
 """
 
 import math
+from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,14 @@ from llmpress.model_tuning import tune_model
 from llmpress.tuning import TuningSettings
 
 
+class Mode(StrEnum):
+    """Whose hidden states the student block is trained on."""
+
+    both = "both"
+    teacher = "teacher"
+    student = "student"
+
+
 def main(
     model: Path = typer.Argument(help="The original, a Hugging Face folder."),
     calibration: Path = typer.Argument(help="What `llmpress calibrate` wrote."),
@@ -39,6 +49,7 @@ def main(
     epochs: int = typer.Option(1, help="Of distillation; 0 leaves it out."),
     learning_rate: float = typer.Option(1e-3, help="Of distillation, relative to each factor."),
     batch_size: int = typer.Option(2, help="Windows of a step of distillation."),
+    mode: Mode = typer.Option(Mode.student, help="Of distillation."),
     peers: bool = typer.Option(True, help="Also truncated SVD and removed blocks."),
     out: Path = typer.Option(Path("build/removal"), help="Folder for the artifacts."),
 ) -> None:
@@ -54,7 +65,7 @@ def main(
                     model,
                     calibration,
                     tuned,
-                    method=lillama,
+                    method=replace(lillama, mode=mode.value),
                     settings=TuningSettings(epochs, learning_rate, batch_size),
                     record={"run": small.name, "method": "lillama"},
                     seed=0,

@@ -16,16 +16,13 @@ import yaml
 from llmpress.artifacts import artifact_folder, read_json, write_json
 
 ROOT = Path(__file__).parents[1]
+METHODS = {  # settings of the method and rate of its finetuning
+    "cluscomp": ({"num_entries": 16, "vector_size": 4, "iterations": 2}, 0.03),
+    "lillama": ({"reduction": 0.2}, 0.01),
+}
 PARAMS = {
     "seed": 0,
     "models": {"tiny": {"path": "data/models/tiny"}},
-    "runs": {
-        "small": {
-            "model": "tiny",
-            "method": "cluscomp",
-            "settings": {"num_entries": 16, "vector_size": 4, "iterations": 2},
-        }
-    },
     "trainings": {
         "small": {
             "start": "compressed/small",
@@ -41,15 +38,21 @@ PARAMS = {
             },
         }
     },
-    "finetunes": {
-        "small": {
-            "run": "small",
-            "model": "tiny",
-            "method": "cluscomp",
-            "settings": {"epochs": 1, "learning_rate": 0.03},
-        }
-    },
 }
+
+
+def params(method: str) -> dict[str, Any]:
+    """A project with one run of a method, finetuned block by block, and trained."""
+    settings, rate = METHODS[method]
+    same = {"model": "tiny", "method": method}
+    tuning = {"run": "small", "settings": {"epochs": 1, "learning_rate": rate}}
+    return {
+        **PARAMS,
+        "runs": {"small": {**same, "settings": settings}},
+        "finetunes": {"small": {**same, **tuning}},
+    }
+
+
 OUTPUTS = {
     "compress": "data/compressed/small",
     "finetune": "data/finetuned/small",
@@ -78,6 +81,11 @@ def wrap(module, name, action):
 def after_first_block(original, store, index, *rest):
     original(store, index, *rest)
     if index == 0:
+        die()
+
+def after_weighing(original, store, index, *rest):
+    original(store, index, *rest)
+    if index == resume.NOT_A_BLOCK:
         die()
 
 def half_of_second_checkpoint(original, tensors, path, *rest, **more):
@@ -123,6 +131,7 @@ artifacts, checkpoints, resume = llmpress.artifacts, llmpress.checkpoints, llmpr
 
 # a point has the name of the function above that kills there
 PLACES = {
+    "after_weighing": (resume.BlockStore, "save"),
     "after_first_block": (resume.BlockStore, "save"),
     "half_of_second_checkpoint": (resume, "save_tensors"),
     "before_second_record": (resume, "write_json"),
@@ -158,6 +167,7 @@ for line in sys.stdin:
             os._exit(code)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+WEIGHED = "9000.json"  # what lillama spreads its budget by
 KEPT_BLOCKS = {
     "after_first_block": 1,
     "half_of_second_checkpoint": 1,
@@ -201,12 +211,14 @@ def run_stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
 
 @pytest.fixture(scope="module")
 def finished(
+    request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     tiny_model_folder: Path,
     calibration: Path,
     run_stage: Stages,
 ) -> Path:
     """A project in which all stages ran without a break."""
+    settings = params(getattr(request, "param", "cluscomp"))
     project = tmp_path_factory.mktemp("project")
     (project / "data/models").mkdir(parents=True)
     (project / "data/calibration").mkdir()
@@ -216,7 +228,7 @@ def finished(
     with artifact_folder(task, stage="fetch_task", settings={}, inputs={}) as folder:
         items = "".join(json.dumps(item) + "\n" for item in ITEMS)
         (folder / "train.jsonl").write_text(items, encoding="utf-8")
-    (project / "params.yaml").write_text(yaml.safe_dump(PARAMS), encoding="utf-8")
+    (project / "params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     for stage in OUTPUTS:
         status, said = run_stage(project, stage)
         assert status == 0, said
@@ -250,8 +262,11 @@ def without_times(value: Any) -> Any:
     return [without_times(v) for v in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize("stage", ["compress", "finetune"])
-@pytest.mark.parametrize("point", KEPT_BLOCKS)
+@pytest.mark.parametrize("finished", METHODS, indirect=True)
+@pytest.mark.parametrize(
+    ("stage", "point"),
+    [(stage, point) for stage in ("compress", "finetune") for point in KEPT_BLOCKS],
+)
 def test_a_killed_stage_continues_with_the_same_bytes(
     unfinished: Path, finished: Path, run_stage: Stages, stage: str, point: str
 ) -> None:
@@ -262,13 +277,13 @@ def test_a_killed_stage_continues_with_the_same_bytes(
     assert next(p.name for p in out.parent.iterdir()).startswith(".small.writing-")
     store = next((unfinished / "scratch").glob(f"{stage}-small@*"))
     kept = {p.name: p.stat().st_mtime_ns for p in store.glob("[0-9]*.json")}
-    assert len(kept) == KEPT_BLOCKS[point]
+    assert sum(name != WEIGHED for name in kept) == KEPT_BLOCKS[point]
 
     status, said = run_stage(unfinished, stage, "before_provenance")  # killed again, at the end
     assert status == -signal.SIGKILL, said
     assert f"continues after {KEPT_BLOCKS[point]} finished blocks" in said
     now = {p.name: p.stat().st_mtime_ns for p in store.glob("[0-9]*.json")}
-    assert len(now) == BLOCKS
+    assert sum(name != WEIGHED for name in now) == BLOCKS
     assert {name: now[name] for name in kept} == kept  # finished blocks were not made again
 
     status, said = run_stage(unfinished, stage)
@@ -277,6 +292,21 @@ def test_a_killed_stage_continues_with_the_same_bytes(
     assert content(out) == content(finished / OUTPUTS[stage])
     assert [p.name for p in out.parent.iterdir()] == ["small"]
     assert not (unfinished / "scratch").exists()
+
+
+@pytest.mark.parametrize("finished", ["lillama"], indirect=True)
+@pytest.mark.parametrize("stage", ["compress"])
+def test_layers_are_not_weighed_twice(
+    unfinished: Path, finished: Path, run_stage: Stages, stage: str
+) -> None:
+    status, said = run_stage(unfinished, stage, "after_weighing")
+    assert status == -signal.SIGKILL, said
+    store = next((unfinished / "scratch").glob("compress-small@*"))
+    assert [path.name for path in store.glob("[0-9]*.json")] == [WEIGHED]
+    status, said = run_stage(unfinished, stage)
+    assert status == 0, said
+    assert "weigh layers" not in said
+    assert content(unfinished / OUTPUTS[stage]) == content(finished / OUTPUTS[stage])
 
 
 @pytest.mark.parametrize("stage", ["train"])
@@ -325,12 +355,12 @@ def test_blocks_of_other_settings_are_refused_and_named(
     unfinished: Path, run_stage: Stages, stage: str, change: tuple[str, ...], reason: str
 ) -> None:
     assert run_stage(unfinished, stage, "after_first_block")[0] == -signal.SIGKILL
-    params: Any = json.loads(json.dumps(PARAMS))
-    section = params
+    settings: Any = json.loads(json.dumps(params("cluscomp")))
+    section = settings
     for key in change[:-1]:
         section = section[key]
     section[change[-1]] += 1
-    (unfinished / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    (unfinished / "params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     status, said = run_stage(unfinished, stage)
     assert status == 0, said
     lines = [line for line in said.splitlines() if "other work" in line]

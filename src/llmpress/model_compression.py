@@ -12,6 +12,7 @@ from llmpress.checkpoints import Checkpoint
 from llmpress.compressed_checkpoints import write_compressed_model
 from llmpress.compression import compress_layers, model_shapes
 from llmpress.errors import ArtifactError, SourceError
+from llmpress.experts import expert_matrix
 from llmpress.hf import is_compressed, skeleton
 from llmpress.methods.base import Method, Shape
 from llmpress.resume import SCRATCH, BlockStore
@@ -89,6 +90,12 @@ def _check_weights(checkpoint: Checkpoint, blocks: list[dict[str, Shape]]) -> No
         )
     stored = set(checkpoint.names())
     for name, shape in (item for block in blocks for item in block.items()):
+        if f"{name}.weight" not in stored and expert_matrix(name):
+            raise SourceError(
+                f"{checkpoint.folder}: its experts are not stored one tensor a matrix "
+                f"('{name}.weight'), and llmpress does not take such files apart; save the model "
+                "with transformers' save_pretrained(), which separates the experts of most"
+            )
         if f"{name}.weight" not in stored:
             raise ArtifactError(
                 f"{checkpoint.folder}: holds no tensor '{name}.weight'; fetch the model again"

@@ -16,6 +16,8 @@ from llmpress.errors import SourceError
 from llmpress.expert_statistics import TYPICAL_TOKENS, output_sensitivities, second_moments
 from llmpress.experts import expert_matrix, separate_experts
 from llmpress.hf import skeleton
+from llmpress.methods.rtn import RTN
+from llmpress.model_compression import compress_model
 
 MIXTURES = pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"], indirect=True)
 NAMES = [f"mlp.experts.{number}.{{}}" for number in range(3)]
@@ -141,3 +143,21 @@ def test_a_plain_model_stays_as_it_is(tiny_model_folder: Path) -> None:
     separate_experts(model)
     assert [type(m) for m in model.modules()] == [type(m) for m in before]
     assert all(isinstance(m, nn.Module) for m in before)
+
+
+@pytest.mark.parametrize("architecture", ["mixtral"], indirect=True)
+def test_a_file_with_fused_experts_is_refused(architecture_folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(architecture_folder, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    with pytest.raises(SourceError, match="experts are not stored one tensor a matrix"):
+        compress_model(
+            tmp_path / "fused",
+            tmp_path / "out",
+            method_name="rtn",
+            method=RTN(num_bits=8, group_size=16),
+            calibration=None,
+            seed=0,
+            device=torch.device("cpu"),
+            scratch=tmp_path / "scratch",
+        )
+    assert not (tmp_path / "out").exists()
