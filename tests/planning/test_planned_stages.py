@@ -326,3 +326,13 @@ def test_work_adds_up() -> None:
     assert work == Work(fp32_flops=3e9, calls=10.0, fixed_seconds=1.0)
     faster = replace(REFERENCE_RATES, fp32_flops_per_second=210e9)
     assert 1.0 < work.seconds(faster) < work.seconds(REFERENCE_RATES)
+
+
+def test_blocks_above_the_last_compressed_one_are_not_finetuned(tiny: ModelShapes) -> None:
+    def estimate(strategy: str) -> Estimate:
+        method = build_method("lillama", {"reduction": 0.1, "strategy": strategy}, "lillama")
+        return stages.finetune(tiny, "lillama", method, TuningSettings(1, 1e-3), CALIBRATION)
+
+    bottom, uniform = estimate("bottom"), estimate("uniform")
+    assert bottom.artifact.other_bytes < uniform.artifact.other_bytes  # fewer records
+    assert bottom.work.bf16_flops < 0.6 * uniform.work.bf16_flops

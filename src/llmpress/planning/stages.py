@@ -227,8 +227,10 @@ def finetune(
     if not isinstance(method, Tunable):
         raise ConfigError(f"method {method_name!r} has nothing to finetune")
     layers = sizes.planned_layers(model, method_name, method)
+    own = [[layers[name] for name in linears] for linears in model.blocks]
+    walked = 1 + max((i for i, block in enumerate(own) if sum(map(_trainable, block))), default=-1)
     artifact = sizes.compressed_model_size(
-        model, layers, exact=knows_layers(method_name, method), blocks=len(model.blocks)
+        model, layers, exact=knows_layers(method_name, method), blocks=walked
     )
     terms = method.loss_terms()
     student_chains = len({term.student_input for term in terms})
@@ -238,7 +240,6 @@ def finetune(
     batch = min(settings.batch_size, trained) * length
     states = 4 * (trained + held_out) * length * model.hidden
 
-    own = [[layers[name] for name in linears] for linears in model.blocks]
     parameters = max(sum(_trainable(layer) for layer in block) for block in own)
     unpacked = max(sum(_unpacked_bytes(layer) for layer in block) for block in own)
     activations = int(ACTIVATION_BYTES * batch * model.block_features) * student_chains
@@ -258,10 +259,13 @@ def finetune(
     steps = settings.epochs * -(-trained // settings.batch_size)
     passes = steps * 3 + (settings.epochs + 1) + (trained + held_out) // PROPAGATE_WINDOWS + 1
     student_weights = sum(_multiplied(layers[n], s) for n, s in model.linears.items())
-    work = (
+    forwards = (
         _forward(model, tokens["propagate"], model.linear_weights, settings.autocast)
         + _forward(model, tokens["judge"], student_weights, settings.autocast)
         + _forward(model, tokens["train"], student_weights, settings.autocast) * 3
+    )
+    work = (
+        forwards * (walked / len(model.blocks))
         + Work(
             bytes_moved=passes * student_chains * sum(_rebuild_bytes(x) for x in layers.values())
             + steps * 60.0 * sum(_trainable(layer) for layer in layers.values()),
