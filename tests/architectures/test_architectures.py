@@ -169,6 +169,17 @@ def test_step_by_step_it_computes_what_it_computes_at_once(
     torch.testing.assert_close(last, whole, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call:UserWarning")  # in transformers' Mamba
+@pytest.mark.parametrize("architecture", ["phi3", "mixtral", "mamba"], indirect=True)
+def test_it_compiles(architecture: str, low_rank: Path, tiny_windows: Tensor) -> None:
+    model = llmpress.load_model(low_rank)
+    whole = architecture != "mixtral"  # which experts run depends on the tokens: a graph each
+    compiled = torch.compile(model, backend="eager", fullgraph=whole)
+    with torch.no_grad():
+        expected, found = (m(tiny_windows[:1, :16]).logits for m in (model, compiled))
+    torch.testing.assert_close(found, expected)
+
+
 def test_the_dense_export_needs_no_llmpress(
     architecture: str,
     architecture_folder: Path,

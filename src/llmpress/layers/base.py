@@ -57,8 +57,15 @@ class CompressedLinear(nn.Module, ABC):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @property
-    def weight(self) -> "ImpliedWeight":
-        """The weight, for a module that multiplies by it without calling this layer."""
+    def weight(self) -> "ImpliedWeight | Tensor":
+        """The weight, for a module that multiplies by it without calling this layer.
+
+        torch.compile cannot follow products of anything but tensors: it gets the dense weight, in
+        the dtype of the bias.
+        """
+        if torch.compiler.is_compiling():
+            dense = self.dequantize()
+            return dense if self.bias is None else dense.to(self.bias.dtype)
         return ImpliedWeight(self.product)
 
     def tensors(self) -> dict[str, Tensor]:
