@@ -167,3 +167,22 @@ def test_factors_without_the_rank_they_claim_are_refused() -> None:
     A = torch.randn(OUT, 1).expand(OUT, 3)
     with pytest.raises(ValueError, match="span fewer directions"):
         PivotedLowRankLinear.from_factors(A, torch.randn(3, IN))
+
+
+@pytest.mark.parametrize("tokens", [3, 64])  # fewer and more than the rank
+def test_pivoted_rows_get_the_same_outputs_and_gradients_at_any_number_of_tokens(
+    tokens: int,
+) -> None:
+    factors = torch.randn(24, 8), torch.randn(8, 16)
+    layer = PivotedLowRankLinear.from_factors(*factors, "float32")
+    layer.A.requires_grad_(True)
+    layer.B.requires_grad_(True)
+    x, given = torch.randn(tokens, 16), torch.randn(tokens, 24)
+    y = layer(x)
+    y.backward(given)
+    found = layer.A.grad.clone(), layer.B.grad.clone()
+    layer.zero_grad()
+    expected = x @ layer.dequantize().t()
+    expected.backward(given)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, (layer.A.grad, layer.B.grad), rtol=1e-4, atol=1e-4)

@@ -69,8 +69,11 @@ class PivotedLowRankLinear(LowRankLinear):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return fp32 ``[out, rank]``, of which ``rank`` rows are unit vectors, and ``B``."""
-        unit = torch.eye(self.rank, device=self.A.device)
-        return torch.cat([unit, self.A.float()])[self.place.long()], self.B.float()
+        return self._left().float(), self.B.float()
+
+    def _left(self) -> Tensor:
+        unit = torch.eye(self.rank, dtype=self.A.dtype, device=self.A.device)
+        return torch.cat([unit, self.A])[self.place.long()]
 
     def dequantize(self) -> Tensor:
         """Return ``Ŵ`` as fp32 ``[out, in]``."""
@@ -78,7 +81,12 @@ class PivotedLowRankLinear(LowRankLinear):
         return torch.cat([B, self.A.float() @ B])[self.place.long()]
 
     def product(self, x: Tensor) -> Tensor:
-        """Return ``x Wᵀ``, ``[..., out]``, without forming the dense weight."""
+        """Return ``x Wᵀ``, ``[..., out]``, without forming the dense weight.
+
+        Either outputs or the rows of the left factor are put in their places: whichever is less.
+        """
         z = functional.linear(x, self.B.to(x.dtype))
+        if z.numel() >= self.rank**2:
+            return functional.linear(z, self._left().to(z.dtype))
         y = torch.cat([z, functional.linear(z, self.A.to(z.dtype))], dim=-1)
         return y.gather(-1, self.place.long().expand_as(y))  # half the time of an index, on a CPU
