@@ -1,18 +1,19 @@
-# make report | test | test-gpu | bench | quality | peers | check | docs | lock | clean: each makes .venv first when it is missing or out of date.
+# make report | test | test-gpu | bench | quality | removal | peers | check | docs | lock | clean: each makes .venv first when it is missing or out of date.
 
 PYTHON ?= python3.11
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help report test test-gpu bench quality peers check docs lock clean
+.PHONY: help report test test-gpu bench quality removal peers check docs lock clean
 
 help:
 	@echo "make report    run the pipeline up to results/report.html"
 	@echo "make test      run the tests that need no GPU"
 	@echo "make test-gpu  run the tests that need one"
-	@echo "make bench     time loading on the artifacts of make report -> benchmarks/results/"
+	@echo "make bench     time loading and low rank on the artifacts of make report -> benchmarks/results/"
 	@echo "make quality   cluscomp and gptq at several true bits, hours on two cores -> benchmarks/results/quality.csv"
+	@echo "make removal   low rank against removed blocks at several sizes, hours on two cores -> benchmarks/results/removal.csv"
 	@echo "make peers     measure other quantizers (peers-hqq: one) -> benchmarks/results/quality_peers.csv"
 	@echo "make check     format, lint, types, workflow, documentation: what CI runs before the tests"
 	@echo "make docs      build the documentation into build/site/index.html"
@@ -35,6 +36,7 @@ DELTAS := delta-come delta-svd delta-bitdelta delta-magnitude
 bench: $(INSTALLED)
 	python benchmarks/loading.py --base data/models/smollm2 \
 	  $(addprefix data/,models/smollm2 $(ARTIFACTS) $(addprefix compressed/,$(DELTAS)))
+	python benchmarks/low_rank_speed.py data/models/smollm2 data/compressed/lillama-80 data/compressed/svd-80
 
 # A copy, for hours of measuring: make report replaces the model in data/ when it is out of date.
 QUALITY_MODEL := build/quality/smollm2
@@ -47,6 +49,15 @@ quality: $(INSTALLED) | $(PEER_CALIBRATION)
 	for bits in 2 3 4; do test -d $(QUALITY)/gptq-$$bits || llmpress compress $(QUALITY_MODEL) --method gptq \
 	  -s num_bits=$$bits -s group_size=64 --calibration $(PEER_CALIBRATION) --out $(QUALITY)/gptq-$$bits || exit 1; done
 	python benchmarks/quality.py $(QUALITY_MODEL) $(QUALITY)/* --original $(QUALITY_MODEL)
+
+REDUCTIONS := 0.1 0.2 0.3 0.4
+REMOVAL := build/removal/out
+
+removal: $(INSTALLED) | $(PEER_CALIBRATION)
+	snakemake --cores all data/tasks/arc-easy data/tasks/piqa
+	python benchmarks/removal.py $(QUALITY_MODEL) $(PEER_CALIBRATION) $(REDUCTIONS) --out $(REMOVAL)
+	python benchmarks/quality.py $(QUALITY_MODEL) $(REMOVAL)/* --original $(QUALITY_MODEL) \
+	  --tasks data/tasks/arc-easy --tasks data/tasks/piqa --out benchmarks/results/removal.csv
 
 # Other tools, each in an environment of its own that holds exactly its requirements; minutes to hours.
 PEERS := hqq gptqmodel llmcompressor autoround

@@ -12,19 +12,17 @@ many: every tensor of the block is then ``s²`` times as large, so a small machi
     python benchmarks/block_memory.py --scale 0.5
 """
 
-import csv
 import json
-import subprocess
 import sys
 import tempfile
 import weakref
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
 from memory import status, watch
+from tables import append_rows, origin
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -34,7 +32,6 @@ from llmpress.artifacts import write_json
 from llmpress.blocks import BlockWalk
 from llmpress.checkpoints import Checkpoint, CheckpointWriter
 from llmpress.compressed_checkpoints import write_model_config
-from llmpress.environment import hardware, packages
 from llmpress.hf import skeleton
 from llmpress.layers import CodebookLinear
 from llmpress.methods.cluscomp import ClusComp
@@ -187,7 +184,6 @@ def main(
         command = [sys.executable, __file__, "--root", name, "--scale", str(scale)]
         anonymous = watch([*command, "--batch", str(batch)])
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    versions, machine = packages(), hardware()
     row = {
         "model": "Llama-2-70B",
         "scale": scale,
@@ -202,21 +198,10 @@ def main(
         "anonymous_before_bytes": result["before"]["RssAnon"],
         "anonymous_peak_bytes": anonymous,
         "device_peak_bytes": result["device_bytes"],
-        "processor": machine["processor"],
-        "gpu": machine["gpu"],
-        "torch": versions["torch"],
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
-        "date": datetime.now(UTC).date().isoformat(),
+        **origin(),
     }
     print(row)
-    is_new = not out.exists()
-    with out.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row))
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    append_rows(out, [row])
 
 
 if __name__ == "__main__":

@@ -8,10 +8,9 @@ Artifacts go to build/quality/out/; benchmarks/quality.py measures them beside t
 from pathlib import Path
 
 import typer
+from tables import is_done
 
-from llmpress.artifacts import read_provenance
 from llmpress.devices import pick_device
-from llmpress.errors import ArtifactError
 from llmpress.failures import script_errors
 from llmpress.methods.cluscomp import ClusComp
 from llmpress.model_compression import compress_model
@@ -36,7 +35,7 @@ def main(
         for size in bits:
             method = ClusComp(bits=size, iterations=iterations)
             small, tuned = out / f"cluscomp-{size}", out / f"cluscomp-{size}-tuned"
-            if not _is_done(small):
+            if not is_done(small):
                 compress_model(
                     model,
                     small,
@@ -46,7 +45,7 @@ def main(
                     seed=0,
                     device=pick_device(),
                 )
-            if epochs and not _is_done(tuned):
+            if epochs and not is_done(tuned):
                 tune_model(
                     small,
                     model,
@@ -63,14 +62,6 @@ def main(
 def rate_at(bits: float) -> float:
     """Return a rate in proportion to the error that is left: steps larger than that do harm."""
     return round(0.03 * 2 ** (2.2 - bits), 4)
-
-
-def _is_done(folder: Path) -> bool:
-    try:
-        read_provenance(folder)
-    except ArtifactError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

@@ -6,17 +6,14 @@ are in the page cache (the first repetition is thrown away), so what is measured
     python benchmarks/loading.py MODEL ARTIFACT... --base MODEL
 """
 
-import csv
 import json
 import statistics
 import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 
 import typer
-
-from llmpress.environment import hardware, packages
+from tables import append_rows, origin
 
 MEASURE = """
 import json, resource, sys, time
@@ -62,10 +59,7 @@ def main(
     for folder in (*folders, base):
         if not folder.is_dir():
             raise SystemExit(f"error: {folder}: no such folder; make report makes the default ones")
-    machine, versions = hardware(), packages()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    measured = origin("transformers")
     rows, reference = [], None
     for folder in folders:
         results = [
@@ -97,22 +91,11 @@ def main(
             "baseline": folders[0].name,
             "dtype": "bfloat16",
             "repetitions": len(results),
-            "processor": machine["processor"],
-            "gpu": machine["gpu"],
-            "torch": versions["torch"],
-            "transformers": versions["transformers"],
-            "commit": commit,
-            "date": datetime.now(UTC).date().isoformat(),
+            **measured,
         }
         rows.append(row)
         print({key: row[key] for key in list(row)[:10]})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not out.exists()
-    with out.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append_rows(out, rows)
 
 
 if __name__ == "__main__":

@@ -7,23 +7,20 @@ the mixture and Mamba random ones of a trained model's shapes: they do not matte
     python benchmarks/low_rank_speed.py MODEL ARTIFACT...
 """
 
-import csv
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
 import torch
 import typer
+from tables import append_rows, origin
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, MambaConfig, MixtralConfig, PretrainedConfig
 from transformers import PreTrainedModel as Model
 
 from llmpress.devices import pick_device
-from llmpress.environment import hardware, packages
 from llmpress.hf import load_model
 from llmpress.methods.lillama import Lillama
 from llmpress.model_compression import compress_model
@@ -57,7 +54,7 @@ def main(
             for batch in BATCHES:
                 rows += _rows(name, loaded, batch, prompt, steps, rounds)
             del loaded
-    _append(out, rows)
+    append_rows(out, rows)
 
 
 def _made(name: str, reduction: float, scratch: Path) -> Iterator[tuple[str, Path]]:
@@ -90,10 +87,7 @@ def _rows(
     for _ in tqdm(range(rounds), desc=f"{name}, batch {batch}", unit="round"):
         for key, model in models.items():
             times[key].append(_timed(model, batch, prompt, steps))
-    machine, versions = hardware(), packages()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    measured = origin("transformers")
     rows = []
     for key, model in models.items():
         pairs = list(zip(times[key][1:], times["dense"][1:], strict=True))
@@ -105,9 +99,7 @@ def _rows(
             row[f"{what}_ratio_to_dense"] = round(median(b[part] / a[part] for a, b in pairs), 3)
         row |= {"held_mb": round(sum(tensors.values()) / 1e6, 1), "dtype": "bfloat16"}
         row |= {"prompt": prompt, "steps": steps, "rounds": rounds - 1}
-        row |= {"processor": machine["processor"], "gpu": machine["gpu"]}
-        row |= {"threads": torch.get_num_threads(), "torch": versions["torch"]}
-        row |= {"commit": commit, "date": datetime.now(UTC).date().isoformat()}
+        row |= {"threads": torch.get_num_threads(), **measured}
         rows.append(row)
         print({k: row[k] for k in list(row)[:8]})
     return rows
@@ -126,16 +118,6 @@ def _timed(model: Model, batch: int, prompt: int, steps: int) -> tuple[float, fl
         tokens = output.logits[:, -1:].argmax(dim=-1)
         output = model(tokens, use_cache=True, **{name: output[name]})
     return prefilled - started, time.perf_counter() - prefilled
-
-
-def _append(out: Path, rows: list[dict[str, object]]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not out.exists()
-    with out.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,18 @@ own peak), which also counts pages of files that are mapped and that the system 
     python benchmarks/memory.py --depths 4,8,16,32,64 --width 512
 """
 
-import csv
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
 import typer
+from tables import append_rows, origin
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmpress.artifacts import write_json
@@ -28,7 +27,6 @@ from llmpress.blocks import BlockWalk
 from llmpress.calibration import load_windows, save_calibration
 from llmpress.checkpoints import Checkpoint, CheckpointWriter
 from llmpress.compressed_checkpoints import rewrite_model
-from llmpress.environment import hardware, packages
 from llmpress.hf import skeleton
 from llmpress.methods.cluscomp import ClusComp
 from llmpress.model_compression import compress_model
@@ -182,10 +180,6 @@ def main(
         child(stage, root)
         return
     counts = [int(depth) for depth in depths.split(",")]
-    machine, versions = hardware(), packages()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     rows = []
     for depth in counts:
         with tempfile.TemporaryDirectory() as name:
@@ -220,23 +214,8 @@ def main(
             print(f"{each} {kind}: {estimate / 1e3:.1f} ± {error / 1e3:.1f} kB per layer")
             for row in own:
                 row |= {f"{kind}_slope": round(estimate), f"{kind}_slope_error": round(error)}
-    for row in rows:
-        row |= {
-            "processor": machine["processor"],
-            "gpu": machine["gpu"],
-            "torch": versions["torch"],
-            "transformers": versions["transformers"],
-            "safetensors": versions["safetensors"],
-            "commit": commit,
-            "date": datetime.now(UTC).date().isoformat(),
-        }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not out.exists()
-    with out.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+    measured = origin("transformers", "safetensors")
+    append_rows(out, [row | measured for row in rows])
 
 
 if __name__ == "__main__":

@@ -8,13 +8,10 @@ Accuracy is zero-shot, length-normalised where lm-eval does so, in bf16.
     python benchmarks/quality.py data/models/smollm2 data/compressed/gptq-3bit
 """
 
-import csv
 import hashlib
 import json
 import os
-import subprocess
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
@@ -23,6 +20,7 @@ from typing import Any
 import torch
 import typer
 from safetensors.torch import load_file, save_file
+from tables import append_rows, origin
 from tqdm import tqdm
 
 from llmpress.artifacts import (
@@ -34,7 +32,7 @@ from llmpress.artifacts import (
 )
 from llmpress.calibration import INDEX
 from llmpress.corpora import load_text, token_windows
-from llmpress.environment import hardware, packages
+from llmpress.environment import hardware
 from llmpress.evaluation.comparison import folder_size
 from llmpress.evaluation.likelihood import likelihood
 from llmpress.evaluation.sizes import cost
@@ -97,10 +95,7 @@ def main(
         path.name: token_windows(load_text(path, "test"), tokenizer, length, windows)
         for path in text
     }
-    machine, versions = hardware(), packages()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    machine = hardware()
     reference = Remembered(original, kept)
     for folder in tqdm(folders, desc="folders", unit="folder"):
         is_original = folder.resolve() == original.resolve()
@@ -125,13 +120,9 @@ def main(
             "dtype": "float32",
             "processor": machine["processor"],
             "cores": machine["cores"],
-            "gpu": machine["gpu"],
-            "torch": versions["torch"],
-            "transformers": versions["transformers"],
-            "commit": commit,
-            "date": datetime.now(UTC).date().isoformat(),
+            **origin("transformers"),
         }
-        append(out, row)
+        append_rows(out, [row])
         tqdm.write(
             ", ".join(f"{key}={row[key]}" for key in ("name", "bits_per_weight"))
             + "".join(
@@ -198,21 +189,6 @@ def described(folder: Path, calibrations: Iterable[Path]) -> dict[str, Any]:
         "made_on": f"{machine['gpu'] or machine['processor']}, {machine['threads']} threads",
         "made": provenance["created"][:10],
     }
-
-
-def append(out: Path, row: dict[str, Any]) -> None:
-    """Append a row, below a heading that is written once; what is there must have the same."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.is_file():
-        with out.open(newline="", encoding="utf-8") as file:
-            if next(csv.reader(file), None) != list(row):
-                raise SystemExit(f"error: {out}: other columns than these rows; name another --out")
-    is_new = not out.is_file()
-    with out.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row))
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def _calibration_tokens(inputs: dict[str, str], calibrations: Iterable[Path]) -> int | str:

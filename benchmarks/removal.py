@@ -2,7 +2,7 @@
 
 At each share of the whole model's weights that goes: Lillama, before and after distillation, plain
 and activation-aware truncated SVD of every matrix alike, and whole decoder blocks removed.
-Artifacts go to build/removal/; benchmarks/quality.py measures them.
+Artifacts go to build/removal/out/; benchmarks/quality.py measures them.
 
     python benchmarks/removal.py MODEL CALIBRATION 0.1 0.2 0.3 0.4
 """
@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 import typer
+from tables import is_done
 from torch import Tensor
 from torch.nn import functional
 
-from llmpress.artifacts import artifact_folder, read_provenance, write_json
+from llmpress.artifacts import artifact_folder, write_json
 from llmpress.blocks import BlockWalk, progress
 from llmpress.calibration import load_windows
 from llmpress.checkpoints import Checkpoint, CheckpointWriter, copy_companions
 from llmpress.devices import pick_device
-from llmpress.errors import ArtifactError
 from llmpress.failures import script_errors
 from llmpress.hf import skeleton
 from llmpress.methods.base import Method
@@ -49,9 +49,11 @@ def main(
     epochs: int = typer.Option(1, help="Of distillation; 0 leaves it out."),
     learning_rate: float = typer.Option(1e-3, help="Of distillation, relative to each factor."),
     batch_size: int = typer.Option(2, help="Windows of a step of distillation."),
-    mode: Mode = typer.Option(Mode.student, help="Of distillation."),
+    mode: Mode = typer.Option(
+        Mode.student, help="Of distillation: one pass over it is half as long."
+    ),
     peers: bool = typer.Option(True, help="Also truncated SVD and removed blocks."),
-    out: Path = typer.Option(Path("build/removal"), help="Folder for the artifacts."),
+    out: Path = typer.Option(Path("build/removal/out"), help="Folder for the artifacts."),
 ) -> None:
     """Write out/NAME-REDUCTION for each way and share; finished ones are kept."""
     with script_errors():
@@ -59,7 +61,7 @@ def main(
             lillama = Lillama(reduction=reduction)
             small, tuned = out / f"lillama-{reduction}", out / f"lillama-tuned-{reduction}"
             _compress(model, small, "lillama", lillama, calibration)
-            if epochs and not _is_done(tuned):
+            if epochs and not is_done(tuned):
                 tune_model(
                     small,
                     model,
@@ -89,7 +91,7 @@ def _kept_of_linears(model: Path, reduction: float) -> float:
 
 
 def _compress(model: Path, out: Path, name: str, method: Method, calibration: Path) -> None:
-    if not _is_done(out):
+    if not is_done(out):
         compress_model(
             model,
             out,
@@ -108,7 +110,7 @@ def _remove_blocks(model: Path, calibration: Path, reductions: list[float], out:
     what leaves it. As many blocks go as fit into a reduction, so never more than was asked for.
     """
     wanted = {reduction: out / f"blocks-{reduction}" for reduction in reductions}
-    wanted = {reduction: folder for reduction, folder in wanted.items() if not _is_done(folder)}
+    wanted = {reduction: folder for reduction, folder in wanted.items() if not is_done(folder)}
     if not wanted:
         return
     checkpoint = Checkpoint(model)
@@ -164,14 +166,6 @@ def _turns(walk: BlockWalk, windows: Tensor) -> list[float]:
         turns.append(1 - float(functional.cosine_similarity(entering, leaving, dim=-1).mean()))
         entering = leaving
     return turns
-
-
-def _is_done(folder: Path) -> bool:
-    try:
-        read_provenance(folder)
-    except ArtifactError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

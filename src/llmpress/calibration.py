@@ -4,19 +4,19 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from llmpress.architectures import compressible
 from llmpress.artifacts import read_json, read_provenance, save_tensors, write_json
 from llmpress.blocks import BlockWalk, progress
 from llmpress.errors import ArtifactError, NumericalError, SourceError
 from llmpress.expert_statistics import second_moments
 from llmpress.experts import ExpertMatrix, expert_matrix
-from llmpress.linear_calls import LinearCall, LinearCalls, rows
+from llmpress.linear_calls import LinearCall, linear_calls, rows
 from llmpress.methods.base import InputStatistics
 from llmpress.sensitivity import output_sensitivity
 
@@ -165,7 +165,8 @@ def save_calibration(
     for index in progress(range(len(walk)), "calibrate blocks"):
         block = walk.load(index)
         file = f"moments-{index:03d}.safetensors"
-        with InputMoments(block) as inputs:
+        inputs = InputMoments(block)
+        with linear_calls(block, inputs.add):
             hidden_states = walk.propagate(block, index, hidden_states, in_place=True)
         moments = inputs.moments()
         save_tensors(moments, folder / file)
@@ -209,7 +210,7 @@ def _by_expert(tokens: Mapping[str, int]) -> Iterator[tuple[ExpertMatrix, int]]:
 
 
 class InputMoments:
-    """Collects ``Σ x xᵀ`` of the inputs of a block's linears while it runs, inside a ``with``.
+    """Collects ``Σ x xᵀ`` of the inputs of a block's linears: a listener of `linear_calls`.
 
     Linears that are given the very same tensor (q, k and v; gate and up) share one sum, named after
     the first of them.
@@ -220,27 +221,11 @@ class InputMoments:
     """
 
     def __init__(self, block: nn.Module) -> None:
-        self._calls = LinearCalls(block, self._add)
-        self._widths = {name: m.in_features for name, m in self._calls.linears.items()}
+        self._widths = {name: linear.in_features for name, linear in compressible(block).items()}
         self.leaders: dict[str, str] = {}
-        self._sums: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
+        self._sums: dict[str, Tensor] = {}
         self._last: dict[str, Tensor] = {}
-
-    def __enter__(self) -> "InputMoments":
-        """Start listening."""
-        self._calls.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Stop listening."""
-        self._calls.__exit__(kind, error, traceback)
-        self._last.clear()
 
     def moments(self) -> dict[str, Tensor]:
         """Return ``E[x xᵀ]`` by leader, fp32 ``[in, in]``, and let go of what was collected.
@@ -249,6 +234,7 @@ class InputMoments:
             NumericalError: An input held NaN or Inf.
         """
         sums, self._sums = self._sums, {}
+        self._last.clear()
         for name, total in sums.items():
             if not bool(torch.isfinite(total).all()):
                 raise NumericalError(f"{name}: its inputs hold NaN or Inf during calibration")
@@ -257,7 +243,8 @@ class InputMoments:
         widths = {n: width for n, width in self._widths.items() if self.leaders[n] == n}
         return second_moments(sums, self.tokens, widths)
 
-    def _add(self, call: LinearCall) -> None:
+    def add(self, call: LinearCall) -> None:
+        """Add one use of a linear."""
         leader = self.leaders.get(call.name)
         if leader is None:
             leader = next((n for n, seen in self._last.items() if seen is call.x), call.name)

@@ -1,7 +1,7 @@
 """Every use of a block's linear layers while it runs, in whatever way the block uses them."""
 
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +29,12 @@ class LinearCall(NamedTuple):
     axis: int
 
 
-class LinearCalls:
-    """Tells of every use of a block's compressible linears, inside one ``with``.
+Listener = Callable[[LinearCall], None]
+
+
+@contextmanager
+def linear_calls(block: nn.Module, listener: Listener) -> Iterator[None]:
+    """Tell of every use of a block's compressible linears, inside a ``with``.
 
     A linear is called, or, as in Mamba's ``dt_proj``, its weight is multiplied from the left.
 
@@ -39,43 +43,26 @@ class LinearCalls:
         listener: Is told of each use.
     """
 
-    def __init__(self, block: nn.Module, listener: Callable[[LinearCall], None]) -> None:
-        self.linears = compressible(block)
-        self.listener = listener
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._products = _LeftProducts({m.weight: n for n, m in self.linears.items()}, listener)
-
-    def __enter__(self) -> "LinearCalls":
-        """Start listening."""
-        for name, linear in self.linears.items():
-            self._hooks.append(linear.register_forward_hook(self._hook(name)))
-        self._products.__enter__()  # type: ignore[no-untyped-call]  # torch's
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Stop listening."""
-        self._products.__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
-        for hook in self._hooks:
-            hook.remove()
-        self.linears.clear()  # the block goes when its walker lets go of it
-        self._products.names.clear()
-
-    def _hook(self, name: str):  # type: ignore[no-untyped-def]
+    def hook(name: str):  # type: ignore[no-untyped-def]
         def listen(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self.listener(LinearCall(name, inputs[0], output, -1))
+            listener(LinearCall(name, inputs[0], output, -1))
 
         return listen
+
+    linears = compressible(block)
+    hooks = [linear.register_forward_hook(hook(name)) for name, linear in linears.items()]
+    try:
+        with _LeftProducts({linear.weight: name for name, linear in linears.items()}, listener):
+            yield
+    finally:
+        for handle in hooks:
+            handle.remove()
 
 
 class _LeftProducts(TorchFunctionMode):
     """Sees ``weight @ x``."""
 
-    def __init__(self, names: dict[Tensor, str], listener: Callable[[LinearCall], None]) -> None:
+    def __init__(self, names: Mapping[Tensor, str], listener: Listener) -> None:
         super().__init__()
         self.names, self.listener = names, listener
 

@@ -13,7 +13,6 @@ two hidden states per window, whatever the depth. What entered each block lies o
 import copy
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -21,12 +20,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llmpress.architectures import decoder_blocks
+from llmpress.architectures import compressible, decoder_blocks
 from llmpress.artifacts import save_tensors
 from llmpress.blocks import BlockWalk, progress
 from llmpress.errors import NumericalError
 from llmpress.expert_statistics import output_sensitivities
-from llmpress.linear_calls import LinearCall, LinearCalls, rows
+from llmpress.linear_calls import LinearCall, linear_calls, rows
 
 
 def output_sensitivity(
@@ -59,7 +58,8 @@ def output_sensitivity(
         for index in progress(range(len(walk) - 1, -1, -1), "sensitivity, backward"):
             block = walk.load(index)
             hidden_states = load_file(entered[index])["hidden_states"]
-            with _SquaredGradients(block) as squares:
+            squares = _SquaredGradients(block)
+            with linear_calls(block, squares.listen):
                 gradient = _backward(walk, block, index, hidden_states, gradient)
             found = output_sensitivities(squares.totals, squares.tokens, windows.numel())
             for name, mean in found.items():
@@ -84,27 +84,16 @@ def _backward(
 
 
 class _SquaredGradients:
-    """Sums ``g²`` over all tokens, for each output of each linear of a block, inside a ``with``."""
+    """Sums ``g²`` over all tokens, for each output of each linear of a block."""
 
     def __init__(self, block: nn.Module) -> None:
-        self._calls = LinearCalls(block, self._listen)
-        linears = self._calls.linears.items()
+        linears = compressible(block).items()
         self.totals = {n: torch.zeros(m.out_features, device=m.weight.device) for n, m in linears}
         self.tokens = dict.fromkeys(self.totals, 0)
 
-    def __enter__(self) -> "_SquaredGradients":
-        self._calls.__enter__()
-        return self
+    def listen(self, call: LinearCall) -> None:
+        """Add the gradients of one use of a linear, when they are there."""
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._calls.__exit__(kind, error, traceback)
-
-    def _listen(self, call: LinearCall) -> None:
         def add(gradient: Tensor) -> None:
             flat = rows(gradient.float(), call.axis)
             self.totals[call.name] += flat.square().sum(dim=0)

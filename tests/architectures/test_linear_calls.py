@@ -12,7 +12,7 @@ from llmpress.checkpoints import Checkpoint
 from llmpress.errors import SourceError
 from llmpress.hf import load_model, skeleton
 from llmpress.layers import AdaptedLinear, LowRankLinear
-from llmpress.linear_calls import LinearCall, LinearCalls
+from llmpress.linear_calls import LinearCall, linear_calls
 from llmpress.sensitivity import output_sensitivity
 
 MAMBA = pytest.mark.parametrize("architecture", ["mamba"], indirect=True)
@@ -66,7 +66,7 @@ def test_every_use_is_told_while_it_listens() -> None:
 
     block, calls = Block(), list[LinearCall]()
     x = torch.randn(2, 5, 3)
-    with LinearCalls(block, calls.append):
+    with linear_calls(block, calls.append):
         y = block(x)
     block(x)
     assert [(call.name, call.axis) for call in calls] == [("called", -1), ("multiplied", -2)]
