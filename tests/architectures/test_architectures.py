@@ -157,6 +157,31 @@ def test_it_generates_and_is_saved_again_bit_for_bit(
     assert same.tolist() == texts.tolist()
 
 
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"], indirect=True)
+def test_experts_that_stay_dense_are_not_fused_again(
+    architecture_folder: Path, calibrated: Path, tiny_windows: Tensor, tmp_path: Path
+) -> None:
+    method = Lillama(reduction=0.05)
+    small = compress(architecture_folder, tmp_path / "small", method, calibrated)
+    model = llmpress.load_model(small, dtype="auto")
+    matrices = [m for n, m in model.named_modules() if ".experts." in n and n.endswith("_proj")]
+    dense = [matrix for matrix in matrices if isinstance(matrix, nn.Linear)]
+    assert 0 < len(dense) < len(matrices)
+    model.save_pretrained(tmp_path / "again")
+    again = llmpress.load_model(tmp_path / "again", dtype="auto")
+    with torch.inference_mode():
+        found, expected = (m(tiny_windows[:1]).logits for m in (again, model))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    original = llmpress.load_model(architecture_folder).state_dict()
+    name = next(n for n, m in model.named_modules() if m is dense[0])
+    group, number, matrix = name.rsplit(".", 2)
+    fused = original[f"{group}.{'down_proj' if matrix == 'down_proj' else 'gate_up_proj'}"]
+    rows = fused[int(number)]
+    half = len(rows) // 2
+    part = {"gate_proj": rows[:half], "up_proj": rows[half:], "down_proj": rows}[matrix]
+    torch.testing.assert_close(dense[0].weight.data, part.bfloat16(), rtol=0, atol=0)
+
+
 def test_step_by_step_it_computes_what_it_computes_at_once(
     low_rank: Path, tiny_windows: Tensor
 ) -> None:

@@ -39,6 +39,20 @@ def test_separate_experts_compute_what_the_fused_ones_do(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("architecture", ["mixtral"], indirect=True)
+def test_a_number_that_no_expert_has_stands_for_none(architecture_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(architecture_folder, dtype=torch.float32)
+    separate_experts(model)
+    experts, x = model.model.layers[0].mlp.experts, torch.randn(3, 64)
+    chosen = torch.tensor([[0, 4], [4, 4], [1, 0]])  # there are four: 0 to 3
+    weights = torch.full((3, 2), 0.5)
+    with torch.inference_mode():
+        y = experts(x, chosen, weights)
+        expected = [0.5 * experts[0](x[:1])[0], torch.zeros(64)]
+        expected.append(0.5 * (experts[0](x[2:]) + experts[1](x[2:]))[0])
+    torch.testing.assert_close(y, torch.stack(expected))
+
+
 @MIXTURES
 def test_experts_of_another_form_are_refused_by_name(architecture_folder: Path) -> None:
     model = Checkpoint(architecture_folder)
