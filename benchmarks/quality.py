@@ -3,7 +3,7 @@
 A folder is an artifact of llmpress, a model as it is, or the dense weights that another tool's
 quantized model stands for with a peer.json beside them (benchmarks/peers/). Perplexity is that of
 the test text's first windows; KL is the mean divergence from the original's predictions, in nats.
-Accuracy is zero-shot, length-normalised where lm-eval does so, in bf16.
+Accuracy is zero-shot, lm-eval's `acc`, in bf16.
 
     python benchmarks/quality.py data/models/smollm2 data/compressed/gptq-3bit
 """

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from llmpress.architectures import module_name, stored_name
 from llmpress.artifacts import read_json
 from llmpress.blocks import BlockWalk
 from llmpress.calibration import load_statistics, save_calibration
@@ -175,3 +176,22 @@ def test_a_file_with_fused_experts_is_refused(architecture_folder: Path, tmp_pat
             scratch=tmp_path / "scratch",
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "stored", "name"),
+    [
+        (
+            "mixtral",
+            "m.0.block_sparse_moe.experts.3.w2.weight",
+            "m.0.mlp.experts.3.down_proj.weight",
+        ),
+        ("phimoe", "m.0.block_sparse_moe.gate.weight", "m.0.mlp.router.weight"),
+        ("gpt_neox", "embed_out.weight", "lm_head.weight"),
+        ("llama", "m.0.mlp.gate_proj.weight", "m.0.mlp.gate_proj.weight"),
+    ],
+)
+def test_names_in_the_file_and_in_the_model(model_type: str, stored: str, name: str) -> None:
+    assert module_name(model_type, stored) == name
+    assert module_name(model_type, name) == name  # an artifact of ours, opened again
+    assert stored_name(model_type, name) == stored
