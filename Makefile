@@ -109,8 +109,8 @@ clean:
 
 # Modules are compiled when they are first imported: most never are, and compiling all takes two minutes.
 $(INSTALLED): requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
-	  || { echo "make: $(PYTHON) is not a working Python 3.11 or 3.12; install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11, 5) <= sys.version_info < (3, 13))' 2>/dev/null \
+	  || { echo "make: $(PYTHON) is not a working Python 3.11.5 to 3.12; install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet --upgrade pip==26.3
 	python -m pip install --no-compile -r requirements.lock
