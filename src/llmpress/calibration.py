@@ -15,7 +15,7 @@ from llmpress.artifacts import read_json, read_provenance, save_tensors, write_j
 from llmpress.blocks import BlockWalk, progress
 from llmpress.errors import ArtifactError, NumericalError, SourceError
 from llmpress.expert_statistics import second_moments
-from llmpress.experts import ExpertMatrix, expert_matrix
+from llmpress.experts import expert_matrix
 from llmpress.linear_calls import LinearCall, linear_calls, rows
 from llmpress.methods.base import InputStatistics
 from llmpress.sensitivity import output_sensitivity
@@ -189,7 +189,7 @@ def save_calibration(
 
 def _warn_of_rare_experts(tokens: Mapping[str, int]) -> None:
     """Say how many experts lean on the others' statistics because they saw few tokens."""
-    counts = {matrix.group + f".{matrix.number}": n for matrix, n in _by_expert(tokens)}
+    counts = {name.rpartition(".")[0]: count for name, count in tokens.items()}
     rare = sorted((n, name) for name, n in counts.items() if n < FEW_TOKENS)
     if rare:
         logger.warning(
@@ -201,12 +201,6 @@ def _warn_of_rare_experts(tokens: Mapping[str, int]) -> None:
             rare[0][1],
             rare[0][0],
         )
-
-
-def _by_expert(tokens: Mapping[str, int]) -> Iterator[tuple[ExpertMatrix, int]]:
-    for name, count in tokens.items():
-        if matrix := expert_matrix(name):
-            yield matrix, count
 
 
 class InputMoments:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from llmpress.architectures import replace_module
 from llmpress.errors import SourceError
 
 _EXPERT = re.compile(r"^(?P<group>.+\.experts)\.(?P<number>\d+)\.(?P<matrix>[^.]+)$")
@@ -109,8 +110,7 @@ def separate_experts(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if _is_fused(module):
             _check_form(name, module)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, SeparateExperts.from_fused(module))
+            replace_module(model, name, SeparateExperts.from_fused(module))
 
 
 def _is_fused(module: nn.Module) -> bool:
@@ -132,3 +132,10 @@ def _check_form(name: str, module: nn.Module) -> None:
                 f"{name}: experts with {attribute}={not value} ({type(module).__name__}) cannot be "
                 "taken apart; llmpress knows gated experts without biases, as Mixtral's or Qwen's"
             )
+    gate_up, down = (module.get_parameter(part).shape for part in ("gate_up_proj", "down_proj"))
+    if gate_up != (down[0], 2 * down[2], down[1]):
+        raise SourceError(
+            f"{name}: experts of shapes {list(gate_up)} and {list(down)} ({type(module).__name__}) "
+            "cannot be taken apart; llmpress knows [experts, 2 x inner, hidden] and [experts, "
+            "hidden, inner]"
+        )

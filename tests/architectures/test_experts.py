@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 from llmpress.architectures import module_name, stored_name
 from llmpress.artifacts import read_json
@@ -62,6 +62,21 @@ def test_experts_of_another_form_are_refused_by_name(architecture_folder: Path) 
     experts.is_transposed = True
     with pytest.raises(SourceError, match=r"model\.layers\.1\.mlp\.experts: .*is_transposed=True"):
         separate_experts(plain)
+
+
+def test_experts_that_only_look_the_same_are_refused_by_their_shapes() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "head_dim": 8}
+    config = Llama4TextConfig(
+        **sizes,
+        intermediate_size=48,
+        intermediate_size_mlp=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        pad_token_id=0,
+    )
+    with pytest.raises(SourceError, match=r"experts: experts (of shapes|with is_)"):
+        separate_experts(AutoModelForCausalLM.from_config(config))
 
 
 @pytest.mark.parametrize("architecture", ["mixtral"], indirect=True)
