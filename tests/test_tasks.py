@@ -1,5 +1,6 @@
 """Task items and the task.yaml that lm-eval reads, offline."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import yaml
 
 from llmpress.config import build
 from llmpress.errors import ArtifactError, ConfigError, SourceError
-from llmpress.tasks import arithmetic, multiple_choice
+from llmpress.tasks import arithmetic, calls, multiple_choice
 from llmpress.tasks.files import read_items, write_items, write_task
 from llmpress.tasks.source import TaskSource
 
@@ -116,6 +117,102 @@ def test_task_folder_holds_items_and_configuration(
     assert config["dataset_kwargs"] == {"data_files": {"test": "test.jsonl"}}
 
 
+@pytest.fixture(scope="module")
+def requests() -> dict[str, list[dict[str, Any]]]:
+    return calls.generate(train=600, test=100, seed=0)
+
+
+def called(item: dict[str, Any]) -> dict[str, Any]:
+    """Return the call of an item, parsed."""
+    return json.loads(item["answer"].removeprefix("<call>").removesuffix("</call>"))
+
+
+def test_calls_are_json_with_sorted_arguments(requests: dict[str, list[dict[str, Any]]]) -> None:
+    found = set()
+    for item in requests["train"] + requests["test"]:
+        parsed = called(item)
+        assert list(parsed) == ["name", "arguments"]
+        assert tuple(parsed["arguments"]) == calls.FUNCTIONS[parsed["name"]].arguments
+        assert list(parsed["arguments"]) == sorted(parsed["arguments"])
+        assert item["answer"] == f"<call>{json.dumps(parsed)}</call>"
+        assert item["target"] == f" {item['answer']}"
+        assert re.fullmatch(r"Request: [A-Z][^\n{}]+[.?!]\nCall:", item["query"])
+        found.add(parsed["name"])
+    assert found == set(calls.FUNCTIONS)
+    assert len(found) == 8
+
+
+def test_requests_say_every_value_of_their_call(
+    requests: dict[str, list[dict[str, Any]]],
+) -> None:
+    for item in requests["train"]:
+        for key, value in called(item)["arguments"].items():
+            sayings = calls.SAYINGS[key](value) if key in calls.SAYINGS else [value]
+            assert any(saying in item["query"] for saying in sayings), (item, key)
+
+
+@pytest.mark.parametrize(
+    ("sayings", "expected"),
+    [
+        (
+            calls.time_sayings("07:30"),
+            ["7:30", "7:30 am", "half past seven in the morning", "half past seven"],
+        ),
+        (
+            calls.time_sayings("12:45"),
+            ["12:45", "12:45 pm", "quarter to one in the afternoon"],
+        ),
+        (
+            calls.time_sayings("20:00"),
+            ["20:00", "8:00 pm", "eight o'clock in the evening"],
+        ),
+        (calls.date_sayings("03-03"), ["the 3rd of March", "March 3", "3 March"]),
+        (calls.date_sayings("12-11"), ["the 11th of December", "December 11", "11 December"]),
+        (
+            calls.amount_sayings(12.5),
+            ["12.50 euros", "12 euros and 50 cents", "twelve fifty"],
+        ),
+        (calls.amount_sayings(40), ["40 euros", "forty euros", "40.00 euros"]),
+        (calls.minutes_sayings(90), ["an hour and a half", "90 minutes"]),
+        (calls.minutes_sayings(21), ["21 minutes", "twenty-one minutes"]),
+        (calls.SAYINGS["days"](["tue", "mon", "sun"]), ["Tuesday, Monday and Sunday"]),
+        (calls.SAYINGS["items"](["milk"]), ["milk"]),
+    ],
+    ids=lambda value: value[0].replace(" ", "-"),
+)
+def test_values_are_said_in_their_ways(sayings: list[str], expected: list[str]) -> None:
+    assert sayings == expected
+
+
+def test_no_two_times_in_words_are_said_alike() -> None:
+    times = [f"{hour:02d}:{minute:02d}" for hour in range(6, 23) for minute in range(0, 60, 5)]
+    sayings = [saying for time in times for saying in calls.time_sayings(time)]
+    assert len(set(sayings)) == len(sayings)
+
+
+def test_test_calls_do_not_occur_in_training(requests: dict[str, list[dict[str, Any]]]) -> None:
+    trained = {item["answer"] for item in requests["train"]}
+    assert (len(trained), len(requests["test"])) == (600, 100)
+    assert trained.isdisjoint(item["answer"] for item in requests["test"])
+
+
+def test_requests_depend_on_their_seed_alone(requests: dict[str, list[dict[str, Any]]]) -> None:
+    assert calls.generate(train=600, test=100, seed=0) == requests
+    assert calls.generate(train=600, test=100, seed=1) != requests
+
+
+def test_the_filter_of_the_configuration_takes_the_whole_call(
+    requests: dict[str, list[dict[str, Any]]],
+) -> None:
+    config = calls.task_config("calls")
+    [regex, first] = config["filter_list"][0]["filter"]
+    assert first == {"function": "take_first"}
+    for item in requests["test"]:
+        assert re.findall(regex["regex_pattern"], item["target"]) == [item["answer"]]
+    assert config["generation_kwargs"]["until"] == ["\n"]
+    assert config["metric_list"][0]["metric"] == "exact_match"
+
+
 def test_items_survive_odd_characters(tmp_path: Path) -> None:
     items = [{"query": 'a\u2028b\n"c" é', "gold": 1}]
     write_items(tmp_path / "x.jsonl", items)
@@ -134,7 +231,7 @@ def test_missing_and_damaged_items_are_named(tmp_path: Path) -> None:
     ("values", "says"),
     [
         ({"generator": "arithmetic", "files": "x"}, "a generator takes no package"),
-        ({"generator": "algebra"}, "generator: .*'arithmetic'.*got 'algebra'"),
+        ({"generator": "algebra"}, "generator: .*'arithmetic' or 'calls', got 'algebra'"),
         ({"path": "x"}, "needs `files:` and `template:`"),
         ({"path": "x", "files": "y", "template": "boolq"}, "template: .*got 'boolq'"),
         ({"files": "y", "template": "arc"}, "exactly one of package, hub and path"),

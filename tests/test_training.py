@@ -12,19 +12,22 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from llmpress.architectures import block_linears
 from llmpress.config import build
 from llmpress.errors import ConfigError, NumericalError, SourceError
+from llmpress.tasks import calls
 from llmpress.tasks.arithmetic import generate
 from llmpress.training import (
     Example,
     TrainingSettings,
+    add_tokens,
     answer_loss,
     collate,
     draw_batches,
     encode,
     finetune,
+    window_examples,
 )
 
 SETTINGS = TrainingSettings(
-    base="b", task="t", steps=12, batch_size=4, learning_rate=2e-3, warmup=2, precision="float32"
+    base="b", steps=12, task="t", batch_size=4, learning_rate=2e-3, warmup=2, precision="float32"
 )
 
 
@@ -102,6 +105,72 @@ def test_finetuning_learns_and_changes_block_linears_only(
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_every_token_of_a_window_but_the_first_is_learnt() -> None:
+    tokens, labels = collate(window_examples(torch.tensor([[5, 6, 7], [8, 9, 4]])))
+    assert tokens.tolist() == [[5, 6, 7], [8, 9, 4]]
+    assert labels.tolist() == [[-100, 6, 7], [-100, 9, 4]]
+
+
+@pytest.fixture
+def untied(model: PreTrainedModel) -> PreTrainedModel:
+    model.config.tie_word_embeddings = False
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().flip(0).clone())
+    return model
+
+
+def test_added_tokens_are_plain_and_start_at_the_mean(
+    untied: PreTrainedModel, tokenizer: Tokenizer
+) -> None:
+    count = len(tokenizer)
+    embeddings, head = untied.get_input_embeddings(), untied.get_output_embeddings()
+    before = [layer.weight.detach().clone() for layer in (embeddings, head)]
+    assert add_tokens(untied, tokenizer, ("<call>", "</call>")) == [count, count + 1]
+    embeddings, head = untied.get_input_embeddings(), untied.get_output_embeddings()
+    for layer, old in zip((embeddings, head), before, strict=True):
+        assert layer.weight.shape == (count + 2, old.shape[1])
+        torch.testing.assert_close(layer.weight[:count], old, atol=0, rtol=0)
+        torch.testing.assert_close(layer.weight[count:], old.mean(dim=0).expand(2, -1))
+    assert untied.config.vocab_size == count + 2
+    ids = tokenizer(" <call>f</call>").input_ids
+    assert {count, count + 1} <= set(ids)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == " <call>f</call>"
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_of_the_vocabulary_only_the_new_rows_train(
+    request: pytest.FixtureRequest, tokenizer: Tokenizer, tied: bool
+) -> None:
+    model = request.getfixturevalue("model" if tied else "untied")
+    new = add_tokens(model, tokenizer, ("<call>", "</call>"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    items = encode(calls.generate(32, 1, 0)["train"], tokenizer)
+    finetune(model, items, SETTINGS, seed=0, new_tokens=new)
+    after = model.state_dict()
+    changed = {name for name, tensor in after.items() if (tensor != before[name]).any()}
+    vocabulary = {"model.embed_tokens.weight", "lm_head.weight"}
+    linears = {f"{name}.weight" for block in block_linears(model) for name in block}
+    assert changed == linears | vocabulary
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
+    for name in vocabulary:
+        rows = (after[name] != before[name]).any(dim=1).nonzero().flatten()
+        assert rows.tolist() == new
+    assert all(not parameter._backward_hooks for parameter in model.parameters())
+
+
+def test_added_tokens_that_do_not_fit_are_refused(
+    model: PreTrainedModel, tokenizer: Tokenizer
+) -> None:
+    with pytest.raises(ConfigError, match=r"the vocabulary has 'e' already; leave it out"):
+        add_tokens(model, tokenizer, ("<call>", "e"))
+    rows = len(tokenizer)
+    model.resize_token_embeddings(rows + 3, mean_resizing=False)
+    with pytest.raises(ConfigError, match=f"the model has {rows + 3} rows for {rows} tokens"):
+        add_tokens(model, tokenizer, ("<call>",))
+    assert len(tokenizer) == rows
+    assert add_tokens(model, tokenizer, ()) == []
+
+
 def test_finetuning_repeats_bit_for_bit(tiny_model_folder: Path, examples: list[Example]) -> None:
     def run(seed: int) -> list[float]:
         model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
@@ -113,7 +182,7 @@ def test_finetuning_repeats_bit_for_bit(tiny_model_folder: Path, examples: list[
 
 
 def test_bfloat16_keeps_weights_in_fp32(model: PreTrainedModel, examples: list[Example]) -> None:
-    settings = TrainingSettings("b", "t", steps=2, batch_size=4, precision="bfloat16")
+    settings = TrainingSettings("b", 2, "t", batch_size=4, precision="bfloat16")
     losses = finetune(model, examples, settings, seed=0)
     assert all(math.isfinite(loss) for loss in losses)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -130,7 +199,7 @@ def test_learning_rate_rises_then_falls(
         return step(self, *arguments)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
-    settings = TrainingSettings("b", "t", steps=6, batch_size=1, learning_rate=1.0, warmup=2)
+    settings = TrainingSettings("b", 6, "t", batch_size=1, learning_rate=1.0, warmup=2)
     finetune(model, examples, settings, seed=0)
     assert rates == pytest.approx([1 / 3, 2 / 3, 1.0, 3 / 4, 2 / 4, 1 / 4])
 
@@ -150,8 +219,18 @@ def test_a_loss_that_is_not_finite_stops(model: PreTrainedModel, examples: list[
         ({"steps": 1, "warmup": -1}, "warmup must not be negative"),
         ({"steps": 1, "precision": "int8"}, "precision: .*got 'int8'"),
         ({}, "finetuned_models.x.steps is missing"),
+        ({"steps": 1, "corpus": "c"}, "give either `task` or `corpus`"),
+        ({"steps": 1, "task": None}, "give either `task` or `corpus`"),
+        ({"steps": 1, "length": 1}, "length must be at least 2, got 1"),
+        ({"steps": 1, "windows": 0}, "windows must be positive, got 0"),
+        ({"steps": 1, "added_tokens": ["<a>", "<a>"]}, "added_tokens must be different texts"),
+        ({"steps": 1, "added_tokens": [""]}, "added_tokens must be different texts"),
+        ({"steps": 1, "add_tokens": ["<a>"]}, "add_tokens.*added_tokens"),
     ],
-    ids=["steps", "learning-rate", "warmup", "precision", "missing"],
+    ids=[
+        *("steps", "learning-rate", "warmup", "precision", "missing", "both", "neither", "length"),
+        *("windows", "twice", "empty", "unknown"),
+    ],
 )
 def test_settings_are_validated(values: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):

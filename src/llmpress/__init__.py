@@ -4,7 +4,7 @@
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained("data/finetuned/cluscomp-2p6bit-tuned")
-    model = llmpress.load_delta(base_model, "data/compressed/delta-come")
+    model = llmpress.load_finetuned("data/models/smollm2", "data/compressed/delta-come")
 
 Importing this costs nothing: the format is registered when transformers is used, and the names
 below are imported when they are first asked for. Every stage of the pipeline imports this file, so
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from llmpress.registration import register
 
 if TYPE_CHECKING:
-    from llmpress.deltas import load_delta, remove_delta
+    from llmpress.delta_bank import DeltaBank
+    from llmpress.deltas import load_delta, load_finetuned, remove_delta
     from llmpress.errors import LLMPressError
     from llmpress.export import export_dense, export_factors
     from llmpress.hf import dequantized, load_model, load_tokenizer
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from llmpress.runs import build_method
 
 _WHERE = {
+    "DeltaBank": "llmpress.delta_bank",
     "LLMPressError": "llmpress.errors",
     "build_method": "llmpress.runs",
     "compress_model": "llmpress.model_compression",
@@ -34,6 +36,7 @@ _WHERE = {
     "export_factors": "llmpress.export",
     "fetch_artifact": "llmpress.hub_artifacts",
     "load_delta": "llmpress.deltas",
+    "load_finetuned": "llmpress.deltas",
     "load_model": "llmpress.hf",
     "load_tokenizer": "llmpress.hf",
     "push_artifact": "llmpress.hub_artifacts",
@@ -41,6 +44,7 @@ _WHERE = {
 }
 
 __all__ = [
+    "DeltaBank",
     "LLMPressError",
     "build_method",
     "compress_model",
@@ -49,6 +53,7 @@ __all__ = [
     "export_factors",
     "fetch_artifact",
     "load_delta",
+    "load_finetuned",
     "load_model",
     "load_tokenizer",
     "push_artifact",

@@ -3,7 +3,7 @@
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from llmpress.layers import CompressedLinear, build_layer
 from llmpress.linalg import relative_output_error, relative_weight_error
 from llmpress.methods.base import InputStatistics, Method, Shape
 from llmpress.resume import NOT_A_BLOCK, BlockStore
+from llmpress.sequential import SequentialStatistics
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class LayerRecord:
         relative_output_error: ``E‖(W - Ŵ) x‖² / E‖W x‖²`` over the calibration text; None without
             one.
         seconds: Time the method took.
+        notes: What the method says of how it went, such as the dampening a factorization took.
     """
 
     name: str
@@ -44,6 +46,7 @@ class LayerRecord:
     relative_weight_error: float
     relative_output_error: float | None
     seconds: float
+    notes: dict[str, float] = field(default_factory=dict)
 
 
 def model_shapes(model: torch.nn.Module) -> list[dict[str, Shape]]:
@@ -64,6 +67,7 @@ def compress_layers(
     seed: int,
     device: torch.device,
     store: BlockStore,
+    sequential: SequentialStatistics | None = None,
 ) -> Iterator[tuple[str, CompressedLinear | None, LayerRecord]]:
     """Compress layer after layer; finished blocks are taken from the store.
 
@@ -76,6 +80,8 @@ def compress_layers(
         seed: Same seed, same bytes, in whatever order layers are done.
         device: Where to compute.
         store: Keeps finished blocks for a rerun.
+        sequential: What a layer's input is once the layers before it are compressed; by default
+            it is compressed for ``statistics``, which plan and record always go by.
 
     Yields:
         A layer's name, the compressed layer on the CPU (None where it stays dense), its record.
@@ -89,10 +95,12 @@ def compress_layers(
     for index, block in enumerate(progress(blocks, "compress blocks")):
         finished = store.load(index)
         if finished is None:
-            done = {
-                name: _compress_one(name, source, plan[name], statistics, seed, device)
-                for name in block
-            }
+            done = {}
+            for name in block:
+                done[name] = _compress_one(
+                    name, source, plan[name], statistics, sequential, seed, device
+                )
+                _follow(sequential, name, source, done[name][0])
             store.save(
                 index,
                 {
@@ -105,6 +113,8 @@ def compress_layers(
             )
         else:
             done = _restore(*finished)
+            for name, (layer, _) in done.items():
+                _follow(sequential, name, source, layer)
         for name, (layer, record) in done.items():
             yield name, layer, record
 
@@ -161,13 +171,14 @@ def _compress_one(
     source: TensorSource,
     method: Method | None,
     statistics: Mapping[str, InputStatistics] | None,
+    sequential: SequentialStatistics | None,
     seed: int,
     device: torch.device,
 ) -> tuple[CompressedLinear | None, LayerRecord]:
     weight = source.tensor(f"{name}.weight").to(device)
     known = None
     if method is not None and statistics is not None and method.uses_statistics:
-        known = _on(statistics[name], device)
+        known = _on((sequential or statistics)[name], device)
     started = time.perf_counter()
     layer = None
     if method is not None:
@@ -180,6 +191,17 @@ def _compress_one(
         statistics[name].second_moment if statistics is not None and name in statistics else None
     )
     return layer, layer_record(name, weight.cpu(), layer, moment, seconds)
+
+
+def _follow(
+    sequential: SequentialStatistics | None,
+    name: str,
+    source: TensorSource,
+    layer: CompressedLinear | None,
+) -> None:
+    """Let the layers to come see what this one has become."""
+    if sequential is not None and layer is not None:
+        sequential.changed(name, layer.dequantize().detach() - source.tensor(f"{name}.weight"))
 
 
 def layer_record(
@@ -212,6 +234,7 @@ def layer_record(
             None if moment is None else relative_output_error(weight, approximation, moment)
         ),
         seconds=seconds,
+        notes=dict(layer.notes),
     )
 
 

@@ -7,12 +7,16 @@ from pathlib import Path
 import torch
 
 from llmpress.artifacts import artifact_folder, fingerprint, write_json
-from llmpress.calibration import check_calibration, load_statistics
+from llmpress.blocks import BlockWalk
+from llmpress.calibration import check_calibration, load_statistics, load_windows
 from llmpress.compression import compress_layers, totals
-from llmpress.delta_files import EXACT, DeltaFolder, DeltaWriter
+from llmpress.delta_files import DeltaFolder, DeltaWriter
+from llmpress.dense_checkpoints import dense_checkpoint
 from llmpress.errors import ConfigError
+from llmpress.finetuned_checkpoints import FinetunedCheckpoint
 from llmpress.methods.base import InputStatistics, Method, Shape
 from llmpress.resume import SCRATCH, BlockStore
+from llmpress.sequential import SequentialStatistics
 
 
 def compress_delta(
@@ -24,6 +28,7 @@ def compress_delta(
     method_name: str,
     seed: int,
     store: BlockStore,
+    sequential: SequentialStatistics | None = None,
     device: torch.device | None = None,
     max_shard_bytes: int = 1 << 30,
 ) -> None:
@@ -37,6 +42,8 @@ def compress_delta(
         method_name: For layers.json.
         seed: Same seed, same bytes.
         store: Keeps finished decoder blocks for a rerun.
+        sequential: Lets each layer be compressed for the inputs it gets once the layers before it
+            are compressed; by default for those of the fine-tuned model.
         device: Where to compute; the CPU by default.
         max_shard_bytes: Size of a shard.
 
@@ -63,6 +70,7 @@ def compress_delta(
         seed=seed,
         device=device or torch.device("cpu"),
         store=store,
+        sequential=sequential,
     ):
         if layer is None:
             raise ConfigError(
@@ -73,15 +81,12 @@ def compress_delta(
             writer.add(f"{name}.{key}", tensor)
         layers[name] = {"kind": layer.kind, "spec": layer.spec(), "shape": list(record.shape)}
         records.append(record)
-    exact_bytes = 0
-    for name in delta.exact_names():
-        tensor = delta.tensor(EXACT + name)
-        exact_bytes += tensor.numel() * tensor.element_size()
-        writer.add(EXACT + name, tensor)
-    kept = ("base", "finetuned", "exact", "tie_word_embeddings", "model_weights")
+    for name, tensor in delta.exact_tensors():
+        writer.add(name, tensor)
+    kept = ("base", "finetuned", "exact", "exact_rows", "tie_word_embeddings", "model_weights")
     header = {key: delta.header[key] for key in kept}
     writer.close("compressed_delta", {**header, "layers": layers})
-    size = {**totals(records, model_weights), "exact_bytes": exact_bytes}
+    size = {**totals(records, model_weights), "exact_bytes": delta.exact_bytes()}
     rows = [{**asdict(record), "method": method_name} for record in records]
     write_json(folder / "layers.json", {"layers": rows, "blocks": [], "totals": size})
 
@@ -93,6 +98,7 @@ def compress_delta_artifact(
     method_name: str,
     method: Method,
     calibration: Path | None,
+    base: Path | None = None,
     seed: int,
     device: torch.device,
     scratch: Path = SCRATCH,
@@ -107,18 +113,25 @@ def compress_delta_artifact(
         method_name: Name of the method, for the record.
         method: Its settings.
         calibration: A calibration artifact of the fine-tuned model; None for no statistics.
+        base: The model that was fine-tuned: then layers are compressed in true-sequential order,
+            each for the inputs that it gets once the layers before it are compressed. Needs a
+            calibration.
         seed: Same seed, same bytes.
         device: Where to compute.
         scratch: Folder for the finished blocks of an unfinished call.
 
     Raises:
         ArtifactError: No delta, a damaged one, or statistics of another model.
-        ConfigError: The method would leave a layer uncompressed.
+        ConfigError: The method would leave a layer uncompressed, or a base without a calibration.
         NumericalError: A delta that cannot be compressed; names the layer.
     """
-    settings = {"method": method_name, **asdict(method), "seed": seed}
+    if base is not None and calibration is None:
+        raise ConfigError("true-sequential order needs a calibration, whose windows it runs")
+    order = {"sequential": True} if base is not None else {}
+    settings = {"method": method_name, **asdict(method), **order, "seed": seed}
     opened = DeltaFolder(delta, "delta")
-    inputs = {"delta": delta} | ({"calibration": calibration} if calibration else {})
+    given = {"delta": delta, "calibration": calibration, "base": base}
+    inputs = {role: path for role, path in given.items() if path is not None}
     decided_by = {**settings, **{role: fingerprint(path) for role, path in inputs.items()}}
     store = BlockStore(f"compress-delta-{out.name}", decided_by, scratch)
     with (
@@ -128,14 +141,21 @@ def compress_delta_artifact(
         if calibration:
             finetuned = opened.header["finetuned"]
             check_calibration(calibration, finetuned["fingerprint"], finetuned["name"])
+        statistics = load_statistics(calibration) if calibration else None
+        sequential = None
+        if base is not None and calibration is not None and statistics is not None:
+            model = FinetunedCheckpoint(dense_checkpoint(base), opened)
+            walk = BlockWalk(model.skeleton(), model, device=device, autocast=True)
+            sequential = SequentialStatistics(walk, load_windows(calibration)[0], statistics)
         compress_delta(
             opened,
             method,
-            load_statistics(calibration) if calibration else None,
+            statistics,
             folder,
             method_name=method_name,
             seed=seed,
             store=store,
+            sequential=sequential,
             device=device,
         )
 

@@ -1,15 +1,19 @@
 """Fine-tuned minus base, tensor by tensor: what is linear, what is kept exactly."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmpress.adapter_checkpoints import finetuned_checkpoint
+from llmpress.adapters import is_adapter
 from llmpress.architectures import block_linears
-from llmpress.artifacts import artifact_folder
+from llmpress.artifacts import PROVENANCE, artifact_folder
 from llmpress.blocks import progress
 from llmpress.checkpoints import Checkpoint
-from llmpress.delta_files import EXACT, DeltaWriter
+from llmpress.delta_files import EXACT, EXACT_ROWS, DeltaWriter
+from llmpress.dense_checkpoints import dense_checkpoint
 from llmpress.errors import ArtifactError, NumericalError
 
 
@@ -20,8 +24,10 @@ def extract_delta(
 
     Weights of linear layers inside decoder blocks are subtracted in fp32 (both sides at their own
     dtype first). Every other tensor that changed, or exists in the fine-tuned model only, is kept
-    as it is, at its own dtype: norms, biases, embeddings with a grown vocabulary, changed heads.
-    Tensors without any change are left out and listed.
+    as it is, at its own dtype: norms, biases, changed embeddings and heads. Of a matrix of which
+    fewer than half of the rows differ, such as embeddings of a grown vocabulary, these rows are
+    kept. Tensors without any change are left out and listed; where the two models have different
+    float dtypes, a tensor is unchanged when it is the same after rounding to the narrower one.
 
     Args:
         base: The model that was fine-tuned.
@@ -41,11 +47,12 @@ def extract_delta(
     writer = DeltaWriter(folder, max_shard_bytes)
     changed: dict[str, list[int]] = {}
     exact: dict[str, int] = {}
+    exact_rows: dict[str, dict[str, Any]] = {}
     unchanged: list[str] = []
     for position, name in enumerate(progress(linears + others, "extract delta")):
         new = finetuned.tensor(name)
         old = base.tensor(name) if name in in_base else None
-        if old is not None and not _differ(old, new):
+        if old is not None and old.shape == new.shape and not bool(_differing(old, new).any()):
             unchanged.append(name)
         elif old is not None and position < len(linears):
             delta = new.float() - old.float()
@@ -55,6 +62,11 @@ def extract_delta(
                 )
             writer.add(name, delta)
             changed[name.removesuffix(".weight")] = list(delta.shape)
+        elif old is not None and (index := _few_changed_rows(old, new)) is not None:
+            writer.add(f"{EXACT_ROWS}{name}.index", index)
+            writer.add(f"{EXACT_ROWS}{name}.rows", new[index])
+            exact[name] = len(index) * new.shape[1]
+            exact_rows[name] = {"shape": list(new.shape), "rows": len(index)}
         else:
             writer.add(EXACT + name, new)
             exact[name] = new.numel()
@@ -63,6 +75,7 @@ def extract_delta(
         "finetuned": {"name": finetuned.folder.name, "fingerprint": finetuned.fingerprint},
         "linears": changed,
         "exact": exact,
+        "exact_rows": exact_rows,
         "unchanged": unchanged,
         "tie_word_embeddings": bool(finetuned.config.tie_word_embeddings),
         "model_weights": sum(torch.Size(finetuned.shape(n)).numel() for n in finetuned.names()),
@@ -71,14 +84,25 @@ def extract_delta(
 
 
 def extract_delta_artifact(base: Path, finetuned: Path, out: Path) -> None:
-    """Write the delta of two model folders as an artifact; see `extract_delta`."""
-    with artifact_folder(
-        out,
-        stage="extract_delta",
-        settings={"base": base.name},
-        inputs={"base": base, "finetuned": finetuned},
-    ) as folder:
-        extract_delta(Checkpoint(base), Checkpoint(finetuned), folder)
+    """Write the delta of two model folders as an artifact; see `extract_delta`.
+
+    Args:
+        base: The model that was fine-tuned; of a compressed one the weights it stands for count.
+        finetuned: What became of it: a model folder, or a LoRA adapter of peft on ``base``.
+        out: The artifact to write.
+
+    Raises:
+        ArtifactError: A folder that holds no model or a damaged one, or two that do not fit.
+        SourceError: An adapter that cannot be merged.
+        NumericalError: NaN or Inf in a delta.
+    """
+    old = dense_checkpoint(base)
+    new = finetuned_checkpoint(old, finetuned)
+    foreign = is_adapter(finetuned) and not (finetuned / PROVENANCE).is_file()
+    settings = {"base": base.name} | ({"adapter": new.fingerprint} if foreign else {})
+    inputs = {"base": base} | ({} if foreign else {"finetuned": finetuned})
+    with artifact_folder(out, stage="extract_delta", settings=settings, inputs=inputs) as folder:
+        extract_delta(old, new, folder)
 
 
 def _check_layout(base: Checkpoint, finetuned: Checkpoint, linears: list[str]) -> None:
@@ -97,12 +121,26 @@ def _check_layout(base: Checkpoint, finetuned: Checkpoint, linears: list[str]) -
         raise ArtifactError(f"{where}: no linear layer of a decoder block is in both")
 
 
-def _differ(old: Tensor, new: Tensor) -> bool:
-    """Whether any entry differs; a NaN counts as different."""
-    if old.shape != new.shape:
-        return True
-    return (
-        bool((old != new).any())
-        if old.dtype == new.dtype
-        else bool((old.float() != new.float()).any())
-    )
+def _differing(old: Tensor, new: Tensor) -> Tensor:
+    """Return where two tensors of one shape differ, after rounding to the narrower float dtype.
+
+    A NaN counts as different.
+    """
+    common = min(old.dtype, new.dtype, key=lambda dtype: dtype.itemsize)
+    both_float = old.is_floating_point() and new.is_floating_point()
+    if old.dtype != new.dtype and not (both_float and old.dtype.itemsize != new.dtype.itemsize):
+        common = torch.float32
+    return old.to(common) != new.to(common)
+
+
+def _few_changed_rows(old: Tensor, new: Tensor) -> Tensor | None:
+    """Return the rows of a matrix that changed or were added, int64 ``[k]``.
+
+    None where it is no matrix that only grew, or where half of the rows or more changed.
+    """
+    if not old.ndim == new.ndim == 2 or old.shape[1] != new.shape[1] or len(old) > len(new):
+        return None
+    changed = torch.ones(len(new), dtype=torch.bool)
+    changed[: len(old)] = _differing(old, new[: len(old)]).any(dim=1)
+    index = changed.nonzero().squeeze(1)
+    return index if 2 * len(index) < len(new) else None

@@ -3,10 +3,11 @@
 Two kinds share the format. A ``delta`` holds ``<layer>.weight``, the fp32 difference fine-tuned
 minus base of each linear layer that changed; a ``compressed_delta`` holds ``<layer>.<tensor>``, the
 packed tensors of its compressed layers. Both hold ``exact.<name>`` for every other tensor that
-changed: the fine-tuned tensor itself, at its own dtype.
+changed: the fine-tuned tensor itself, at its own dtype. Of a matrix of which few rows changed they
+hold these rows alone: ``exact_rows.<name>.index [k]`` and ``exact_rows.<name>.rows [k, columns]``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +18,9 @@ from llmpress.artifacts import read_json, save_tensors, write_json
 from llmpress.errors import ArtifactError
 
 HEADER = "delta.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 EXACT = "exact."
+EXACT_ROWS = "exact_rows."
 
 Kind = Literal["delta", "compressed_delta"]
 
@@ -108,7 +110,58 @@ class DeltaFolder:
 
     def exact_names(self) -> list[str]:
         """Return the model's names of the tensors that are kept exactly."""
-        return [name.removeprefix(EXACT) for name in self.names() if name.startswith(EXACT)]
+        return sorted(self.header["exact"])
+
+    def exact_shape(self, name: str) -> tuple[int, ...]:
+        """Return the full shape of a tensor that is kept exactly."""
+        if name in self.header["exact_rows"]:
+            return tuple(self.header["exact_rows"][name]["shape"])
+        return tuple(self.tensor(EXACT + name).shape)
+
+    def exact(self, name: str, base: Tensor | None) -> Tensor:
+        """Return a fine-tuned tensor that is kept exactly, whole or by the rows that changed.
+
+        Args:
+            name: Its name in the model.
+            base: The base's tensor of this name, None where it has none.
+
+        Returns:
+            All of the fine-tuned tensor, at its own dtype.
+
+        Raises:
+            ArtifactError: No such tensor, or rows that do not fit the base's tensor.
+        """
+        if name not in self.header["exact_rows"]:
+            return self.tensor(EXACT + name)
+        shape = self.exact_shape(name)
+        index = self.tensor(f"{EXACT_ROWS}{name}.index")
+        rows = self.tensor(f"{EXACT_ROWS}{name}.rows")
+        if base is None or base.shape[1:] != shape[1:] or len(base) > shape[0]:
+            found = "nothing" if base is None else list(base.shape)
+            raise ArtifactError(
+                f"{self.folder}: holds changed rows of {name} {list(shape)}, but the base has "
+                f"{found} there; use the delta's own base"
+            )
+        full = rows.new_empty(shape)
+        full[: len(base)] = base
+        try:
+            full[index] = rows
+        except (IndexError, RuntimeError):
+            raise ArtifactError(
+                f"{self.folder}: the rows of {name} do not fit its shape {list(shape)}; make it "
+                "again"
+            ) from None
+        return full
+
+    def exact_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what is stored of the tensors that are kept exactly: stored name and tensor."""
+        for name in self.names():
+            if name.startswith((EXACT, EXACT_ROWS)):
+                yield name, self.tensor(name)
+
+    def exact_bytes(self) -> int:
+        """Return the bytes that the tensors that are kept exactly take, indices included."""
+        return sum(t.numel() * t.element_size() for _, t in self.exact_tensors())
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor.

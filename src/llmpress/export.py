@@ -5,16 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmpress.architectures import LEFT_MULTIPLIED, matches, stored_name
-from llmpress.artifacts import artifact_folder, fingerprint, write_json
+from llmpress.artifacts import artifact_folder, write_json
 from llmpress.blocks import progress
 from llmpress.checkpoints import Checkpoint, CheckpointWriter, copy_companions
-from llmpress.delta_files import EXACT, DeltaFolder
+from llmpress.delta_files import DeltaFolder
+from llmpress.dense_checkpoints import (
+    compressed_linear,
+    delta_layer,
+    dense_checkpoint,
+    stored_layer,
+)
 from llmpress.errors import ArtifactError
+from llmpress.finetuned_checkpoints import check_base
 from llmpress.hf import compressed_layers
-from llmpress.layers import KINDS, CompressedLinear, LowRankLinear, filled_layer
+from llmpress.layers import KINDS, LowRankLinear
 
 
 def export_dense(
@@ -41,7 +48,7 @@ def export_dense(
     Raises:
         ArtifactError: A damaged folder, or a delta of another base.
     """
-    source = Checkpoint(Path(model))
+    source = dense_checkpoint(Path(model))
     inputs = {"model": source.folder} | ({"delta": Path(delta)} if delta else {})
     with artifact_folder(
         Path(out),
@@ -49,7 +56,9 @@ def export_dense(
         settings={"dtype": str(dtype).removeprefix("torch.")},
         inputs=inputs,
     ) as folder:
-        change = _opened_delta(source, Path(delta)) if delta else None
+        change = DeltaFolder(Path(delta), "compressed_delta") if delta else None
+        if change is not None:
+            check_base(change, source)
         writer = CheckpointWriter(folder)
         shapes = {}
         for name, tensor in _dense_tensors(source, change):
@@ -97,48 +106,27 @@ def export_factors(
         copy_companions(source.folder, folder)
 
 
-def _opened_delta(base: Checkpoint, folder: Path) -> DeltaFolder:
-    delta = DeltaFolder(folder, "compressed_delta")
-    needed = delta.header["base"]
-    if (found := fingerprint(base.folder)) != needed["fingerprint"]:
-        raise ArtifactError(
-            f"{folder}: made on base {needed['name']} ({needed['fingerprint'][:12]}), but "
-            f"{base.folder} is another model ({found[:12]}); name the delta's own base"
-        )
-    return delta
-
-
 def _dense_tensors(source: Checkpoint, delta: DeltaFolder | None) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of the dense model by name, those of layers in fp32."""
-    entries = compressed_layers(source)
     changes = delta.header["layers"] if delta else {}
     exact = set(delta.exact_names()) if delta else set()
-    linears = dict(source.skeleton().named_modules())
     stored = set(source.names())
-    packed = {name for name in stored if name.rpartition(".")[0] in entries}
-    biases = {name for name in packed if name.endswith(".bias")}
-    weights = {f"{name}.weight" for name in entries}
-    for name in progress(sorted((stored - packed) | biases | weights | exact), "export"):
+    for name in progress(sorted(stored | exact), "export"):
         layer = name.removesuffix(".weight")
-        if name in exact and delta is not None:
-            yield name, delta.tensor(EXACT + name)
-            continue
-        if name in weights:
-            tensor = _filled(layer, entries[layer], linears.get(layer), source).dequantize()
-        else:
-            tensor = source.tensor(name)
-        if layer in changes and delta is not None:
-            out_features, in_features = changes[layer]["shape"]
-            like = nn.Linear(in_features, out_features, bias=False, device="meta")
-            tensor = tensor.float() + _filled(layer, changes[layer], like, delta).dequantize()
-        yield name, tensor
+        tensor = source.tensor(name) if name in stored else None
+        if delta is not None and name in exact:
+            yield name, delta.exact(name, tensor)
+        elif tensor is not None and delta is not None and layer in changes:
+            yield name, tensor.float() + delta_layer(layer, delta).dequantize()
+        elif tensor is not None:
+            yield name, tensor
 
 
 def _factored_tensors(source: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     entries = compressed_layers(source)
-    linears = dict(source.skeleton().named_modules())
+    skeleton = source.skeleton()
     for name, entry in progress(sorted(entries.items()), "export"):
-        layer = _filled(name, entry, linears.get(name), source)
+        layer = stored_layer(name, entry, compressed_linear(name, skeleton), source)
         last = name
         if isinstance(layer, LowRankLinear) and _has_factors(name, entry):
             left, right = layer.factors()
@@ -156,20 +144,6 @@ def _factored_tensors(source: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
 def _has_factors(name: str, entry: Mapping[str, Any]) -> bool:
     return issubclass(KINDS[entry["kind"]], LowRankLinear) and not matches(name, LEFT_MULTIPLIED)
-
-
-def _filled(
-    name: str, entry: Mapping[str, Any], linear: nn.Module | None, source: Checkpoint | DeltaFolder
-) -> CompressedLinear:
-    """Return a stored layer; ``linear`` tells its shape and whether it has a bias."""
-    if not isinstance(linear, nn.Linear):
-        raise ArtifactError(f"{name}: compressed in the artifact, but the model has no such linear")
-    tensors = source.tensors(f"{name}.")
-    shape = (linear.in_features, linear.out_features)
-    try:
-        return filled_layer(entry, *shape, tensors, bias=linear.bias is not None)
-    except ValueError as error:
-        raise ArtifactError(f"{source.folder}: layer {name} is damaged: {error}") from None
 
 
 def _plain_config(

@@ -11,7 +11,12 @@ from llmpress.blocks import BlockWalk
 from llmpress.calibration import CalibrationSettings, save_calibration
 from llmpress.checkpoints import Checkpoint
 from llmpress.corpora import load_text, token_windows
+from llmpress.errors import SourceError
 from llmpress.hf import load_tokenizer, skeleton
+from llmpress.tasks.files import TRAIN_FILE, read_items
+
+HELD_OUT = 0.2
+"""Share of a text without parts of its own, at its end, that calibration keeps aside."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,24 @@ class CalibrationText:
 def corpus_text(folder: Path) -> CalibrationText:
     """Read the two parts of a corpus that calibration may see, never its test text."""
     return CalibrationText(load_text(folder, "calibration"), load_text(folder, "validation"))
+
+
+def task_text(folder: Path) -> CalibrationText:
+    """Read the training items of a task as text: what a fine-tuned model was made for.
+
+    Raises:
+        ArtifactError: No training items there.
+        SourceError: Items of another form.
+    """
+    items = read_items(folder / TRAIN_FILE)
+    try:
+        documents = [item["query"] + item["target"] for item in items]
+    except (KeyError, TypeError):
+        raise SourceError(
+            f"{folder}: its items hold no `query` and `target`: use a generated task"
+        ) from None
+    cut = int(len(documents) * (1 - HELD_OUT))
+    return CalibrationText(documents[:cut], documents[cut:])
 
 
 def calibrate_model(
@@ -58,6 +81,8 @@ def calibrate_model(
         ArtifactError: The folder holds no model, or a damaged one.
     """
     recorded = {**asdict(settings), "seed": seed}
+    if not settings.tasks:
+        del recorded["tasks"]
     roles = {"model": model, **inputs}
     with artifact_folder(out, stage="calibrate", settings=recorded, inputs=roles) as folder:
         tokenizer = load_tokenizer(model)

@@ -28,20 +28,55 @@ class Run:
 
 
 @dataclass(frozen=True)
-class DeltaRun:
-    """One entry of ``delta_runs``.
+class DeltaSource:
+    """One entry of ``deltas``.
 
     Attributes:
-        base: Name of the model the fine-tuned one started from.
-        finetuned: Name of the fine-tuned model; the delta has the same name.
-        method: Name of a file in ``llmpress.methods``.
-        settings: The method's settings.
+        base: What is subtracted, as its folder below data/: ``models/<model>``, or, for a base that
+            is served compressed, ``compressed/<run>`` or ``finetuned/<finetune>``.
+        finetuned: Name of the fine-tuned model.
     """
 
     base: str
     finetuned: str
+
+    def __post_init__(self) -> None:
+        check_base(self.base)
+
+
+@dataclass(frozen=True)
+class DeltaRun:
+    """One entry of ``delta_runs``.
+
+    Attributes:
+        delta: Name of the delta, a key of ``deltas``.
+        base: That delta's; dvc.yaml needs it here, to depend on its folder.
+        finetuned: That delta's.
+        method: Name of a file in ``llmpress.methods``.
+        settings: The method's settings.
+        sequential: Compress each layer for the inputs that it gets once the layers before it are
+            compressed, instead of those of the fine-tuned model.
+    """
+
+    delta: str
+    base: str
+    finetuned: str
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    sequential: bool = False
+
+    def __post_init__(self) -> None:
+        check_base(self.base)
+
+
+def check_base(base: str) -> None:
+    """Refuse what is no folder below data/ that holds a model."""
+    kind, _, name = base.partition("/")
+    if kind not in ("models", "compressed", "finetuned") or not name or "/" in name:
+        raise ValueError(
+            f"base={base!r}: a folder below data/ is needed: models/NAME, compressed/NAME or "
+            "finetuned/NAME"
+        )
 
 
 def read_run(params: Mapping[str, Any], key: str) -> Run:
@@ -49,9 +84,31 @@ def read_run(params: Mapping[str, Any], key: str) -> Run:
     return build(Run, lookup(params, f"runs.{key}"), f"runs.{key}")
 
 
+def read_delta(params: Mapping[str, Any], key: str) -> DeltaSource:
+    """Return delta ``key`` of params.yaml, checked."""
+    return build(DeltaSource, lookup(params, f"deltas.{key}"), f"deltas.{key}")
+
+
 def read_delta_run(params: Mapping[str, Any], key: str) -> DeltaRun:
-    """Return delta run ``key`` of params.yaml, checked."""
-    return build(DeltaRun, lookup(params, f"delta_runs.{key}"), f"delta_runs.{key}")
+    """Return delta run ``key`` of params.yaml, checked.
+
+    Raises:
+        ConfigError: Its base or fine-tuned model is not that of its delta.
+    """
+    run = build(DeltaRun, lookup(params, f"delta_runs.{key}"), f"delta_runs.{key}")
+    delta = read_delta(params, run.delta)
+    _check_same(("base", "finetuned"), f"delta_runs.{key}", run, f"delta {run.delta!r}", delta)
+    return run
+
+
+def _check_same(
+    names: tuple[str, ...], where: str, entry: object, other_name: str, other: object
+) -> None:
+    """Refuse an entry that says another thing than the one it refers to."""
+    for name in names:
+        ours, theirs = getattr(entry, name), getattr(other, name)
+        if ours != theirs:
+            raise ConfigError(f"{where}.{name} is {ours!r}, but {other_name} has {theirs!r}")
 
 
 def known_method(name: str, where: str) -> type[Method]:
@@ -109,10 +166,5 @@ def read_finetune(params: Mapping[str, Any], key: str) -> Finetune:
     """
     finetune = build(Finetune, lookup(params, f"finetunes.{key}"), f"finetunes.{key}")
     run = read_run(params, finetune.run)
-    for name in ("model", "method"):
-        ours, theirs = getattr(finetune, name), getattr(run, name)
-        if ours != theirs:
-            raise ConfigError(
-                f"finetunes.{key}.{name} is {ours!r}, but run {finetune.run!r} has {theirs!r}"
-            )
+    _check_same(("model", "method"), f"finetunes.{key}", finetune, f"run {finetune.run!r}", run)
     return finetune

@@ -12,6 +12,8 @@ from llmpress.evaluation.subjects import Subject, find_subject
 from llmpress.hf import dequantized
 from llmpress.layers import AdaptedLinear, CompressedLinear
 
+BASE = Path("data/models/tiny")
+
 
 @pytest.mark.parametrize(
     ("name", "expected"),
@@ -20,17 +22,25 @@ from llmpress.layers import AdaptedLinear, CompressedLinear
         ("rtn", Subject("rtn", "compressed", Path("data/compressed/rtn"), "tiny")),
         (
             "delta",
-            Subject("delta", "delta", Path("data/compressed/delta"), "tuned", base="tiny"),
+            Subject("delta", "delta", Path("data/compressed/delta"), "tuned", BASE),
         ),
         (
             "rtn-tuned",
             Subject("rtn-tuned", "finetuned", Path("data/finetuned/rtn-tuned"), "tiny"),
         ),
+        ("beside", Subject("beside", "trained", Path("data/trained/beside"), "tiny")),
+        ("scales", Subject("scales", "trained", Path("data/trained/scales"), "tuned", BASE)),
     ],
-    ids=["model", "run", "delta-run", "finetune"],
+    ids=["model", "run", "delta-run", "finetune", "adapter", "trained-delta"],
 )
 def test_what_a_name_stands_for(name: str, expected: Subject) -> None:
-    assert find_subject(PARAMS, name) == expected
+    trainings = {
+        "beside": {"start": "models/tiny", "model": "tiny", "trains": "lora"},
+        "scales": {"start": "compressed/delta", "model": "tuned", "trains": "delta"},
+    }
+    found = find_subject({**PARAMS, "trainings": trainings}, name)
+    assert found == expected
+    assert found.base == (None if expected.base_folder is None else "tiny")
 
 
 def test_an_unknown_name_gets_a_suggestion() -> None:

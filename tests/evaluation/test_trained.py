@@ -9,6 +9,7 @@ from tiny_project import PARAMS
 from llmpress.config import build
 from llmpress.evaluation.evaluate import evaluate
 from llmpress.evaluation.settings import EvaluationSettings
+from llmpress.evaluation.sizes import delta_size
 from llmpress.evaluation.subjects import find_subject
 from llmpress.finetuning.data import task_data
 from llmpress.finetuning.finetune import finetune_artifact
@@ -16,6 +17,37 @@ from llmpress.finetuning.settings import FinetuningSettings, Trains
 from llmpress.tasks.arithmetic import generate
 
 ITEMS = generate(12, 1, 0)["train"]
+
+
+@pytest.mark.usefixtures("project")
+def test_a_trained_delta_is_evaluated_on_its_base() -> None:
+    settings = FinetuningSettings(
+        steps=2, learning_rate=1e-2, batch_size=2, warmup=0, held_out=2, objective="distillation"
+    )
+    out, models = Path("data/trained/followed"), Path("data/models")
+    finetune_artifact(
+        Path("data/compressed/delta"),
+        models / "tuned",
+        out,
+        trains="delta",
+        settings=settings,
+        data=lambda tokenizer: task_data(ITEMS, tokenizer, settings, 0),
+        inputs={},
+        described={"task": "arithmetic"},
+        seed=0,
+        device=torch.device("cpu"),
+        base=models / "tiny",
+    )
+    training = {"start": "compressed/delta", "model": "tuned", "trains": "delta"}
+    params = {**PARAMS, "trainings": {"followed": training}}
+    values = {k: v for k, v in PARAMS["evaluation"].items() if k != "models"}
+    how = build(EvaluationSettings, values, "evaluation")
+    metrics, details = evaluate(find_subject(params, "followed"), how, "cpu")
+    assert (details.kind, details.method, details.base) == ("trained", "svd", "tiny")
+    assert details.layers is not None
+    assert metrics.size == delta_size(Path("data/compressed/delta"))
+    assert metrics.size.model_bytes == (out / "delta.safetensors").stat().st_size
+    assert 1e-6 < metrics.quality.kl_divergence_nats["code"] < 5
 
 
 @pytest.mark.usefixtures("project")

@@ -23,7 +23,10 @@ from llmpress.resume import BlockStore
 
 PARAMS: dict[str, Any] = {
     "runs": {"rtn": {"model": "tiny", "method": "rtn", "settings": {"num_bits": 4}}},
-    "delta_runs": {"delta": {"base": "tiny", "finetuned": "tuned", "method": "svd"}},
+    "deltas": {"tuned": {"base": "models/tiny", "finetuned": "tuned"}},
+    "delta_runs": {
+        "delta": {"delta": "tuned", "base": "models/tiny", "finetuned": "tuned", "method": "svd"}
+    },
     "finetunes": {"rtn-tuned": {"run": "rtn", "model": "tiny"}},
     "evaluation": {
         "models": ["tiny", "tuned"],

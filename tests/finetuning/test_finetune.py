@@ -16,15 +16,21 @@ from transformers import AutoModelForCausalLM
 import llmpress
 from llmpress import adapters
 from llmpress.artifacts import PROVENANCE, read_json, read_provenance, verify
+from llmpress.delta_compression import compress_delta_artifact
 from llmpress.errors import ArtifactError, ConfigError, NumericalError
 from llmpress.evaluation.sizes import trained_size
 from llmpress.evaluation.subjects import Subject
 from llmpress.finetuning import loop
 from llmpress.finetuning.data import task_data, text_data
 from llmpress.finetuning.finetune import finetune_artifact
+from llmpress.finetuning.objectives import model_loss
 from llmpress.finetuning.settings import FinetuningSettings, Trains
+from llmpress.finetuning.trainables import delta_parameters
+from llmpress.layers import AdaptedLinear, QuantizedLinear
 from llmpress.model_calibration import CalibrationText
+from llmpress.runs import build_method
 from llmpress.tasks.arithmetic import generate
+from llmpress.training import collate
 
 ITEMS = generate(40, 1, 0)["train"]
 BASE = {"steps": 6, "batch_size": 2, "warmup": 1, "held_out": 4, "check_every": 2, "length": 24}
@@ -106,6 +112,136 @@ def test_only_what_may_train_changes_and_the_loss_falls(
     count = sum(tensors(out)[name].numel() for name in names)
     assert record["trainable_parameters"] == count
     assert record["trainable_share"] == count / record["model_parameters"]
+
+
+@pytest.fixture(scope="module")
+def signs(tiny_delta: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny delta as signs and scales."""
+    root = tmp_path_factory.mktemp("signs")
+    compress_delta_artifact(
+        tiny_delta,
+        root / "signs",
+        method_name="bitdelta",
+        method=build_method("bitdelta", {"scale": "mean"}, "signs"),
+        calibration=None,
+        seed=0,
+        device=torch.device("cpu"),
+        scratch=root / "scratch",
+    )
+    return root / "signs"
+
+
+@pytest.fixture
+def distill(
+    signs: Path, tiny_model_folder: Path, tiny_finetuned_folder: Path, tmp_path: Path
+) -> Tune:
+    """Train the scales of the tiny delta on the predictions of the fine-tuned model."""
+
+    def run(name: str = "out", start: Path = signs, **changes: Any) -> Path:
+        given: dict[str, Any] = {"base": tiny_model_folder, "original": tiny_finetuned_folder}
+        roles = {role: changes.pop(role, folder) for role, folder in given.items()}
+        values = {**BASE, "learning_rate": 3e-2, "objective": "distillation", "windows": 8}
+        settings = FinetuningSettings(**(values | changes))
+        part = CalibrationText(library_text(("xml",)), library_text(("asyncio",)))
+        finetune_artifact(
+            start,
+            roles["original"],
+            tmp_path / name,
+            trains="delta",
+            settings=settings,
+            data=lambda tokenizer: text_data({"code": part}, tokenizer, settings, 0),
+            inputs={},
+            described={"start": "compressed/signs"},
+            seed=0,
+            device=torch.device("cpu"),
+            base=roles["base"],
+            scratch=tmp_path / "scratch",
+        )
+        return tmp_path / name
+
+    return run
+
+
+def test_of_a_delta_only_the_scales_change_and_it_comes_closer(distill: Tune, signs: Path) -> None:
+    out = distill()
+    old, new = (load_file(folder / "delta.safetensors") for folder in (signs, out))
+    assert old.keys() == new.keys()
+    assert {n: t.dtype for n, t in old.items()} == {n: t.dtype for n, t in new.items()}
+    changed = {name for name in old if (old[name] != new[name]).any()}
+    assert changed == {name for name in old if name.endswith(".scale")}
+    assert len(changed) == 21
+    record = read_json(out / "training.json")
+    assert 0 < record["loss_after"] < 0.97 * record["loss_before"]
+    assert record["trainable_parameters"] == 21
+    assert read_json(out / "delta.json") == read_json(signs / "delta.json")
+    provenance = read_provenance(out)
+    assert provenance["inputs"].keys() == {"start", "model", "base"}
+    assert (provenance["stage"], provenance["settings"]["method"]) == ("train", "bitdelta")
+
+
+def test_the_loss_of_a_delta_is_that_of_the_loaded_result(
+    distill: Tune, tiny_model_folder: Path, tiny_finetuned_folder: Path
+) -> None:
+    out = distill(steps=2, precision="float32")
+    record = read_json(out / "training.json")
+    loaded = llmpress.load_model(tiny_model_folder, dtype=torch.float32)
+    llmpress.load_delta(loaded, out)
+    teacher = llmpress.load_model(tiny_finetuned_folder, dtype=torch.float32)
+    settings = FinetuningSettings(**BASE, learning_rate=1.0, windows=8)
+    part = CalibrationText(library_text(("xml",)), library_text(("asyncio",)))
+    tokenizer = llmpress.load_tokenizer(tiny_finetuned_folder)
+    tokens, labels = collate(text_data({"code": part}, tokenizer, settings, 0).held_out)
+    with torch.no_grad():
+        loss = model_loss(loaded, tokens, labels, teacher)
+    assert record["best_step"] == 2
+    assert float(loss) == pytest.approx(record["loss_after"], rel=1e-4)
+
+
+def test_a_killed_distillation_of_a_delta_continues_to_the_same_bytes(
+    distill: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = content(distill())
+    shutil.rmtree(tmp_path / "out")
+    stop_at(4, monkeypatch)
+    with pytest.raises(Killed):
+        distill()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert content(distill()) == whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "says"),
+    [
+        ({"base": "finetuned"}, ArtifactError, "its base model is another one than"),
+        ({"original": "base"}, ArtifactError, "its finetuned model is another one than"),
+        ({"base": None}, ConfigError, "a delta trains on its base: give that too"),
+        ({"objective": "next_token"}, ValueError, "objective: .* give distillation"),
+        ({"start": "base"}, ArtifactError, "no delta here"),
+    ],
+    ids=["other-base", "other-model", "no-base", "text", "no-delta"],
+)
+def test_deltas_that_do_not_fit(
+    distill: Tune,
+    tiny_model_folder: Path,
+    tiny_finetuned_folder: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    kind: type[Exception],
+    says: str,
+) -> None:
+    folders = {"base": tiny_model_folder, "finetuned": tiny_finetuned_folder}
+    with pytest.raises(kind, match=says):
+        distill(**{key: folders.get(value, value) for key, value in changes.items()})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_delta_without_floats_has_nothing_to_train(tiny_model_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    linear = model.model.layers[0].mlp.up_proj
+    layer = QuantizedLinear(linear.in_features, linear.out_features, num_bits=4, group_size=16)
+    model.model.layers[0].mlp.up_proj = AdaptedLinear(linear, layer)
+    with pytest.raises(ConfigError, match=r"the delta's layers \(quantized\) hold integers"):
+        delta_parameters(model)
 
 
 def test_the_result_opens_with_transformers_and_is_verified(tune: Tune, compressed: Make) -> None:

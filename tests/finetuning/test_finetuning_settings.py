@@ -1,17 +1,19 @@
 """What params.yaml may say of trainings, and the line that names a mistake."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmpress.config import build
 from llmpress.errors import ConfigError
-from llmpress.finetuning.settings import FinetuningSettings, read_training
+from llmpress.finetuning.settings import FinetuningSettings, base_folder, read_training
 
 PARAMS: dict[str, Any] = {
     "runs": {"small": {"model": "tiny", "method": "cluscomp"}},
     "finetunes": {"small-tuned": {"run": "small", "model": "tiny"}},
+    "delta_runs": {"signs": {"base": "models/tiny", "finetuned": "tuned", "method": "bitdelta"}},
     "trainings": {
         "codes": {
             "start": "compressed/small",
@@ -76,6 +78,38 @@ def test_mistakes_are_named(changes: dict[str, Any], says: str) -> None:
 def test_settings_are_validated(values: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         build(FinetuningSettings, {"steps": 1, "learning_rate": 1e-3, **values}, "here")
+
+
+SIGNS: dict[str, Any] = {
+    "start": "compressed/signs",
+    "model": "tuned",
+    "trains": "delta",
+    "settings": {"steps": 2, "learning_rate": 1e-3, "objective": "distillation"},
+}
+
+
+def test_a_delta_trains_on_its_base() -> None:
+    params = copy.deepcopy(PARAMS)
+    assert base_folder(params, read_training(params, "codes")) is None
+    params["trainings"]["codes"] |= SIGNS
+    assert base_folder(params, read_training(params, "codes")) == Path("data/models/tiny")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"start": "compressed/small"}, "trainings.codes.start: delta_runs has no 'small'"),
+        ({"start": "finetuned/signs"}, "trainings.codes.start: delta needs compressed/NAME"),
+        ({"model": "tiny"}, "model is 'tiny', but compressed/signs has 'tuned'"),
+        ({"settings": {"steps": 2, "learning_rate": 1e-3}}, "objective: .*give distillation"),
+        ({"settings": {**SIGNS["settings"], "norms": True}}, "norms: .*; leave it out"),
+    ],
+)
+def test_mistakes_of_deltas_are_named(changes: dict[str, Any], says: str) -> None:
+    params = copy.deepcopy(PARAMS)
+    params["trainings"]["codes"] |= SIGNS | changes
+    with pytest.raises(ConfigError, match=says):
+        read_training(params, "codes")
 
 
 def test_norms_do_not_train_beside_adapters() -> None:

@@ -24,7 +24,7 @@ PARAMS: dict[str, Any] = {
     "corpora": {"text": {"python_stdlib": True, "license": "PSF-2.0"}},
     "tasks": {"sums": {"generator": "arithmetic", "license": "Apache-2.0"}},
     "finetuned_models": {"tiny-sums": {"base": "tiny", "task": "sums", "steps": 10}},
-    "deltas": {"tiny-sums": {"base": "tiny"}},
+    "deltas": {"tiny-sums": {"base": "models/tiny", "finetuned": "tiny-sums"}},
     "calibrations": {
         name: {"corpora": ["text"], "windows": 2, "length": 32} for name in ("tiny", "tiny-sums")
     },
@@ -33,7 +33,13 @@ PARAMS: dict[str, Any] = {
         "clusters": {"model": "tiny", "method": "cluscomp", "settings": {"bits": 5.0}},
     },
     "delta_runs": {
-        "signs": {"base": "tiny", "finetuned": "tiny-sums", "method": "bitdelta", "settings": {}}
+        "signs": {
+            "delta": "tiny-sums",
+            "base": "models/tiny",
+            "finetuned": "tiny-sums",
+            "method": "bitdelta",
+            "settings": {},
+        }
     },
     "finetunes": {
         "clusters-tuned": {

@@ -8,7 +8,7 @@ from llmpress.calibration import CalibrationSettings
 from llmpress.config import build, read_params, section
 from llmpress.devices import pick_device
 from llmpress.failures import script_errors
-from llmpress.model_calibration import calibrate_model, corpus_text
+from llmpress.model_calibration import calibrate_model, corpus_text, task_text
 
 
 def main(
@@ -21,12 +21,15 @@ def main(
         where = f"calibrations.{key}"
         settings = build(CalibrationSettings, section(values, where), where)
         corpora = {name: Path("data/corpora") / name for name in settings.corpora}
+        tasks = {name: Path("data/tasks") / name for name in settings.tasks}
         calibrate_model(
             Path("data/models") / key,
-            {name: corpus_text(folder) for name, folder in corpora.items()},
+            {name: corpus_text(folder) for name, folder in corpora.items()}
+            | {name: task_text(folder) for name, folder in tasks.items()},
             settings,
             Path("data/calibration") / key,
-            inputs={f"corpus {name}": folder for name, folder in corpora.items()},
+            inputs={f"corpus {name}": folder for name, folder in corpora.items()}
+            | {f"task {name}": folder for name, folder in tasks.items()},
             seed=values["seed"],
             device=pick_device(),
         )

@@ -6,9 +6,7 @@ import typer
 
 from llmpress.config import read_params, section
 from llmpress.delta_compression import compress_delta_artifact
-from llmpress.delta_files import DeltaFolder
 from llmpress.devices import pick_device
-from llmpress.errors import ConfigError
 from llmpress.failures import script_errors
 from llmpress.runs import build_method, read_delta_run
 
@@ -22,18 +20,13 @@ def main(
         config = read_params(params)
         run = read_delta_run(config, key)
         method = build_method(run.method, run.settings, f"delta_runs.{key}")
-        delta = Path("data/deltas") / run.finetuned
-        made_on = DeltaFolder(delta, "delta").header["base"]["name"]
-        if made_on != run.base:
-            raise ConfigError(
-                f"delta_runs.{key}.base is {run.base!r}, but {delta} was made on {made_on!r}"
-            )
         compress_delta_artifact(
-            delta,
+            Path("data/deltas") / run.delta,
             Path("data/compressed") / key,
             method_name=run.method,
             method=method,
             calibration=Path("data/calibration") / run.finetuned,
+            base=Path("data") / run.base if run.sequential else None,
             seed=section(config, "seed"),
             device=pick_device(),
         )

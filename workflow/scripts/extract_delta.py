@@ -10,16 +10,15 @@ from llmpress.failures import script_errors
 
 
 def main(
-    key: str = typer.Argument(
-        help="A key of `deltas` in params.yaml: the fine-tuned model's name."
-    ),
+    key: str = typer.Argument(help="A key of `deltas` in params.yaml."),
     params: Path = typer.Option(Path("params.yaml"), help="The file of settings."),
 ) -> None:
     """Write data/deltas/KEY: fp32 deltas of linear layers, other changed tensors as they are."""
     with script_errors():
-        base = section(read_params(params), f"deltas.{key}.base")
-        models = Path("data/models")
-        extract_delta_artifact(models / base, models / key, Path("data/deltas") / key)
+        config, data = read_params(params), Path("data")
+        base = data / section(config, f"deltas.{key}.base")
+        finetuned = data / "models" / section(config, f"deltas.{key}.finetuned")
+        extract_delta_artifact(base, finetuned, data / "deltas" / key)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from llmpress.config import build, read_params, section
 from llmpress.documents import read_rows
 from llmpress.failures import script_errors
 from llmpress.sources import opened
-from llmpress.tasks import arithmetic, multiple_choice
+from llmpress.tasks import arithmetic, calls, multiple_choice
 from llmpress.tasks.files import write_task
 from llmpress.tasks.source import TaskSource
 
@@ -30,8 +30,9 @@ def main() -> None:
         with artifact_folder(out, stage="fetch_task", settings=settings, inputs={}) as folder:
             origin: dict[str, Any] = {"generator": source.generator}
             if source.generator:
-                config = arithmetic.task_config(arguments.name)
-                items = arithmetic.generate(source.train_items, source.test_items, settings["seed"])
+                generator = {"arithmetic": arithmetic, "calls": calls}[source.generator]
+                config = generator.task_config(arguments.name)
+                items = generator.generate(source.train_items, source.test_items, settings["seed"])
             else:
                 with opened(source.location(), [source.files or ""], hub_type="dataset") as fetched:
                     rows = [row for file in fetched.files for row in read_rows(file)]

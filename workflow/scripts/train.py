@@ -1,4 +1,4 @@
-"""Finetune a compressed model, or adapters beside its original, end to end."""
+"""Finetune a compressed model or delta, or adapters beside an original, end to end."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from llmpress.devices import pick_device
 from llmpress.failures import script_errors
 from llmpress.finetuning.data import task_data, text_data
 from llmpress.finetuning.finetune import finetune_artifact
-from llmpress.finetuning.settings import read_training, start_folder
+from llmpress.finetuning.settings import base_folder, read_training, start_folder
 from llmpress.model_calibration import corpus_text
 from llmpress.tasks.files import read_items
 
@@ -19,7 +19,7 @@ def main(
     key: str = typer.Argument(help="A key of `trainings` in params.yaml."),
     params: Path = typer.Option(Path("params.yaml"), help="The file of settings."),
 ) -> None:
-    """Write data/trained/KEY: the compressed model with trained values, or an adapter."""
+    """Write data/trained/KEY: the compressed model or delta with trained values, or an adapter."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with script_errors():
@@ -55,6 +55,7 @@ def main(
             },
             seed=seed,
             device=pick_device(),
+            base=base_folder(config, training),
         )
 
 

@@ -9,10 +9,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmpress.artifacts import artifact_folder, write_json
 from llmpress.config import build, read_params, section
+from llmpress.corpora import load_text, token_windows
 from llmpress.devices import pick_device
 from llmpress.failures import script_errors
 from llmpress.tasks.files import read_items
-from llmpress.training import TrainingSettings, encode, finetune
+from llmpress.training import (
+    TrainingSettings,
+    add_tokens,
+    encode,
+    finetune,
+    window_examples,
+)
 
 
 def main() -> None:
@@ -27,20 +34,31 @@ def main() -> None:
         settings = build(TrainingSettings, section(params, where), where)
         seed = section(params, "seed")
         base = Path("data/models") / settings.base
-        task = Path("data/tasks") / settings.task
+        text = (
+            {"task": Path("data/tasks") / settings.task}
+            if settings.task
+            else {"corpus": Path("data/corpora") / str(settings.corpus)}
+        )
         with artifact_folder(
             Path("data/models") / arguments.name,
             stage="train_task",
             settings={**asdict(settings), "seed": seed},
-            inputs={"base": base, "task": task},
+            inputs={"base": base, **text},
         ) as folder:
             tokenizer = AutoTokenizer.from_pretrained(base)
-            # for sequences this short, plain matrix products beat the fused attention's backward
+            # for answers this short, plain matrix products beat the fused attention's backward
             model = AutoModelForCausalLM.from_pretrained(
-                base, dtype=torch.float32, attn_implementation="eager"
+                base, dtype=torch.float32, attn_implementation="eager" if settings.task else "sdpa"
             ).to(pick_device())
-            examples = encode(read_items(task / "train.jsonl"), tokenizer)
-            losses = finetune(model, examples, settings, seed)
+            new_tokens = add_tokens(model, tokenizer, settings.added_tokens)
+            if settings.task:
+                examples = encode(read_items(text["task"] / "train.jsonl"), tokenizer)
+            else:
+                documents = load_text(text["corpus"], "calibration")
+                examples = window_examples(
+                    token_windows(documents, tokenizer, settings.length, settings.windows)
+                )
+            losses = finetune(model, examples, settings, seed, new_tokens=new_tokens)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             record = {"settings": asdict(settings), "seed": seed, "losses": losses}

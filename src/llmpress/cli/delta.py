@@ -21,25 +21,33 @@ from llmpress.cli.options import (
     Windows,
 )
 
-app = typer.Typer(help="Fine-tuning deltas: extract, compress, apply.")
+app = typer.Typer(help="Fine-tuning deltas: extract, compress, apply, export.")
 Base = Annotated[str, typer.Argument(metavar="BASE", help="The model that was fine-tuned.")]
 
 
 @app.command()
 def extract(
     base: Base,
-    finetuned: Annotated[str, typer.Argument(metavar="FINETUNED", help="What became of it.")],
+    finetuned: Annotated[
+        str,
+        typer.Argument(
+            metavar="FINETUNED", help="What became of it: a model, or a LoRA adapter of peft."
+        ),
+    ],
     out: Out,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Subtract a base model from its fine-tuned version, tensor by tensor."""
+    from llmpress.adapters import is_adapter
     from llmpress.cli.inspect import print_made
     from llmpress.cli.options import check_out, model_folder
     from llmpress.delta_extraction import extract_delta_artifact
 
     check_out(out, force=force)
-    extract_delta_artifact(model_folder(base), model_folder(finetuned), out)
+    adapter = Path(finetuned)
+    changed = adapter if is_adapter(adapter) else model_folder(finetuned)
+    extract_delta_artifact(model_folder(base), changed, out)
     print_made(out, ("folder", "kind", "bytes"), as_json=as_json)
 
 
@@ -114,3 +122,36 @@ def apply(
     from llmpress.cli.options import model_folder
 
     write_dense(model_folder(base), out, delta, tokenizer, dtype, force=force, as_json=as_json)
+
+
+@app.command()
+def export(
+    delta: Annotated[Path, typer.Argument(help="A compressed delta of low-rank layers.")],
+    out: Out,
+    base_name: Annotated[
+        str | None,
+        typer.Option(help="What adapter_config.json calls the base; by default as the delta does."),
+    ] = None,
+    dtype: DtypeOption = Dtype.bfloat16,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the low-rank part of a delta (svd, delta_come) as a LoRA adapter that peft loads.
+
+    Tensors that the delta keeps exactly have no place in an adapter; a warning names them.
+    """
+    import torch
+
+    from llmpress.adapter_export import export_adapter
+    from llmpress.artifacts import folder_bytes
+    from llmpress.cli.options import check_out, quiet
+    from llmpress.cli.output import bytes_text, print_facts, print_json
+
+    quiet()
+    check_out(out, force=force)
+    export_adapter(delta, out, base_name=base_name, dtype=getattr(torch, dtype.value))
+    size = folder_bytes(out)
+    if as_json:
+        print_json({"folder": str(out), "dtype": dtype.value, "bytes": size})
+    else:
+        print_facts(str(out), [("dtype", dtype.value), ("size on disk", bytes_text(size))])

@@ -1,12 +1,11 @@
-"""Text named on the command line: files, or corpora that the pipeline fetched."""
+"""Text named on the command line: files, or corpora and tasks that the pipeline fetched."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from llmpress.errors import ArtifactError, SourceError
-from llmpress.model_calibration import CalibrationText, corpus_text
-
-HELD_OUT = 0.2  # share of a plain text file, at its end, that calibration keeps aside
+from llmpress.model_calibration import HELD_OUT, CalibrationText, corpus_text, task_text
+from llmpress.tasks.files import TRAIN_FILE
 
 
 def calibration_texts(paths: Sequence[Path]) -> dict[str, CalibrationText]:
@@ -18,7 +17,7 @@ def calibration_texts(paths: Sequence[Path]) -> dict[str, CalibrationText]:
     texts = {}
     for path in paths:
         if path.is_dir():
-            texts[path.name] = corpus_text(path)
+            texts[path.name] = task_text(path) if _is_task(path) else corpus_text(path)
         else:
             text = _read(path)
             cut = text.rfind("\n", 0, int(len(text) * (1 - HELD_OUT))) + 1
@@ -28,7 +27,8 @@ def calibration_texts(paths: Sequence[Path]) -> dict[str, CalibrationText]:
 
 def corpus_inputs(paths: Sequence[Path]) -> dict[str, Path]:
     """Return the paths that are artifacts, by the role they have in a provenance."""
-    return {f"corpus {path.name}": path for path in paths if path.is_dir()}
+    folders = [path for path in paths if path.is_dir()]
+    return {f"{'task' if _is_task(path) else 'corpus'} {path.name}": path for path in folders}
 
 
 def evaluation_text(path: Path) -> list[str]:
@@ -38,6 +38,10 @@ def evaluation_text(path: Path) -> list[str]:
 
         return load_text(path, "test")
     return [_read(path)]
+
+
+def _is_task(folder: Path) -> bool:
+    return (folder / TRAIN_FILE).is_file()
 
 
 def _read(path: Path) -> str:

@@ -65,7 +65,8 @@ def evaluate(
     seconds: dict[str, float] = {}
     made_in = cost(subject.folder)
     size = SIZES[subject.kind](subject.folder, subject.original_folder)
-    for name in settings.tasks:
+    tasks = settings.tasks_of(subject.original)
+    for name in tasks:
         read_task(task_folder(name))  # what is missing is named before anything is computed
     tokenizer = subject.tokenizer()
     windows = read_windows(settings, tokenizer)
@@ -79,8 +80,8 @@ def evaluate(
         likelihoods = _likelihoods(model, subject, windows, dtype)
     model = model.to(task_dtype)
     with timed(seconds, "tasks"):
-        folders = {name: task_folder(name) for name in settings.tasks}
-        scores = evaluate_tasks(model, tokenizer, folders, settings.tasks)
+        folders = {name: task_folder(name) for name in tasks}
+        scores = evaluate_tasks(model, tokenizer, folders, tasks)
     with timed(seconds, "samples"):
         samples = sample_texts(model, tokenizer, settings.sample_tokens)
     seconds["all"] = round(time.perf_counter() - started, 2)

@@ -1,7 +1,7 @@
 """How models and runs are evaluated: params.yaml's section ``evaluation`` without ``models``."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 DType = Literal["float32", "bfloat16"]
@@ -22,6 +22,8 @@ class EvaluationSettings:
         prefill_tokens: Length of the prompt with which speed is measured.
         decode_tokens: Tokens generated, one at a time, to measure speed; two where they are slow.
         sample_tokens: Tokens of each sample text.
+        own_tasks: Further tasks with their items, by the model that is asked them: a fine-tuned
+            one, and with it everything that is compared with it.
     """
 
     corpora: tuple[str, ...]
@@ -33,12 +35,18 @@ class EvaluationSettings:
     prefill_tokens: int
     decode_tokens: int
     sample_tokens: int
+    own_tasks: Mapping[str, Mapping[str, int | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         least = {"windows": 1, "length": 2, "prefill_tokens": 1, "decode_tokens": 2}
         for name, minimum in {**least, "sample_tokens": 1}.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} is {getattr(self, name)}, at least {minimum} is needed")
-        for task, items in self.tasks.items():
-            if items is not None and items < 2:
-                raise ValueError(f"tasks.{task}: {items} items give no standard error")
+        for tasks in (self.tasks, *self.own_tasks.values()):
+            for task, items in tasks.items():
+                if items is not None and items < 2:
+                    raise ValueError(f"tasks.{task}: {items} items give no standard error")
+
+    def tasks_of(self, model: str) -> dict[str, int | None]:
+        """Return the items by task that a model, and what is compared with it, is asked."""
+        return {**self.tasks, **self.own_tasks.get(model, {})}

@@ -7,7 +7,7 @@ from typing import Any
 from llmpress.adapters import adapter_sizes, is_adapter
 from llmpress.artifacts import folder_bytes, read_json, read_provenance
 from llmpress.checkpoints import Checkpoint, block_linears, stored_dtype
-from llmpress.delta_files import DeltaFolder
+from llmpress.delta_files import HEADER, DeltaFolder
 from llmpress.evaluation.metrics import Cost, Size
 
 LAYERS = "layers.json"
@@ -37,6 +37,8 @@ def compressed_size(folder: Path) -> Size:
 
 def trained_size(folder: Path, original: Path) -> Size:
     """Return the size of what was finetuned end to end; an adapter's with the model it needs."""
+    if (folder / HEADER).is_file():
+        return delta_size(folder)
     if not is_adapter(folder):
         return compressed_size(folder)
     sizes = adapter_sizes(folder, original)

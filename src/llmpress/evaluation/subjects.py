@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmpress.adapters import is_adapter, load_adapted, merged
 from llmpress.artifacts import read_provenance
 from llmpress.config import section, suggestion
-from llmpress.deltas import load_delta
+from llmpress.deltas import load_finetuned
 from llmpress.errors import ConfigError
 from llmpress.hf import dequantized, load_model, load_tokenizer
 
@@ -27,14 +27,19 @@ class Subject:
         kind: Which of the five.
         folder: The artifact that is evaluated.
         original: Name of the model it is compared with, its own for a model.
-        base: Delta runs: name of the model the delta is put on.
+        base_folder: Of a delta: where the model lies that it is put on.
     """
 
     name: str
     kind: Kind
     folder: Path
     original: str
-    base: str | None = None
+    base_folder: Path | None = None
+
+    @property
+    def base(self) -> str | None:
+        """Name of the model that a delta is put on."""
+        return None if self.base_folder is None else self.base_folder.name
 
     @property
     def original_folder(self) -> Path:
@@ -50,10 +55,9 @@ class Subject:
         read_provenance(self.folder)
         if is_adapter(self.folder):
             return load_adapted(self.folder, self.original_folder, dtype=dtype, device=device)
-        if self.base is None:
+        if self.base_folder is None:
             return load_model(self.folder, dtype=dtype, device=device)
-        base = load_model(model_folder(self.base), dtype=dtype, device=device)
-        return load_delta(base, self.folder)
+        return load_finetuned(self.base_folder, self.folder, dtype=dtype, device=device)
 
     def load_dense(self, dtype: torch.dtype, device: str) -> PreTrainedModel:
         """Load with dense weights of the values that are stored."""
@@ -62,7 +66,7 @@ class Subject:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer; a delta's is that of the fine-tuned model."""
-        return load_tokenizer(self.folder if self.base is None else self.original_folder)
+        return load_tokenizer(self.folder if self.base_folder is None else self.original_folder)
 
 
 def model_folder(name: str) -> Path:
@@ -101,8 +105,15 @@ def find_subject(params: Mapping[str, Any], name: str) -> Subject:
         original = section(params, f"finetunes.{name}.model")
         return Subject(name, "finetuned", Path("data/finetuned") / name, original)
     if group == "trainings":
-        original = section(params, f"trainings.{name}.model")
-        return Subject(name, "trained", Path("data/trained") / name, original)
+        training = section(params, f"trainings.{name}")
+        trained = Path("data/trained") / name
+        if training.get("trains") != "delta":
+            return Subject(name, "trained", trained, training["model"])
+        run = training["start"].removeprefix("compressed/")
+        return Subject(name, "trained", trained, training["model"], _base_folder(params, run))
     original = section(params, f"delta_runs.{name}.finetuned")
-    base = section(params, f"delta_runs.{name}.base")
-    return Subject(name, "delta", compressed, original, base)
+    return Subject(name, "delta", compressed, original, _base_folder(params, name))
+
+
+def _base_folder(params: Mapping[str, Any], delta_run: str) -> Path:
+    return Path("data") / str(section(params, f"delta_runs.{delta_run}.base"))

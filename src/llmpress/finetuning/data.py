@@ -5,13 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from llmpress.corpora import token_windows
 from llmpress.errors import SourceError
 from llmpress.finetuning.settings import FinetuningSettings
 from llmpress.model_calibration import CalibrationText
-from llmpress.training import Example, encode
+from llmpress.training import Example, encode, window_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,16 +74,11 @@ def text_data(
                 windows.append(token_windows(documents, tokenizer, settings.length, count))
             except SourceError as error:
                 raise SourceError(f"text {name}{part}: {error}") from None
-        pool += _examples(windows[0])
-        held_out.append(_examples(windows[1]))
+        pool += window_examples(windows[0])
+        held_out.append(window_examples(windows[1]))
     mixed = [example for group in zip(*held_out, strict=True) for example in group]
     random.Random(seed).shuffle(pool)
     return TrainingData(_repeated(pool, settings, seed), mixed[: settings.held_out])
-
-
-def _examples(windows: Tensor) -> list[Example]:
-    """Take every token but the first for one to learn."""
-    return [Example(window, 1) for window in windows.tolist()]
 
 
 def _repeated(pool: Sequence[Example], settings: FinetuningSettings, seed: int) -> list[Example]:

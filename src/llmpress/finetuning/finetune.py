@@ -4,7 +4,9 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from llmpress.adapters import STORED_DTYPE, add_adapters, open_base, save_adapter, save_base
 from llmpress.artifacts import artifact_folder, fingerprint, read_json, read_provenance, write_json
 from llmpress.checkpoints import Checkpoint, CheckpointWriter, copy_companions
-from llmpress.errors import ArtifactError
+from llmpress.delta_files import DeltaFolder, DeltaWriter
+from llmpress.deltas import load_finetuned
+from llmpress.errors import ArtifactError, ConfigError
 from llmpress.finetuning.data import TrainingData
 from llmpress.finetuning.loop import TrainingRecord, train
-from llmpress.finetuning.settings import ADAPTERS, FinetuningSettings, Trains, check_norms
-from llmpress.finetuning.trainables import compressed_parameters, training
+from llmpress.finetuning.settings import ADAPTERS, FinetuningSettings, Trains, check_settings
+from llmpress.finetuning.trainables import compressed_parameters, delta_parameters, training
 from llmpress.hf import is_compressed, load_model, load_tokenizer
 from llmpress.resume import SCRATCH, BlockStore
 
@@ -38,6 +42,7 @@ def finetune_artifact(
     described: Mapping[str, object],
     seed: int,
     device: torch.device,
+    base: Path | None = None,
     scratch: Path = SCRATCH,
 ) -> None:
     """Train a few parameters of a model on the loss of the whole model.
@@ -45,9 +50,11 @@ def finetune_artifact(
     A killed call continues from its last checkpoint when it is repeated, and gives the same bytes.
 
     Args:
-        start: A compressed model for ``compressed``; the original itself for adapters.
-        original: The model that ``start`` was made from, the teacher of distillation.
-        out: The artifact to write: a compressed model like ``start``, or an adapter.
+        start: A compressed model for ``compressed``; a compressed delta for ``delta``; the original
+            itself for adapters.
+        original: The model that ``start`` was made from, the fine-tuned one of a delta: the teacher
+            of distillation.
+        out: The artifact to write: a compressed model or delta like ``start``, or an adapter.
         trains: What trains.
         settings: How.
         data: Makes the examples with the model's tokenizer.
@@ -55,18 +62,21 @@ def finetune_artifact(
         described: What the examples are, for the provenance.
         seed: Same seed, same bytes.
         device: Where to compute.
+        base: The base of a delta.
         scratch: Folder for the checkpoints of an unfinished call.
 
     Raises:
         ArtifactError: A damaged folder, or a start that was made from another model.
-        ConfigError: Nothing in the start may train.
+        ConfigError: Nothing in the start may train, or a delta comes without its base.
         NumericalError: A loss that is not finite.
         ModuleNotFoundError: A package that adapters need is not installed.
     """
-    check_norms(trains, settings)
+    check_settings(trains, settings)
     _check_start(start, original, trains)
     roles = {"start": start, "model": original, **inputs}
-    method = read_provenance(start)["settings"].get("method") if trains == "compressed" else trains
+    if trains == "delta":
+        roles["base"] = _delta_base(start, original, base)
+    method = trains if trains in ADAPTERS else read_provenance(start)["settings"].get("method")
     recorded = {"method": method, "trains": trains, **asdict(settings), **described, "seed": seed}
     prints = {role: fingerprint(path) for role, path in roles.items()}
     store = BlockStore(f"train-{out.name}", {**recorded, **prints}, scratch)
@@ -80,6 +90,8 @@ def finetune_artifact(
             dtype = getattr(torch, settings.precision)
             teacher = load_model(original, dtype=dtype, device=str(device))
         run = _train_adapters if trains in ADAPTERS else _train_compressed
+        if trains == "delta":
+            run = partial(_train_delta, roles["base"])
         fit = partial(
             train, data=examples, settings=settings, seed=seed, folder=store.folder, teacher=teacher
         )
@@ -122,11 +134,44 @@ def _train_compressed(
     shutil.copyfile(start / "config.json", folder / "config.json")
     copy_companions(start, folder)
     layers = read_json(start / "layers.json")
-    unknown = {"relative_weight_error": None, "relative_output_error": None}
-    entries = [{**layer, **unknown} for layer in layers["layers"]]
-    write_json(folder / "layers.json", {"layers": entries, "totals": layers["totals"]})
+    write_json(folder / "layers.json", _without_errors(layers))
     trained = sum(parameter.numel() for parameter in parameters.values())
     return record, trained, int(layers["totals"]["model_weights"])
+
+
+def _train_delta(
+    base: Path,
+    start: Path,
+    folder: Path,
+    trains: Trains,
+    settings: FinetuningSettings,
+    seed: int,
+    device: torch.device,
+    fit: Fit,
+) -> tuple[TrainingRecord, int, int]:
+    del trains, settings, seed
+    stored = DeltaFolder(start, "compressed_delta")
+    model = load_finetuned(base, start, dtype=torch.float32, device=str(device))
+    parameters = delta_parameters(model)
+    dtypes = {name: stored.tensor(name).dtype for name in parameters}
+    with training(model, parameters):
+        best, record = fit(model, parameters, dtypes, relative_rate=True)
+    writer = DeltaWriter(folder)
+    for name in chain.from_iterable(stored.header["files"].values()):  # in the start's order
+        writer.add(name, best[name] if name in best else stored.tensor(name))
+    own = ("format_version", "kind", "files")  # the writer's
+    header = {key: value for key, value in stored.header.items() if key not in own}
+    writer.close("compressed_delta", header)
+    write_json(folder / "layers.json", _without_errors(read_json(start / "layers.json")))
+    trained = sum(parameter.numel() for parameter in parameters.values())
+    return record, trained, int(stored.header["model_weights"])
+
+
+def _without_errors(layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return layers.json for other values of the same layers: their errors are unknown."""
+    unknown = {"relative_weight_error": None, "relative_output_error": None}
+    entries = [{**layer, **unknown} for layer in layers["layers"]]
+    return {"layers": entries, "totals": layers["totals"]}
 
 
 def _train_adapters(
@@ -152,7 +197,25 @@ def _train_adapters(
     return record, sum(parameter.numel() for parameter in parameters.values()), weights
 
 
+def _delta_base(start: Path, original: Path, base: Path | None) -> Path:
+    """Return the base of a delta that was made of these two models.
+
+    Raises:
+        ArtifactError: It was made of others.
+        ConfigError: No base.
+    """
+    if base is None:
+        raise ConfigError(f"{start}: a delta trains on its base: give that too, as `base`")
+    header = DeltaFolder(start, "compressed_delta").header
+    for role, folder in (("base", base), ("finetuned", original)):
+        if header[role]["fingerprint"] != fingerprint(folder):
+            raise ArtifactError(f"{start}: its {role} model is another one than {folder}")
+    return base
+
+
 def _check_start(start: Path, original: Path, trains: Trains) -> None:
+    if trains == "delta":
+        return  # its header says what it was made of
     compressed = is_compressed(Checkpoint(start))
     if trains in ADAPTERS:
         if compressed or start.resolve() != original.resolve():

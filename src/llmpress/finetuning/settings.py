@@ -9,7 +9,7 @@ from llmpress.config import build, suggestion
 from llmpress.config import section as lookup
 from llmpress.errors import ConfigError
 
-Trains = Literal["compressed", "lora", "qlora"]
+Trains = Literal["compressed", "delta", "lora", "qlora"]
 TRAINS: tuple[Trains, ...] = get_args(Trains)
 ADAPTERS = ("lora", "qlora")
 
@@ -21,7 +21,7 @@ class FinetuningSettings:
     Attributes:
         steps: Optimizer steps.
         learning_rate: Peak rate of AdamW; rises over ``warmup`` steps, then falls linearly to zero.
-            Of codebooks, factors and norms: relative to each tensor's root mean square.
+            Of codebooks, factors, scales and norms: relative to each tensor's root mean square.
         batch_size: Items or windows of a step.
         warmup: Steps until the peak.
         objective: ``next_token``: cross-entropy of the text; ``distillation``: KL divergence from
@@ -75,10 +75,13 @@ class Training:
 
     Attributes:
         start: What is trained, as its folder below data/: ``compressed/<run>`` or
-            ``finetuned/<finetune>``; ``models/<model>`` for adapters.
-        model: The original model, the one that ``start`` was made from or is.
-        trains: ``compressed``: codebooks or factors of the compressed layers; ``lora``: adapters
-            beside the model's linears; ``qlora``: the same, and the linears in 4-bit NF4.
+            ``finetuned/<finetune>``; ``compressed/<delta run>`` for deltas; ``models/<model>`` for
+            adapters.
+        model: The original model, the one that ``start`` was made from or is; the fine-tuned one
+            for deltas.
+        trains: ``compressed``: codebooks or factors of the compressed layers; ``delta``: scales or
+            factors of a compressed delta on its base; ``lora``: adapters beside the model's
+            linears; ``qlora``: the same, and the linears in 4-bit NF4.
         settings: How.
         task: A task with training items.
         corpora: Corpora whose calibration part is trained on, instead of a task.
@@ -94,13 +97,20 @@ class Training:
     def __post_init__(self) -> None:
         if bool(self.task) == bool(self.corpora):
             raise ValueError("give either `task` or `corpora` to train on")
-        check_norms(self.trains, self.settings)
+        check_settings(self.trains, self.settings)
 
 
-def check_norms(trains: Trains, settings: FinetuningSettings) -> None:
-    """Refuse to train norms beside adapters, which are stored apart from them."""
+def check_settings(trains: Trains, settings: FinetuningSettings) -> None:
+    """Refuse to train norms beside adapters and deltas, or a delta on anything but its model."""
     if settings.norms and trains in ADAPTERS:
         raise ValueError(f"norms: {trains} trains adapters only; leave it out")
+    if settings.norms and trains == "delta":
+        raise ValueError("norms: a delta holds those of the fine-tuned model; leave it out")
+    if settings.objective != "distillation" and trains == "delta":
+        raise ValueError(
+            f"objective: a delta follows its fine-tuned model: give distillation, not "
+            f"{settings.objective}"
+        )
 
 
 def read_training(params: Mapping[str, Any], key: str) -> Training:
@@ -112,18 +122,22 @@ def read_training(params: Mapping[str, Any], key: str) -> Training:
     where = f"trainings.{key}"
     training = build(Training, lookup(params, where), where)
     kind, _, name = training.start.partition("/")
-    wanted = ("models",) if training.trains in ADAPTERS else ("compressed", "finetuned")
+    wanted = {"compressed": ("compressed", "finetuned"), "delta": ("compressed",)}.get(
+        training.trains, ("models",)
+    )
     if kind not in wanted or not name:
         forms = " or ".join(f"{known}/NAME" for known in wanted)
         raise ConfigError(f"{where}.start: {training.trains} needs {forms}, got {training.start!r}")
-    section = {"compressed": "runs", "finetuned": "finetunes"}.get(kind)
+    compressed = "delta_runs" if training.trains == "delta" else "runs"
+    section = {"compressed": compressed, "finetuned": "finetunes"}.get(kind)
     if section is None:
         model = name
     else:
         known = params.get(section) or {}
         if name not in known:
             raise ConfigError(f"{where}.start: {section} has no {name!r}{suggestion(name, known)}")
-        model = lookup(params, f"{section}.{name}.model")
+        key = "finetuned" if training.trains == "delta" else "model"
+        model = lookup(params, f"{section}.{name}.{key}")
     if model != training.model:
         raise ConfigError(
             f"{where}.model is {training.model!r}, but {training.start} has {model!r}"
@@ -134,3 +148,11 @@ def read_training(params: Mapping[str, Any], key: str) -> Training:
 def start_folder(training: Training) -> Path:
     """Return where the start of a training lies."""
     return Path("data") / training.start
+
+
+def base_folder(params: Mapping[str, Any], training: Training) -> Path | None:
+    """Return where the base lies that a delta is trained on; None for what is no delta."""
+    if training.trains != "delta":
+        return None
+    run = training.start.removeprefix("compressed/")
+    return Path("data") / str(lookup(params, f"delta_runs.{run}.base"))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from llmpress.errors import ConfigError
 from llmpress.finetuning.rebuilt import rebuilding
-from llmpress.layers import CodebookLinear, CompressedLinear
+from llmpress.layers import AdaptedLinear, CodebookLinear, CompressedLinear
 from llmpress.layers.base import rounded_to
 
 Parameters = Mapping[str, nn.Parameter]
@@ -42,6 +42,30 @@ def compressed_parameters(model: nn.Module, *, norms: bool) -> dict[str, nn.Para
             for name, module in model.named_modules()
             if "Norm" in type(module).__name__ and isinstance(module.weight, nn.Parameter)
         }
+    return found
+
+
+def delta_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what the layers of a delta allow to train, by the names that the delta stores.
+
+    Args:
+        model: The base with the delta on it.
+
+    Raises:
+        ConfigError: No layer holds anything that may train.
+    """
+    layers = {n: m.delta for n, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+    found = {
+        f"{name}.{key}": getattr(layer, key)
+        for name, layer in layers.items()
+        for key in layer.trainable
+    }
+    if not found:
+        kinds = ", ".join(sorted({layer.kind for layer in layers.values()})) or "none"
+        raise ConfigError(
+            f"nothing here may train: the delta's layers ({kinds}) hold integers only; start from "
+            "a bitdelta run"
+        )
     return found
 
 

@@ -24,6 +24,8 @@ class CompressedLinear(nn.Module, ABC):
     Attributes:
         kind: The layer's name in an artifact.
         trainable: Names of the float tensors that finetuning may change.
+        notes: What the method has to say of how it went, for the record: numbers by name. Not
+            stored with the layer.
     """
 
     kind: ClassVar[str]
@@ -37,6 +39,7 @@ class CompressedLinear(nn.Module, ABC):
             raise ValueError(f"shape [out={out_features}, in={in_features}] has an empty side")
         self.in_features = in_features
         self.out_features = out_features
+        self.notes: dict[str, float] = {}
         self.bias = frozen(torch.empty(out_features)) if bias else None
 
     @abstractmethod

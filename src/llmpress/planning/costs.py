@@ -324,12 +324,13 @@ def _delta_come_work(settings: DeltaCoMe, shape: Shape) -> Work:
     groups = compressed_layer("delta_come", settings, shape).spec()["groups"]
     rank = sum(group["rank"] for group in groups)
     small = min(shape)
-    gram = 4.0 * o * n * small + (2.0 * o * n * n if settings.basis == "output" else 0.0)
+    gram = 4.0 * o * n * small + (2.0 * o * n * n if settings.basis != "weight" else 0.0)
+    bases = small**3 + (float(n) ** 3 if settings.basis != "weight" and o > n else 0.0)
     search = _grid_search_bytes(settings.search_range)
     return Work(
         fp64_flops=gram + 2.0 * rank * o * n,
         fp32_flops=2.0 * n**3 + rank * (4.0 * o * n + 3.0 * n * n),
-        eigh_cubes=float(small) ** 3,
+        eigh_cubes=bases * (2 if settings.spreads_budget else 1),
         bytes_moved=(600.0 + search) * rank * (o + n) + 120.0 * o * n,
         calls=14.0 * (n * len(groups) + rank) + 2000.0,
     )
@@ -338,7 +339,7 @@ def _delta_come_work(settings: DeltaCoMe, shape: Shape) -> Work:
 def _delta_come_workspace(settings: DeltaCoMe, shape: Shape) -> int:
     o, n = shape
     small = min(shape)
-    moment = n * n * (8 if settings.basis == "output" else 4)
+    moment = n * n * (8 if settings.basis != "weight" else 4)
     return 4 * 4 * o * n + 8 * (2 * o * n + 5 * small * small) + moment + 8 * n * n
 
 

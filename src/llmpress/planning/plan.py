@@ -6,7 +6,7 @@ and the report takes seconds. A model that is not there yet gives rows that say 
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from llmpress.planning.machine import Machine
 from llmpress.planning.shapes import ModelShapes, read_shapes
 from llmpress.planning.sizes import planned_layers
 from llmpress.planning.stages import Estimate, TaskText
-from llmpress.runs import build_method, read_delta_run, read_finetune, read_run
+from llmpress.runs import build_method, read_delta, read_delta_run, read_finetune, read_run
 from llmpress.training import TrainingSettings
 
 Layers = Mapping[str, CompressedLinear | None]
@@ -274,7 +274,7 @@ class _Project:
     root: Path
     _shapes: dict[str, ModelShapes] = field(default_factory=dict)
     _evaluation: EvaluationSettings | None = None
-    _answers: dict[str, TaskText] = field(default_factory=dict)
+    _answers: dict[tuple[str, int | None], TaskText] = field(default_factory=dict)
 
     def row(self, key: tuple[str, str], task: _Task) -> PlanRow:
         """Estimate one stage instance, or say why that is not possible yet."""
@@ -355,9 +355,10 @@ class _Project:
         header = self.root / "data/deltas" / name / "delta.json"
         if self.model is None and header.is_file():
             return list(read_json(header)["exact"])
-        if name in (self.params.get("finetuned_models") or {}):
-            return ()  # train_task leaves everything else alone
-        layout = self._layout(name)
+        finetuned = read_delta(self.params, name).finetuned
+        if finetuned in (self.params.get("finetuned_models") or {}):
+            return ()  # train_task leaves everything else alone, but for rows of added tokens
+        layout = self._layout(finetuned)
         linears = {f"{linear}.weight" for linear in layout.linears}
         return [tensor for tensor in layout.tensors if tensor not in linears]
 
@@ -369,16 +370,21 @@ class _Project:
                 self._layout(settings.base),
                 settings.steps,
                 settings.batch_size,
-                self._text(settings.task, "train.jsonl"),
+                self._text(settings.task, "train.jsonl")
+                if settings.task
+                else TaskText(settings.windows, settings.length, settings.length, 0),
             ),
             (),
             Path("data/models") / name,
         )
 
     def _extract_delta(self, name: str) -> _Task:
+        delta = read_delta(self.params, name)
+        made = {"compressed": "compress", "finetuned": "finetune"}
+        kind, _, base = delta.base.partition("/")
         return _Task(
-            lambda: stages.extract_delta(self._layout(name), self._exact_tensors(name)),
-            (("train_task", name),),
+            lambda: stages.extract_delta(self._layout(delta.finetuned), self._exact_tensors(name)),
+            (("train_task", delta.finetuned), (made.get(kind, "fetch_model"), base)),
             Path("data/deltas") / name,
         )
 
@@ -403,9 +409,9 @@ class _Project:
         method = build_method(run.method, run.settings, f"delta_runs.{name}")
         return _Task(
             lambda: stages.compress_delta(
-                self._layout(run.finetuned), run.method, method, self._exact_tensors(run.finetuned)
+                self._layout(run.finetuned), run.method, method, self._exact_tensors(run.delta)
             ),
-            (("extract_delta", run.finetuned), ("calibrate", run.finetuned)),
+            (("extract_delta", run.delta), ("calibrate", run.finetuned)),
             Path("data/compressed") / name,
         )
 
@@ -462,22 +468,26 @@ class _Project:
             self._evaluation = build(EvaluationSettings, values, "evaluation")
         return self._evaluation
 
-    def _texts(self) -> dict[str, TaskText]:
-        for name, drawn in self._evaluation_settings().tasks.items():
-            if name not in self._answers:
-                self._answers[name] = self._text(name, "test.jsonl", drawn)
-        return self._answers
+    def _asked(self, original: str) -> EvaluationSettings:
+        """Return the settings with the tasks of one model, and of all that is compared with it."""
+        settings = self._evaluation_settings()
+        return replace(settings, tasks=settings.tasks_of(original), own_tasks={})
+
+    def _texts(self, settings: EvaluationSettings) -> dict[str, TaskText]:
+        for name, drawn in settings.tasks.items():
+            if (name, drawn) not in self._answers:
+                self._answers[name, drawn] = self._text(name, "test.jsonl", drawn)
+        return {name: self._answers[name, drawn] for name, drawn in settings.tasks.items()}
 
     def _evaluate_model(self, name: str) -> _Task:
-        settings = self._evaluation_settings()
+        settings = self._asked(name)
         return _Task(
-            lambda: stages.evaluate(self._layout(name), settings, self._texts()),
+            lambda: stages.evaluate(self._layout(name), settings, self._texts(settings)),
             (("train_task", name),),
             Path("results/metrics") / f"{name}.json",
         )
 
     def _evaluate(self, name: str, made: str) -> _Task:
-        settings = self._evaluation_settings()
         delta = made == "compress_delta"
         read: Callable[..., Any] = {
             "compress": read_run,
@@ -487,11 +497,14 @@ class _Project:
         }[made]
         entry = read(self.params, name)
         original = entry.finetuned if delta else entry.model
+        settings = self._asked(original)
         layers = self._planned_layers(made, name)
 
         def estimate() -> Estimate:
             layout = self._layout(original)
-            return stages.evaluate(layout, settings, self._texts(), layers(layout), delta=delta)
+            return stages.evaluate(
+                layout, settings, self._texts(settings), layers(layout), delta=delta
+            )
 
         return _Task(estimate, ((made, name),), Path("results/metrics") / f"{name}.json")
 

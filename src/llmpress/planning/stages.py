@@ -107,7 +107,7 @@ class Estimate:
 
 def calibrate(model: ModelShapes, settings: CalibrationSettings) -> Estimate:
     """One block, its moments, the hidden states of all windows before and after it."""
-    windows = len(settings.corpora) * settings.windows
+    windows = settings.num_texts * settings.windows
     tokens = windows * settings.length
     batch = min(windows, PROPAGATE_WINDOWS) * settings.length
     states = 4 * tokens * model.hidden
@@ -115,11 +115,11 @@ def calibrate(model: ModelShapes, settings: CalibrationSettings) -> Estimate:
     block = _block_bytes(model)
     activations = int(FORWARD_BYTES * batch * model.block_features)
     embedding = _embedding_bytes(model)
-    felt = len(settings.corpora) * min(settings.sensitivity_windows, settings.windows)
+    felt = settings.num_texts * min(settings.sensitivity_windows, settings.windows)
     artifact = sizes.calibration_size(
         model,
         windows,
-        len(settings.corpora) * settings.validation_windows,
+        settings.num_texts * settings.validation_windows,
         settings.length,
         sensitive=felt > 0,
     )
@@ -235,8 +235,8 @@ def finetune(
     terms = method.loss_terms()
     student_chains = len({term.student_input for term in terms})
     targets = len({"teacher"} | {term.teacher_input for term in terms})
-    corpora, length = len(calibration.corpora), calibration.length
-    trained, held_out = corpora * calibration.windows, corpora * calibration.validation_windows
+    texts, length = calibration.num_texts, calibration.length
+    trained, held_out = texts * calibration.windows, texts * calibration.validation_windows
     batch = min(settings.batch_size, trained) * length
     states = 4 * (trained + held_out) * length * model.hidden
 

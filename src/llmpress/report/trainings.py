@@ -66,7 +66,7 @@ def _task_table(
     full = {
         name: str(entry["base"])
         for name, entry in (params.get("finetuned_models") or {}).items()
-        if entry["task"] == task and entry["base"] in models
+        if entry.get("task") == task and entry["base"] in models
     }
     rows = []
     for name, start in [*full.items(), *((n, start_name(e)) for n, e in entries.items())]:

@@ -9,6 +9,8 @@ import yaml
 
 from llmpress.errors import ArtifactError
 
+TRAIN_FILE = "train.jsonl"
+
 
 def write_items(file: Path, items: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object per line, UTF-8."""

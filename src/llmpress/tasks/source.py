@@ -27,7 +27,7 @@ class TaskSource:
     path: str | None = None
     files: str | None = None
     template: Literal["arc", "piqa"] | None = None
-    generator: Literal["arithmetic"] | None = None
+    generator: Literal["arithmetic", "calls"] | None = None
     train_items: int = TRAIN_ITEMS
     test_items: int = TEST_ITEMS
 
