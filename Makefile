@@ -1,11 +1,11 @@
-# make report | test | test-gpu | bench | quality | removal | peers | check | docs | lock | clean: each makes .venv first when it is missing or out of date.
+# make report | test | test-gpu | bench | quality | removal | deltas | peers | check | docs | lock | clean: each makes .venv first when it is missing or out of date.
 
 PYTHON ?= python3.11
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help report test test-gpu bench quality removal peers check docs lock clean
+.PHONY: help report test test-gpu bench quality removal deltas peers check docs lock clean
 
 help:
 	@echo "make report    run the pipeline up to results/report.html"
@@ -14,6 +14,7 @@ help:
 	@echo "make bench     time loading and low rank on the artifacts of make report -> benchmarks/results/"
 	@echo "make quality   cluscomp and gptq at several true bits, hours on two cores -> benchmarks/results/quality.csv"
 	@echo "make removal   low rank against removed blocks at several sizes, hours on two cores -> benchmarks/results/removal.csv"
+	@echo "make deltas    delta methods on three fine-tuned partners, hours on two cores -> benchmarks/results/deltas.csv"
 	@echo "make peers     measure other quantizers (peers-hqq: one) -> benchmarks/results/quality_peers.csv"
 	@echo "make check     format, lint, types, workflow, documentation: what CI runs before the tests"
 	@echo "make docs      build the documentation into build/site/index.html"
@@ -37,6 +38,8 @@ bench: $(INSTALLED)
 	python benchmarks/loading.py --base data/models/smollm2 \
 	  $(addprefix data/,models/smollm2 $(ARTIFACTS) $(addprefix compressed/,$(DELTAS)))
 	python benchmarks/low_rank_speed.py data/models/smollm2 data/compressed/lillama-80 data/compressed/svd-80
+	python benchmarks/delta_serving.py data/models/smollm2 data/compressed/delta-come
+	python benchmarks/delta_directions.py
 
 # A copy, for hours of measuring: make report replaces the model in data/ when it is out of date.
 QUALITY_MODEL := build/quality/smollm2
@@ -58,6 +61,21 @@ removal: $(INSTALLED) | $(PEER_CALIBRATION)
 	python benchmarks/removal.py $(QUALITY_MODEL) $(PEER_CALIBRATION) $(REDUCTIONS) --out $(REMOVAL)
 	python benchmarks/quality.py $(QUALITY_MODEL) $(REMOVAL)/* --original $(QUALITY_MODEL) \
 	  --tasks data/tasks/arc-easy --tasks data/tasks/piqa --out benchmarks/results/removal.csv
+
+# Partners that are harder than the pipeline's own, trained by its stages in a folder of their own.
+PARTNERS := arithmetic calls code
+DELTA_STUDY := build/deltas
+
+deltas: $(INSTALLED) | $(QUALITY_MODEL)
+	mkdir -p $(DELTA_STUDY)/data/models
+	test -e $(DELTA_STUDY)/data/corpora || ln -s $(CURDIR)/data/corpora $(DELTA_STUDY)/data/corpora
+	test -e $(DELTA_STUDY)/data/models/smollm2 || ln -s $(CURDIR)/$(QUALITY_MODEL) $(DELTA_STUDY)/data/models/smollm2
+	cd $(DELTA_STUDY) && for task in arithmetic calls; do test -d data/tasks/$$task || \
+	  python $(CURDIR)/workflow/scripts/fetch_task.py $$task --params $(CURDIR)/benchmarks/deltas.yaml || exit 1; done
+	cd $(DELTA_STUDY) && for name in $(PARTNERS); do test -d data/models/$$name || \
+	  python $(CURDIR)/workflow/scripts/train_task.py $$name --params $(CURDIR)/benchmarks/deltas.yaml || exit 1; done
+	for name in $(PARTNERS); do python benchmarks/deltas.py $(QUALITY_MODEL) $(DELTA_STUDY)/data/models/$$name \
+	  $$(test -d $(DELTA_STUDY)/data/tasks/$$name && echo --task $(DELTA_STUDY)/data/tasks/$$name) || exit 1; done
 
 # Other tools, each in an environment of its own that holds exactly its requirements; minutes to hours.
 PEERS := hqq gptqmodel llmcompressor autoround

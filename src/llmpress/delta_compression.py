@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from llmpress.artifacts import artifact_folder, fingerprint, write_json
+from llmpress.artifacts import artifact_folder, fingerprint, read_provenance, write_json
 from llmpress.blocks import BlockWalk
 from llmpress.calibration import check_calibration, load_statistics, load_windows
 from llmpress.compression import compress_layers, totals
 from llmpress.delta_files import DeltaFolder, DeltaWriter
 from llmpress.dense_checkpoints import dense_checkpoint
-from llmpress.errors import ConfigError
+from llmpress.errors import ArtifactError, ConfigError
 from llmpress.finetuned_checkpoints import FinetunedCheckpoint
 from llmpress.methods.base import InputStatistics, Method, Shape
 from llmpress.resume import SCRATCH, BlockStore
@@ -139,8 +139,7 @@ def compress_delta_artifact(
         artifact_folder(out, stage="compress_delta", settings=settings, inputs=inputs) as folder,
     ):
         if calibration:
-            finetuned = opened.header["finetuned"]
-            check_calibration(calibration, finetuned["fingerprint"], finetuned["name"])
+            _check_calibration(calibration, opened)
         statistics = load_statistics(calibration) if calibration else None
         sequential = None
         if base is not None and calibration is not None and statistics is not None:
@@ -158,6 +157,23 @@ def compress_delta_artifact(
             sequential=sequential,
             device=device,
         )
+
+
+def _check_calibration(calibration: Path, delta: DeltaFolder) -> None:
+    """Refuse statistics of anything but the fine-tuned model, or the base with this delta.
+
+    Raises:
+        ArtifactError: They are of another model.
+    """
+    inputs = read_provenance(calibration).get("inputs") or {}
+    if "delta" in inputs:
+        if inputs["delta"] != fingerprint(delta.folder):
+            raise ArtifactError(
+                f"{calibration}: was made on another delta than {delta.folder}; calibrate again"
+            )
+    else:
+        finetuned = delta.header["finetuned"]
+        check_calibration(calibration, finetuned["fingerprint"], finetuned["name"])
 
 
 def _by_block(shapes: Mapping[str, Shape]) -> list[dict[str, Shape]]:

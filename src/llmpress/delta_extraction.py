@@ -27,7 +27,8 @@ def extract_delta(
     as it is, at its own dtype: norms, biases, changed embeddings and heads. Of a matrix of which
     fewer than half of the rows differ, such as embeddings of a grown vocabulary, these rows are
     kept. Tensors without any change are left out and listed; where the two models have different
-    float dtypes, a tensor is unchanged when it is the same after rounding to the narrower one.
+    float dtypes, a tensor is unchanged when it is the same after rounding to the narrower one, a
+    linear weight only when the fine-tuned is the narrower: small steps in fp32 count.
 
     Args:
         base: The model that was fine-tuned.
@@ -52,9 +53,10 @@ def extract_delta(
     for position, name in enumerate(progress(linears + others, "extract delta")):
         new = finetuned.tensor(name)
         old = base.tensor(name) if name in in_base else None
-        if old is not None and old.shape == new.shape and not bool(_differing(old, new).any()):
+        is_linear = position < len(linears)
+        if old is not None and _is_same(old, new, is_linear=is_linear):
             unchanged.append(name)
-        elif old is not None and position < len(linears):
+        elif old is not None and is_linear:
             delta = new.float() - old.float()
             if not bool(torch.isfinite(delta).all()):
                 raise NumericalError(
@@ -119,6 +121,14 @@ def _check_layout(base: Checkpoint, finetuned: Checkpoint, linears: list[str]) -
             )
     if not linears:
         raise ArtifactError(f"{where}: no linear layer of a decoder block is in both")
+
+
+def _is_same(old: Tensor, new: Tensor, *, is_linear: bool) -> bool:
+    if old.shape != new.shape:
+        return False
+    if is_linear and old.dtype.itemsize < new.dtype.itemsize:
+        old = old.to(new.dtype)
+    return not bool(_differing(old, new).any())
 
 
 def _differing(old: Tensor, new: Tensor) -> Tensor:

@@ -11,7 +11,10 @@ from llmpress.blocks import BlockWalk
 from llmpress.calibration import CalibrationSettings, save_calibration
 from llmpress.checkpoints import Checkpoint
 from llmpress.corpora import load_text, token_windows
+from llmpress.delta_files import DeltaFolder
+from llmpress.dense_checkpoints import dense_checkpoint
 from llmpress.errors import SourceError
+from llmpress.finetuned_checkpoints import FinetunedCheckpoint
 from llmpress.hf import load_tokenizer, skeleton
 from llmpress.tasks.files import TRAIN_FILE, read_items
 
@@ -64,6 +67,7 @@ def calibrate_model(
     inputs: Mapping[str, Path],
     seed: int,
     device: torch.device,
+    delta: Path | None = None,
 ) -> None:
     """Write token windows and the second moments of all linears' inputs.
 
@@ -75,6 +79,8 @@ def calibrate_model(
         inputs: Artifacts the texts were read from, by role, for the provenance.
         seed: Of the labels that sensitivities are measured with; same seed, same bytes.
         device: Where to compute.
+        delta: An extracted delta: then it is the fine-tuned model that is calibrated, ``model``
+            with this delta.
 
     Raises:
         SourceError: A text is too short.
@@ -83,7 +89,8 @@ def calibrate_model(
     recorded = {**asdict(settings), "seed": seed}
     if not settings.tasks:
         del recorded["tasks"]
-    roles = {"model": model, **inputs}
+    made_from = {"model": model} if delta is None else {"base": model, "delta": delta}
+    roles = {**made_from, **inputs}
     with artifact_folder(out, stage="calibrate", settings=recorded, inputs=roles) as folder:
         tokenizer = load_tokenizer(model)
         windows, validation = (
@@ -94,6 +101,9 @@ def calibrate_model(
             )
         )
         checkpoint = Checkpoint(model)
+        if delta is not None:
+            opened = DeltaFolder(delta, "delta")
+            checkpoint = FinetunedCheckpoint(dense_checkpoint(model), opened)
         walk = BlockWalk(
             skeleton(checkpoint), checkpoint, device=device, autocast=settings.autocast
         )

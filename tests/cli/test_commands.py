@@ -31,6 +31,7 @@ COMMANDS = [
     ["delta", "extract"],
     ["delta", "compress"],
     ["delta", "apply"],
+    ["delta", "export"],
     ["hub"],
     ["hub", "push"],
     ["hub", "fetch"],
@@ -206,7 +207,7 @@ def test_a_delta_from_two_models_to_one(
                     tmp_path / "delta")  # fmt: skip
     assert done.code == 0, done.err
     done = llmpress("delta", "compress", tmp_path / "delta", "-m", "delta_come", "--bits", 4, "-s",
-                    "group_size=16", "--finetuned", tiny_finetuned_folder, "--text", text,
+                    "group_size=16", "--base", tiny_model_folder, "--text", text,
                     "--windows", 2, "--length", 64, "-o", tmp_path / "small", "--json")  # fmt: skip
     assert done.json["size"]["bits_per_weight"] <= 4
     options = ["--text", text, "--windows", 2, "--length", 64, "--json"]

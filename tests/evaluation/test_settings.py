@@ -16,6 +16,14 @@ def test_the_section_of_params_becomes_settings() -> None:
     assert settings.tasks == {"choice": None, "write": 4}
 
 
+def test_a_model_and_what_is_compared_with_it_are_asked_their_own_tasks_too() -> None:
+    settings = build(
+        EvaluationSettings, {**VALUES, "own_tasks": {"tuned": {"calls": 8}}}, "evaluation"
+    )
+    assert settings.tasks_of("tiny") == {"choice": None, "write": 4}
+    assert settings.tasks_of("tuned") == {"choice": None, "write": 4, "calls": 8}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -23,6 +31,7 @@ def test_the_section_of_params_becomes_settings() -> None:
         ({"length": 1}, "length is 1, at least 2"),
         ({"decode_tokens": 1}, "decode_tokens is 1, at least 2"),
         ({"tasks": {"choice": 1}}, "tasks.choice: 1 items give no standard error"),
+        ({"own_tasks": {"tuned": {"choice": 1}}}, "tasks.choice: 1 items give no standard error"),
         ({"dtype": "float16"}, "evaluation.dtype"),
         ({"window": 3}, "did you mean 'windows'"),
     ],

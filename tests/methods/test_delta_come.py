@@ -5,12 +5,12 @@ from torch import Tensor
 from llmpress.layers import MixedLowRankLinear
 from llmpress.layers.mixed_low_rank import SCALE_BITS, group_bits
 from llmpress.linalg import relative_output_error, relative_weight_error
-from llmpress.methods.base import InputStatistics, Method
+from llmpress.methods.base import InputStatistics, Method, Shape
 from llmpress.methods.bitdelta import BitDelta
 from llmpress.methods.delta_come import DeltaCoMe
 from llmpress.methods.rtn import RTN
 from llmpress.methods.svd import SVD
-from llmpress.triplet_allocation import best_sizes, expected_best_ranks, expected_error
+from llmpress.triplet_allocation import expected_best_ranks
 
 PAPER = {
     "precisions": (8, 3, 2),
@@ -94,7 +94,8 @@ def test_statistics_are_what_the_outputs_gain_from() -> None:
 
 def test_leading_ranks_follow_the_width_of_the_matrix() -> None:
     delta, statistics = sample(512, 512)
-    layer = DeltaCoMe(bits=1.0, precisions=(8, 3, 2), allocation="fixed", ranks=(16, 32)).compress(delta, statistics)
+    method = DeltaCoMe(bits=1.0, precisions=(8, 3, 2), allocation="fixed", ranks=(16, 32))
+    layer = method.compress(delta, statistics)
     assert layer.groups[:2] == [(2, 8), (4, 3)]
     assert layer.groups[2][1] == 2
 
@@ -132,6 +133,56 @@ def test_an_unreachable_budget_names_the_smallest_one() -> None:
     assert layer.rank == 1
     with pytest.raises(ValueError, match="smallest possible"):
         DeltaCoMe(bits=smallest - 2e-4).compress(delta, statistics)
+
+
+def test_a_search_is_better_than_where_it_starts_and_than_the_paper() -> None:
+    delta, statistics = sample()
+    greedy = DeltaCoMe(bits=0.5, precisions=(8, 3, 2), allocation="greedy")
+    found = output_error(greedy, delta, statistics)
+    start = DeltaCoMe(bits=0.5, precisions=(2,), allocation="matrix")
+    fixed = DeltaCoMe(bits=0.5, precisions=(8, 3, 2), allocation="fixed", ranks=(2, 32))
+    assert found < 0.95 * output_error(start, delta, statistics)
+    assert found < output_error(fixed, delta, statistics)
+
+
+def test_outputs_that_the_loss_feels_are_kept_better() -> None:
+    delta, plain = sample()
+    felt = torch.where(torch.arange(160) < 20, 100.0, 1.0)
+    statistics = InputStatistics(plain.second_moment, plain.num_tokens, felt)
+
+    def errors(basis: str) -> Tensor:
+        method = DeltaCoMe(bits=0.4, basis=basis, allocation="matrix")  # type: ignore[arg-type]
+        error = delta - method.compress(delta, statistics).dequantize()
+        return ((error @ plain.second_moment) * error).sum(dim=1)  # [out]
+
+    loss, output = errors("loss"), errors("output")
+    assert (felt * loss).sum() < 0.7 * (felt * output).sum()
+    assert loss[20:].sum() > output[20:].sum()
+
+
+def test_bits_go_to_the_matrices_that_the_loss_feels() -> None:
+    delta, statistics = sample()
+    method = DeltaCoMe(bits=0.5)
+    shape = Shape(*delta.shape)
+    shapes = dict.fromkeys(("quiet", "loud"), shape)
+    errors = method.sensitivity(delta, statistics)
+    assert errors == sorted(errors, reverse=True)
+    plan = method.plan(shapes, 10**6, {"quiet": errors, "loud": [50 * e for e in errors]})
+    bits = {name: layer.bits for name, layer in plan.items() if isinstance(layer, DeltaCoMe)}
+    assert bits["quiet"] < 0.5 < bits["loud"] <= 1.0
+    assert sum(bits.values()) <= 1.0
+    assert set(method.plan(shapes, 10**6).values()) == {method}  # nothing to go by
+
+
+def test_a_factorization_that_needed_more_dampening_says_so() -> None:
+    delta, _ = sample(96, 128)
+    vector = torch.rand(128, 1) * 1e4
+    singular = vector @ vector.T
+    singular[0, 0] *= 1 - 1e-3  # not positive definite
+    statistics = InputStatistics(singular, 1000)
+    layer = DeltaCoMe(bits=1.0, dampening=0.0).compress(delta, statistics)
+    assert layer.notes["right_dampening"] > 1e-4
+    assert DeltaCoMe().compress(delta).notes["right_dampening"] == 1e-4
 
 
 def test_more_important_triplets_never_get_fewer_bits() -> None:

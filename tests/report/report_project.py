@@ -242,7 +242,12 @@ def make_project(root: Path, blocks: int = 4) -> Project:
             },
             "finetunes": {"cluscomp-3bit-tuned": {"run": "cluscomp-3bit", "model": "smollm2"}},
             "delta_runs": {
-                name: {"base": "smollm2", "finetuned": "smollm2-arithmetic", "method": run[0]}
+                name: {
+                    "delta": "smollm2-arithmetic",
+                    "base": "models/smollm2",
+                    "finetuned": "smollm2-arithmetic",
+                    "method": run[0],
+                }
                 for name, run in DELTA_RUNS.items()
             },
             "evaluation": {"models": ["smollm2", "smollm2-arithmetic"]},

@@ -15,7 +15,7 @@ from llmpress.documents import CorpusSource
 from llmpress.evaluation.settings import EvaluationSettings
 from llmpress.finetuning.settings import FinetuningSettings, Training
 from llmpress.pretrained import ModelSource
-from llmpress.runs import DeltaRun, Finetune, Run
+from llmpress.runs import DeltaRun, DeltaSource, Finetune, Run
 from llmpress.tasks.source import TaskSource
 from llmpress.training import TrainingSettings
 from llmpress.tuning import TuningSettings
@@ -30,6 +30,7 @@ SECTIONS = {
     "corpora": CorpusSource,
     "tasks": TaskSource,
     "finetuned_models": TrainingSettings,
+    "deltas": DeltaSource,
     "calibrations": CalibrationSettings,
     "runs": Run,
     "delta_runs": DeltaRun,

@@ -46,8 +46,9 @@ def run_calibration(
     length: int,
     seed: int,
     device: str | None,
+    delta: Path | None = None,
 ) -> None:
-    """Calibrate as the options say.
+    """Calibrate as the options say; with a delta, the model with this delta.
 
     Raises:
         ConfigError: No text was named.
@@ -70,4 +71,5 @@ def run_calibration(
         inputs=corpus_inputs(text),
         seed=seed,
         device=pick_device(device),
+        delta=delta,
     )

@@ -95,6 +95,7 @@ def statistics(
     length: int,
     seed: int,
     device: str | None,
+    delta: Path | None = None,
 ) -> Iterator[Path | None]:
     """Give the calibration to use, made from text for the moment when there is text.
 
@@ -108,7 +109,7 @@ def statistics(
     if text:
         with tempfile.TemporaryDirectory(prefix="llmpress-") as temporary:
             out = Path(temporary) / "calibration"
-            run_calibration(model, text, out, windows, length, seed, device)
+            run_calibration(model, text, out, windows, length, seed, device, delta=delta)
             yield out
         return
     if calibration is None and method.requires_statistics:

@@ -58,11 +58,20 @@ def compress(
     out: Out,
     bits: Bits = None,
     set_: Set = None,
-    finetuned: Annotated[
-        str | None, typer.Option(help="The fine-tuned model, to calibrate with --text.")
+    base: Annotated[
+        str | None,
+        typer.Option(help="The model that was fine-tuned, for --text and --sequential."),
     ] = None,
     text: Text = None,
     calibration: Calibration = None,
+    sequential: Annotated[
+        bool,
+        typer.Option(
+            "--sequential",
+            help="Compress each layer for the inputs that it gets once those before it are "
+            "compressed; takes a third longer.",
+        ),
+    ] = False,
     windows: Windows = 16,
     length: Length = 512,
     seed: Seed = 0,
@@ -88,10 +97,13 @@ def compress(
     check_out(out, force=force)
     settings = method_settings(method, bits, set_)
     place = pick_device(device)
-    if text and finetuned is None:
-        raise ConfigError("--text: name the fine-tuned model too (--finetuned), to run it on")
-    model = model_folder(finetuned) if finetuned is not None else Path()
-    source = statistics(model, method, settings, text, calibration, windows, length, seed, device)
+    if base is None and (text or sequential):
+        option = "--text" if text else "--sequential"
+        raise ConfigError(f"{option}: name the base too (--base); with the delta it is run")
+    model = model_folder(base) if base is not None else Path()
+    source = statistics(
+        model, method, settings, text, calibration, windows, length, seed, device, delta
+    )
     with source as known:
         compress_delta_artifact(
             delta,
@@ -99,6 +111,7 @@ def compress(
             method_name=method,
             method=settings,
             calibration=known,
+            base=model if sequential else None,
             seed=seed,
             device=place,
             scratch=scratch_folder(out),

@@ -525,7 +525,8 @@ class _Project:
 def _start(training: Training) -> tuple[str, str]:
     """Return stage and key of what makes the start of a training."""
     kind, _, name = training.start.partition("/")
-    made = {"models": "train_task", "compressed": "compress", "finetuned": "finetune"}
+    compressed = "compress_delta" if training.trains == "delta" else "compress"
+    made = {"models": "train_task", "compressed": compressed, "finetuned": "finetune"}
     return made[kind], name
 
 

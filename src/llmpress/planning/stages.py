@@ -343,6 +343,7 @@ def train(
         "lora": (6 if autocast else 4) * linear,  # and the copies that the backward pass needs
         "qlora": sizes.nf4_bytes(model),
         "compressed": sum(_bytes(layer) + _index_bytes(layer) for layer in layers.values()),
+        "delta": (6 if autocast else 4) * linear + sum(_bytes(layer) for layer in layers.values()),
     }[trains]
     unpacked = max((_unpacked_bytes(layer) for layer in layers.values()), default=0)
     activations = int(ACTIVATION_BYTES * tokens * model.block_features) * len(model.blocks)
@@ -353,11 +354,12 @@ def train(
     state = (16 + 2) * trained
     whole = held + 4 * rest + head_copy + teacher
     device = whole + state + unpacked + activations + logits
-    artifact = (
-        sizes.adapter_size(model, settings.rank, quantized=trains == "qlora")
-        if trains in ADAPTERS
-        else sizes.compressed_model_size(model, layers, exact=False)
-    )
+    if trains in ADAPTERS:
+        artifact = sizes.adapter_size(model, settings.rank, quantized=trains == "qlora")
+    elif trains == "delta":
+        artifact = sizes.compressed_delta_size(model, layers, exact=False, exact_tensors=())
+    else:
+        artifact = sizes.compressed_model_size(model, layers, exact=False)
     looks = 1 + -(-settings.steps // settings.check_every)
     judged = looks * settings.held_out * longest
     seen = settings.steps * tokens
