@@ -214,7 +214,7 @@ def _described(folder: Path | None, calibration: Path | None) -> dict[str, Any]:
     layers, totals = record["layers"], record["totals"]
 
     def summed(key: str) -> float:
-        return round(sum(layer["notes"].get(key, 0.0) for layer in layers), 1)
+        return round(sum(layer.get("notes", {}).get(key, 0.0) for layer in layers), 1)
 
     in_layers = sum(layer["seconds"] for layer in layers)
     errors = [layer["relative_output_error"] or 0.0 for layer in layers]

@@ -1,4 +1,4 @@
-"""Peak memory of calibrating, compressing and finetuning against the depth of the model.
+"""Peak memory of calibrating, compressing, finetuning and of deltas against the model's depth.
 
 Random Llamas of growing depth in several shards; every measurement is a process of its own, watched
 from outside. Two peaks are told apart: anonymous memory (``RssAnon``, what the process allocated;
@@ -27,13 +27,16 @@ from llmpress.blocks import BlockWalk
 from llmpress.calibration import load_windows, save_calibration
 from llmpress.checkpoints import Checkpoint, CheckpointWriter
 from llmpress.compressed_checkpoints import rewrite_model
+from llmpress.delta_compression import compress_delta_artifact
+from llmpress.delta_extraction import extract_delta_artifact
 from llmpress.hf import skeleton
 from llmpress.methods.cluscomp import ClusComp
+from llmpress.methods.delta_come import DeltaCoMe
 from llmpress.model_compression import compress_model
 from llmpress.resume import BlockStore
 from llmpress.tuning import TuningSettings, tune_blocks
 
-STAGES = ("calibrate", "compress", "finetune")
+STAGES = ("calibrate", "compress", "finetune", "extract-delta", "compress-delta")
 SHARDS = 4
 WINDOWS, LENGTH = 8, 128
 SAMPLE_SECONDS = 0.003
@@ -42,7 +45,7 @@ MMAP_THRESHOLD = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
 glibc keeps some of it, more after more blocks."""
 
 
-def build(folder: Path, depth: int, width: int) -> None:
+def build(folder: Path, depth: int, width: int, seed: int = 0) -> None:
     """Write a random bf16 Llama of ``depth`` blocks in shards, one block in memory at a time."""
     config = LlamaConfig(
         vocab_size=512,
@@ -54,7 +57,7 @@ def build(folder: Path, depth: int, width: int) -> None:
         dtype="bfloat16",
         architectures=["LlamaForCausalLM"],
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     one = LlamaForCausalLM(config).bfloat16()
     block_bytes = 2 * sum(p.numel() for p in one.model.layers.parameters())
     folder.mkdir(parents=True)
@@ -81,6 +84,21 @@ def run_stage(stage: str, root: Path, device: torch.device) -> None:
             compressed,
             method_name="cluscomp",
             method=method,
+            calibration=None,
+            seed=0,
+            device=device,
+            scratch=root / "scratch",
+        )
+        return
+    if stage == "extract-delta":
+        extract_delta_artifact(model, root / "finetuned-model", root / "delta")
+        return
+    if stage == "compress-delta":
+        compress_delta_artifact(
+            root / "delta",
+            root / "small-delta",
+            method_name="delta_come",
+            method=DeltaCoMe(bits=0.25),
             calibration=None,
             seed=0,
             device=device,
@@ -171,6 +189,7 @@ def slope(depths: list[int], peaks: list[int]) -> tuple[float, float]:
 def main(
     depths: str = typer.Option("4,8,16,32,64", help="Numbers of decoder blocks."),
     width: int = typer.Option(512, help="Hidden size; a multiple of 128."),
+    stages: str = typer.Option(",".join(STAGES), help="Which; a stage needs those before it."),
     stage: str = typer.Option("", hidden=True),
     root: Path = typer.Option(Path(), hidden=True),
     out: Path = typer.Option(Path("benchmarks/results/memory.csv"), help="Rows are appended."),
@@ -185,8 +204,9 @@ def main(
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             build(folder / "model", depth, width)
+            build(folder / "finetuned-model", depth, width, seed=1)
             weights = sum(p.stat().st_size for p in (folder / "model").glob("*.safetensors"))
-            for each in STAGES:
+            for each in stages.split(","):
                 peak = watch(
                     [sys.executable, __file__, "--stage", each, "--root", str(folder)],
                 )
@@ -206,7 +226,7 @@ def main(
                     }
                 )
                 print(rows[-1], flush=True)
-    for each in STAGES:
+    for each in stages.split(","):
         own = [row for row in rows if row["stage"] == each]
         for kind in ("anonymous", "resident", "device"):
             peaks = [int(row[f"{kind}_peak_bytes"]) for row in own]

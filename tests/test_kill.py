@@ -69,7 +69,7 @@ from pathlib import Path
 import torch, faiss, transformers.models.llama.modeling_llama
 import llmpress.methods.cluscomp, llmpress.tuning, llmpress.model_compression, llmpress.runs
 import llmpress.finetuning.loop
-import llmpress.artifacts, llmpress.checkpoints, llmpress.compressed_checkpoints, llmpress.resume
+import llmpress.artifacts, llmpress.compressed_checkpoints, llmpress.resume, llmpress.shards
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -127,7 +127,7 @@ def before_the_second_seal(original, path, value):
     original(path, value)
 
 loop = llmpress.finetuning.loop
-artifacts, checkpoints, resume = llmpress.artifacts, llmpress.checkpoints, llmpress.resume
+artifacts, resume, shards = llmpress.artifacts, llmpress.resume, llmpress.shards
 
 # a point has the name of the function above that kills there
 PLACES = {
@@ -135,7 +135,7 @@ PLACES = {
     "after_first_block": (resume.BlockStore, "save"),
     "half_of_second_checkpoint": (resume, "save_tensors"),
     "before_second_record": (resume, "write_json"),
-    "half_of_the_weights": (checkpoints, "save_tensors"),
+    "half_of_the_weights": (shards, "save_tensors"),
     "inside_the_second_step": (loop._HeldOut, "note"),
     "half_of_the_second_state": (loop, "save_tensors"),
     "before_the_second_seal": (loop, "write_json"),

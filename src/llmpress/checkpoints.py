@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmpress.architectures import block_linears, module_name
-from llmpress.artifacts import fingerprint, read_json, save_tensors, write_json
+from llmpress.artifacts import fingerprint, read_json, write_json
 from llmpress.errors import ArtifactError, SourceError
 from llmpress.experts import separate_experts
+from llmpress.shards import ShardWriter
 
 __all__ = ["Checkpoint", "CheckpointWriter", "block_linears", "copy_companions", "stored_dtype"]
 
@@ -171,9 +171,6 @@ def _read_config(folder: Path) -> PretrainedConfig:
 class CheckpointWriter:
     """Writes named tensors into safetensors shards of bounded size, then an index where needed.
 
-    A shard's file can only be written when all its tensors are known; until then each lies in a
-    file of its own, so that no more than one tensor is in memory.
-
     Args:
         folder: Where to write.
         max_shard_bytes: A shard is closed before it would exceed this.
@@ -181,47 +178,20 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path, max_shard_bytes: int = 2 << 30) -> None:
         self.folder = folder
-        self.max_shard_bytes = max_shard_bytes
-        self._pending: dict[str, Path] = {}
-        self._pending_bytes = 0
-        self._spool = folder / ".spool"
-        self._shards: list[list[str]] = []
-        self._total_bytes = 0
+        self._shards = ShardWriter(folder, "model", max_shard_bytes)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Add one tensor; it is written when its shard is full."""
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self.max_shard_bytes:
-            self._flush()
-        self._spool.mkdir(exist_ok=True)
-        self._pending[name] = self._spool / f"{len(self._pending):06d}.safetensors"
-        save_tensors({name: tensor.detach().cpu().contiguous()}, self._pending[name])
-        self._pending_bytes += size
-        self._total_bytes += size
+        self._shards.add(name, tensor)
 
     def close(self) -> None:
         """Write what is left, name the shards, and write the index if there are several."""
-        self._flush()
-        count = len(self._shards)
-        weight_map = {}
-        for number, names in enumerate(self._shards, start=1):
-            final = WEIGHTS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            self._part(number).rename(self.folder / final)
-            weight_map.update(dict.fromkeys(names, final))
-        if count > 1:
-            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        files = self._shards.close()
+        if len(files) > 1:
+            weight_map = {name: file for file, names in files.items() for name in names}
+            metadata = {"total_size": self._shards.total_bytes}
+            index = {"metadata": metadata, "weight_map": weight_map}
             write_json(self.folder / WEIGHTS_INDEX, index)
-
-    def _flush(self) -> None:
-        if self._pending:
-            self._shards.append(list(self._pending))
-            mapped = {name: load_file(path)[name] for name, path in self._pending.items()}
-            save_tensors(mapped, self._part(len(self._shards)), metadata={"format": "pt"})
-            shutil.rmtree(self._spool)
-            self._pending, self._pending_bytes = {}, 0
-
-    def _part(self, number: int) -> Path:
-        return self.folder / f"part-{number:05d}.safetensors"
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -53,7 +53,7 @@ def write_compressed_model(
     copy_companions(source.folder, folder)
     write_json(
         folder / "layers.json",
-        {"layers": [asdict(r) for r in records], "totals": totals(records, model_weights)},
+        {"layers": [r.as_entry() for r in records], "totals": totals(records, model_weights)},
     )
 
 

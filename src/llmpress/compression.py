@@ -4,7 +4,7 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,18 @@ from llmpress.layers import CompressedLinear, build_layer
 from llmpress.linalg import relative_output_error, relative_weight_error
 from llmpress.methods.base import InputStatistics, Method, Shape
 from llmpress.resume import NOT_A_BLOCK, BlockStore
-from llmpress.sequential import SequentialStatistics
+
+
+class SequentialInputs(Protocol):
+    """What enters each layer once those before it are compressed: `llmpress.sequential`'s."""
+
+    def __getitem__(self, name: str) -> InputStatistics:
+        """Measure what enters a layer of the model as it is so far."""
+        ...
+
+    def changed(self, name: str, difference: Tensor) -> None:
+        """Take note that a weight has changed by ``difference [out, in]``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,11 @@ class LayerRecord:
     seconds: float
     notes: dict[str, float] = field(default_factory=dict)
 
+    def as_entry(self) -> dict[str, Any]:
+        """Return the layer's entry in layers.json; without notes where there are none."""
+        entry = asdict(self)
+        return entry if self.notes else {k: v for k, v in entry.items() if k != "notes"}
+
 
 def model_shapes(model: torch.nn.Module) -> list[dict[str, Shape]]:
     """Return the shapes of all compressible layers, block by block."""
@@ -67,7 +83,7 @@ def compress_layers(
     seed: int,
     device: torch.device,
     store: BlockStore,
-    sequential: SequentialStatistics | None = None,
+    sequential: SequentialInputs | None = None,
 ) -> Iterator[tuple[str, CompressedLinear | None, LayerRecord]]:
     """Compress layer after layer; finished blocks are taken from the store.
 
@@ -171,14 +187,14 @@ def _compress_one(
     source: TensorSource,
     method: Method | None,
     statistics: Mapping[str, InputStatistics] | None,
-    sequential: SequentialStatistics | None,
+    sequential: SequentialInputs | None,
     seed: int,
     device: torch.device,
 ) -> tuple[CompressedLinear | None, LayerRecord]:
     weight = source.tensor(f"{name}.weight").to(device)
     known = None
     if method is not None and statistics is not None and method.uses_statistics:
-        known = _on((sequential or statistics)[name], device)
+        known = _on((statistics if sequential is None else sequential)[name], device)
     started = time.perf_counter()
     layer = None
     if method is not None:
@@ -194,7 +210,7 @@ def _compress_one(
 
 
 def _follow(
-    sequential: SequentialStatistics | None,
+    sequential: SequentialInputs | None,
     name: str,
     source: TensorSource,
     layer: CompressedLinear | None,

@@ -87,7 +87,7 @@ def compress_delta(
     header = {key: delta.header[key] for key in kept}
     writer.close("compressed_delta", {**header, "layers": layers})
     size = {**totals(records, model_weights), "exact_bytes": delta.exact_bytes()}
-    rows = [{**asdict(record), "method": method_name} for record in records]
+    rows = [{**record.as_entry(), "method": method_name} for record in records]
     write_json(folder / "layers.json", {"layers": rows, "blocks": [], "totals": size})
 
 

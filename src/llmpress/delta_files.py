@@ -14,8 +14,9 @@ from typing import Any, Literal
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmpress.artifacts import read_json, save_tensors, write_json
+from llmpress.artifacts import read_json, write_json
 from llmpress.errors import ArtifactError
+from llmpress.shards import ShardWriter
 
 HEADER = "delta.json"
 FORMAT_VERSION = 2
@@ -26,7 +27,7 @@ Kind = Literal["delta", "compressed_delta"]
 
 
 class DeltaWriter:
-    """Writes a delta folder, one shard in memory at a time.
+    """Writes a delta folder, one tensor in memory at a time.
 
     Args:
         folder: Where to write.
@@ -35,47 +36,21 @@ class DeltaWriter:
 
     def __init__(self, folder: Path, max_shard_bytes: int = 1 << 30) -> None:
         self.folder = folder
-        self.max_shard_bytes = max_shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
+        self._shards = ShardWriter(folder, "delta", max_shard_bytes)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Add one tensor; it is written when its shard is full."""
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self.max_shard_bytes:
-            self._flush()
-        self._pending[name] = tensor.detach().cpu().contiguous()
-        self._pending_bytes += size
+        self._shards.add(name, tensor)
 
     def close(self, kind: Kind, header: Mapping[str, Any]) -> None:
         """Write what is left, give the shards their names, and write delta.json last."""
-        self._flush()
-        count = len(self._shards)
-        files: dict[str, list[str]] = {}
-        for number, names in enumerate(self._shards, start=1):
-            final = (
-                "delta.safetensors"
-                if count == 1
-                else f"delta-{number:05d}-of-{count:05d}.safetensors"
-            )
-            self._part(number).rename(self.folder / final)
-            files[final] = names
+        files = self._shards.close()
         first = {"format_version": FORMAT_VERSION, "kind": kind}
         write_json(self.folder / HEADER, {**first, **header, "files": files})
 
-    def _flush(self) -> None:
-        if self._pending:
-            self._shards.append(list(self._pending))
-            save_tensors(self._pending, self._part(len(self._shards)))
-            self._pending, self._pending_bytes = {}, 0
-
-    def _part(self, number: int) -> Path:
-        return self.folder / f"part-{number:05d}.safetensors"
-
 
 class DeltaFolder:
-    """A delta folder, read tensor by tensor.
+    """A delta folder, read tensor by tensor; each has a file mapping of its own, let go with it.
 
     Args:
         folder: Where it lies.
@@ -101,7 +76,8 @@ class DeltaFolder:
             )
         if found != kind:
             raise ArtifactError(f"{folder}: holds a {found}, a {kind} is needed here")
-        self._shards = {name: _opened(folder / name) for name in self.header["files"]}
+        for name in self.header["files"]:
+            _opened(folder / name)  # what is missing or damaged is named at once
         self._where = {n: file for file, names in self.header["files"].items() for n in names}
 
     def names(self) -> list[str]:
@@ -170,7 +146,8 @@ class DeltaFolder:
             ArtifactError: It is not there.
         """
         try:
-            tensor: Tensor = self._shards[self._where[name]].get_tensor(name)
+            with _opened(self.folder / self._where[name]) as shard:
+                tensor: Tensor = shard.get_tensor(name)
         except (KeyError, SafetensorError):
             raise ArtifactError(f"{self.folder}: holds no tensor {name!r}; make it again") from None
         return tensor

@@ -51,7 +51,12 @@ EXAMPLES: dict[str, list[Example]] = {
         Example({"bits": 1.5}, may_refuse=200),
         Example(
             {"bits": 3.0, "precisions": (16, 3), "ranks": (300,), "group_size": 11}
-            | {"basis": "weight", "correct_left": False, "search_range": False},
+            | {
+                "allocation": "fixed",
+                "basis": "weight",
+                "correct_left": False,
+                "search_range": False,
+            },
             may_refuse=1000,
         ),
     ],

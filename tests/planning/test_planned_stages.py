@@ -303,10 +303,15 @@ def test_cost_of_a_layer_grows_with_its_size(run: str) -> None:
         ("gptq", {"search_range": False}, {"search_range": True}),
         ("bitdelta", {"scale": "mean"}, {"scale": "output"}),
         ("cluscomp", {"bits": 3.0, "iterations": 5}, {"bits": 3.0, "iterations": 20}),
-        ("delta_come", {"basis": "weight"}, {"basis": "output"}),
+        (
+            "delta_come",
+            {"basis": "weight", "allocation": "matrix"},
+            {"basis": "output", "allocation": "matrix"},
+        ),
+        ("delta_come", {"allocation": "matrix"}, {"allocation": "model"}),
         ("magnitude", {"bits": 1.0, "mode": "dare"}, {"bits": 1.0, "mode": "magnitude"}),
     ],
-    ids=["svd", "gptq", "bitdelta", "cluscomp", "delta_come", "magnitude"],
+    ids=["svd", "gptq", "bitdelta", "cluscomp", "basis", "allocation", "magnitude"],
 )
 def test_settings_that_cost_time(
     name: str, plain: Mapping[str, Any], dearer: Mapping[str, Any]

@@ -14,7 +14,7 @@ LEVELS = (
     {"errors", "packing", "linalg", "uniform", "error_feedback", "vector_feedback"},
     {"kernels"},
     {"layers"},
-    {"methods", "codebooks", "ranks", "low_rank_factors"},
+    {"methods", "codebooks", "ranks", "low_rank_factors", "triplet_allocation", "triplet_rounding"},
     {"architectures", "artifacts", "blocks", "compression", "environment", "resume", "tuning"},
     {"report", "cli"},
 )

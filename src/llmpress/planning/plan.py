@@ -409,7 +409,11 @@ class _Project:
         method = build_method(run.method, run.settings, f"delta_runs.{name}")
         return _Task(
             lambda: stages.compress_delta(
-                self._layout(run.finetuned), run.method, method, self._exact_tensors(run.delta)
+                self._layout(run.finetuned),
+                run.method,
+                method,
+                self._exact_tensors(run.delta),
+                self._calibration(run.finetuned) if run.sequential else None,
             ),
             (("extract_delta", run.delta), ("calibrate", run.finetuned)),
             Path("data/compressed") / name,

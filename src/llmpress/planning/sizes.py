@@ -8,7 +8,7 @@ typical length, which is within some percent.
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -88,16 +88,12 @@ def safetensors_bytes(tensors: Iterable[NamedTensor], metadata: bool = True) -> 
     return 8 + -(-length // 8) * 8 + offset
 
 
-def sharded_bytes(
-    tensors: Iterable[NamedTensor], shard_bytes: int, *, delta: bool = False
-) -> tuple[int, list[list[str]]]:
+def sharded_bytes(tensors: Iterable[NamedTensor], shard_bytes: int) -> tuple[int, list[list[str]]]:
     """Return the bytes of the files that a writer makes of tensors in this order, and the shards.
 
     Args:
         tensors: In the order in which they are added.
         shard_bytes: A shard is closed before it would exceed this.
-        delta: Laid out as `llmpress.delta_files.DeltaWriter` does; otherwise as
-            `llmpress.checkpoints.CheckpointWriter`, which adds an index where needed.
     """
     shards: list[list[NamedTensor]] = [[]]
     pending = 0
@@ -109,7 +105,7 @@ def sharded_bytes(
         pending += tensor.num_bytes
     files = [shard for shard in shards if shard]
     return (
-        sum(safetensors_bytes(shard, metadata=not delta) for shard in files),
+        sum(safetensors_bytes(shard) for shard in files),
         [[name for name, _ in shard] for shard in files],
     )
 
@@ -234,7 +230,7 @@ def delta_size(model: ModelShapes, exact_tensors: Collection[str] = ()) -> Artif
         (f"{name}.weight", TensorSpec(torch.float32, tuple(s))) for name, s in model.linears.items()
     ]
     kept = [(f"exact.{name}", model.tensors[name]) for name in sorted(exact_tensors)]
-    num_bytes, shards = sharded_bytes([*linears, *kept], DELTA_SHARD_BYTES, delta=True)
+    num_bytes, shards = sharded_bytes([*linears, *kept], DELTA_SHARD_BYTES)
     header = {
         "linears": {name: list(shape) for name, shape in model.linears.items()},
         "exact": {name: model.tensors[name].num_entries for name in exact_tensors},
@@ -257,7 +253,7 @@ def compressed_delta_size(
     kept = {name: layer for name, layer in layers.items() if layer is not None}
     packed = [t for name, layer in kept.items() for t in layer_tensors(name, layer)]
     carried = [(f"exact.{name}", model.tensors[name]) for name in sorted(exact_tensors)]
-    num_bytes, shards = sharded_bytes([*packed, *carried], DELTA_SHARD_BYTES, delta=True)
+    num_bytes, shards = sharded_bytes([*packed, *carried], DELTA_SHARD_BYTES)
     header = {
         "layers": {
             name: {"kind": layer.kind, "spec": layer.spec(), "shape": list(model.linears[name])}
@@ -340,7 +336,7 @@ def _record(name: str, layer: CompressedLinear | None, model: ModelShapes) -> di
         relative_output_error=TYPICAL_NUMBER,
         seconds=TYPICAL_NUMBER,
     )
-    return asdict(record)
+    return record.as_entry()
 
 
 def _block_record() -> dict[str, Any]:

@@ -9,7 +9,7 @@ time and count them as memory.
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -159,9 +159,21 @@ def compress(model: ModelShapes, method_name: str, method: Method) -> Estimate:
 
 
 def compress_delta(
-    model: ModelShapes, method_name: str, method: Method, exact_tensors: Collection[str] = ()
+    model: ModelShapes,
+    method_name: str,
+    method: Method,
+    exact_tensors: Collection[str] = (),
+    sequential: CalibrationSettings | None = None,
 ) -> Estimate:
     """The same for the delta of a fine-tuned model of this layout.
+
+    Args:
+        model: The fine-tuned model.
+        method_name: How its delta is compressed.
+        method: The settings.
+        exact_tensors: What is kept exactly.
+        sequential: The calibration whose windows run through the model in true-sequential order:
+            one more block and its hidden states, and each block about four times.
 
     Raises:
         ValueError: A budget that the model or a layer cannot meet.
@@ -172,7 +184,21 @@ def compress_delta(
     )
     pending = min(artifact.tensor_bytes, sizes.DELTA_SHARD_BYTES)
     mapped = sizes.delta_size(model, exact_tensors).tensor_bytes
-    return _compression(model, method_name, method, layers, artifact, pending, mapped)
+    alone = _compression(model, method_name, method, layers, artifact, pending, mapped)
+    if sequential is None:
+        return alone
+    tokens = sequential.num_texts * sequential.windows * sequential.length
+    batch = min(PROPAGATE_WINDOWS, tokens // sequential.length) * sequential.length
+    states = 4 * tokens * model.hidden
+    device = _block_bytes(model) + int(FORWARD_BYTES * batch * model.block_features)
+    return replace(
+        alone,
+        host_bytes=alone.host_bytes + 2 * states + device,
+        staging_bytes=alone.staging_bytes + 2 * states,
+        device_bytes=alone.device_bytes + device,
+        mapped_bytes=alone.mapped_bytes + model.num_bytes,
+        work=alone.work + _forward(model, tokens, model.linear_weights, autocast=True) * 4,
+    )
 
 
 def _compression(

@@ -130,8 +130,8 @@ def read_results(metrics: Path, details: Path, params: Mapping[str, Any]) -> Res
                 name=name,
                 kind=kind,
                 original=original if kind != "model" else None,
-                base=record.get("base") or settings.get("base"),
-                tuned_from=settings.get("run") or _start(settings),
+                base=record.get("base") or _below_data(settings, "base"),
+                tuned_from=settings.get("run") or _below_data(settings, "start"),
                 metrics=_mapping(path),
                 details=record,
             )
@@ -232,9 +232,9 @@ def _named(params: Mapping[str, Any]) -> dict[str, tuple[str, Mapping[str, Any]]
     return named
 
 
-def _start(settings: Mapping[str, Any]) -> str | None:
-    """Return the name of the artifact that a training starts from."""
-    return str(settings["start"]).rpartition("/")[2] if "start" in settings else None
+def _below_data(settings: Mapping[str, Any], key: str) -> str | None:
+    """Return the name of a folder below data/, such as ``compressed/NAME``, that settings give."""
+    return str(settings[key]).rpartition("/")[2] if key in settings else None
 
 
 def _mapping(path: Path) -> Mapping[str, Any]:
