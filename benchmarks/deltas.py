@@ -47,6 +47,12 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], bool]] = {
     "delta_come": ("delta_come", {}, False),
     "delta_come, sequential": ("delta_come", {}, True),
     "delta_come, same bits": ("delta_come", {"allocation": "matrix"}, False),
+    "delta_come, weight basis": (
+        "delta_come",
+        {"basis": "weight", "allocation": "matrix"},
+        False,
+    ),
+    "delta_come, dampened": ("delta_come", {"dampening": 0.3}, False),
     "delta_come, paper": ("delta_come", PAPER, True),
     "svd": ("svd", {}, False),
     "svd, whitened": ("svd", {"whiten": True}, False),
