@@ -153,10 +153,25 @@ class DeltaFolder:
         return tensor
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Read all tensors whose name starts with ``prefix``, which is cut off."""
-        return {
-            n.removeprefix(prefix): self.tensor(n) for n in self.names() if n.startswith(prefix)
-        }
+        """Read all tensors whose name starts with ``prefix``, which is cut off.
+
+        A file is opened once for all of them: its header lists thousands.
+
+        Raises:
+            ArtifactError: A file lacks one of them.
+        """
+        names = sorted(name for name in self._where if name.startswith(prefix))
+        found: dict[str, Tensor] = {}
+        for file in sorted({self._where[name] for name in names}):
+            with _opened(self.folder / file) as shard:
+                for name in (name for name in names if self._where[name] == file):
+                    try:
+                        found[name.removeprefix(prefix)] = shard.get_tensor(name)
+                    except SafetensorError:
+                        raise ArtifactError(
+                            f"{self.folder}: holds no tensor {name!r}; make it again"
+                        ) from None
+        return found
 
 
 def _opened(path: Path) -> Any:
