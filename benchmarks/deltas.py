@@ -30,6 +30,9 @@ from llmpress.delta_extraction import extract_delta_artifact
 from llmpress.deltas import load_delta
 from llmpress.evaluation.likelihood import likelihood
 from llmpress.evaluation.tasks import evaluate_tasks
+from llmpress.finetuning.data import text_data
+from llmpress.finetuning.finetune import finetune_artifact
+from llmpress.finetuning.settings import FinetuningSettings
 from llmpress.hf import dequantized, load_model, load_tokenizer
 from llmpress.model_calibration import calibrate_model, corpus_text, task_text
 from llmpress.runs import build_method
@@ -52,19 +55,32 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], bool]] = {
         {"basis": "weight", "allocation": "matrix"},
         False,
     ),
+    "delta_come, weight basis, plan": ("delta_come", {"basis": "weight"}, False),
     "delta_come, dampened": ("delta_come", {"dampening": 0.3}, False),
+    "delta_come, dampened .95": ("delta_come", {"dampening": 0.95}, False),
     "delta_come, paper": ("delta_come", PAPER, True),
     "svd": ("svd", {}, False),
     "svd, whitened": ("svd", {"whiten": True}, False),
     "dare": ("magnitude", {"mode": "dare"}, False),
     "magnitude": ("magnitude", {}, False),
     "bitdelta": ("bitdelta", {}, False),
+    "bitdelta, distilled": ("bitdelta", {}, False),
     "gptq, 1 bit": ("gptq", {"num_bits": 1, "group_size": 576}, False),
     "rtn, 1 bit": ("rtn", {"num_bits": 1, "group_size": 576}, False),
 }
 """Method, settings without a budget, and whether in true-sequential order."""
 
 BUDGETED = ("delta_come", "svd", "magnitude")
+DISTILLATION = FinetuningSettings(
+    steps=100,
+    learning_rate=1e-2,
+    objective="distillation",
+    length=128,
+    batch_size=4,
+    windows=200,
+    held_out=15,
+)
+"""Of BitDelta's scales, on the texts of calibration; the paper: 200 steps."""
 
 
 def main(
@@ -126,16 +142,32 @@ def main(
         if (name, title, called) in known:
             continue
         folder = work / name / f"{title.replace(',', '').replace(' ', '-')}-{called}"
-        if not is_done(folder):
+        made = work / name / f"bitdelta-{called}" if label == "bitdelta, distilled" else folder
+        if not is_done(made):
             compress_delta_artifact(
                 delta,
-                folder,
+                made,
                 method_name=method,
                 method=build_method(method, settings, label),
                 calibration=calibration,
                 base=base if sequential else None,
                 seed=seed,
                 device=device,
+                scratch=work / "scratch",
+            )
+        if not is_done(folder):
+            finetune_artifact(
+                made,
+                finetuned,
+                folder,
+                trains="delta",
+                settings=DISTILLATION,
+                data=lambda tokenizer: text_data(texts, tokenizer, DISTILLATION, seed),
+                inputs={},
+                described={"texts": list(texts)},
+                seed=seed,
+                device=device,
+                base=base,
                 scratch=work / "scratch",
             )
         append_rows(out, [judge.row(name, title, folder, base, calibration, called)])

@@ -4,24 +4,22 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import llmpress
-from tiny_models import library_text
+from tiny_artifacts import calibrate_tiny
 
 from llmpress.artifacts import artifact_folder, read_provenance
-from llmpress.calibration import CalibrationSettings, load_statistics
+from llmpress.calibration import load_statistics
 from llmpress.delta_compression import compress_delta_artifact
 from llmpress.delta_extraction import extract_delta_artifact
 from llmpress.errors import ArtifactError, SourceError
 from llmpress.methods.svd import SVD
-from llmpress.model_calibration import CalibrationText, calibrate_model, task_text
+from llmpress.model_calibration import task_text
 from llmpress.tasks.files import write_items
 
 CPU = torch.device("cpu")
-TEXTS = {"code": CalibrationText(library_text(("xml",)), library_text(("asyncio",)))}
 
 
 def calibrated(model: Path, out: Path, delta: Path | None = None) -> Path:
-    settings = CalibrationSettings(("code",), windows=4, length=64, validation_windows=1)
-    calibrate_model(model, TEXTS, settings, out, inputs={}, seed=0, device=CPU, delta=delta)
+    calibrate_tiny(model, out, delta)
     return out
 
 

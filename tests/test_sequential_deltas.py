@@ -3,34 +3,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import built_once, library_text
 
 from llmpress.artifacts import read_json, read_provenance
-from llmpress.calibration import CalibrationSettings
 from llmpress.delta_compression import compress_delta_artifact
 from llmpress.errors import ArtifactError, ConfigError
 from llmpress.methods.delta_come import DeltaCoMe
-from llmpress.model_calibration import CalibrationText, calibrate_model
 
 CPU = torch.device("cpu")
 METHOD = DeltaCoMe(bits=3.0, group_size=16)
-
-
-@pytest.fixture(scope="module")
-def finetuned_calibration(shared_folder: Path, tiny_finetuned_folder: Path) -> Path:
-    return built_once(
-        shared_folder,
-        "tiny-finetuned-calibration",
-        lambda out: calibrate_model(
-            tiny_finetuned_folder,
-            {"code": CalibrationText(library_text(("xml",)), library_text(("asyncio",)))},
-            CalibrationSettings(("code",), windows=4, length=64, validation_windows=1),
-            out,
-            inputs={},
-            seed=0,
-            device=CPU,
-        ),
-    )
 
 
 def compressed(delta: Path, calibration: Path | None, out: Path, base: Path | None = None) -> Path:

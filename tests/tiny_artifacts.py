@@ -29,21 +29,35 @@ WEIGHT_METHODS = {
 Make = Callable[[str], Path]
 
 
+def calibrate_tiny(model: Path, out: Path, delta: Path | None = None) -> None:
+    """Calibrate a tiny model, or a base with its delta, on a little text."""
+    calibrate_model(
+        model,
+        {"code": CalibrationText(library_text(("xml",)), library_text(("asyncio",)))},
+        CalibrationSettings(("code",), windows=4, length=64, validation_windows=1),
+        out,
+        inputs={},
+        seed=0,
+        device=CPU,
+        delta=delta,
+    )
+
+
 @pytest.fixture(scope="session")
 def calibration(shared_folder: Path, tiny_model_folder: Path) -> Path:
     """Statistics of the tiny model over a little text."""
     return built_once(
+        shared_folder, "tiny-calibration", lambda out: calibrate_tiny(tiny_model_folder, out)
+    )
+
+
+@pytest.fixture(scope="session")
+def finetuned_calibration(shared_folder: Path, tiny_finetuned_folder: Path) -> Path:
+    """Statistics of the tiny fine-tuned model over the same text."""
+    return built_once(
         shared_folder,
-        "tiny-calibration",
-        lambda out: calibrate_model(
-            tiny_model_folder,
-            {"code": CalibrationText(library_text(("xml",)), library_text(("asyncio",)))},
-            CalibrationSettings(("code",), windows=4, length=64, validation_windows=1),
-            out,
-            inputs={},
-            seed=0,
-            device=CPU,
-        ),
+        "tiny-finetuned-calibration",
+        lambda out: calibrate_tiny(tiny_finetuned_folder, out),
     )
 
 

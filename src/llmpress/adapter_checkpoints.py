@@ -5,7 +5,6 @@ when it is read. ``scaling`` is ``alpha / r``, with ``use_rslora`` ``alpha / √
 and ``alpha_pattern`` give single layers their own. peft is not needed.
 """
 
-import hashlib
 import math
 import re
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from llmpress.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
 from llmpress.architectures import module_name
-from llmpress.artifacts import MODEL_FILES, PROVENANCE, fingerprint, read_json, sha256
+from llmpress.artifacts import fingerprint, read_json
 from llmpress.checkpoints import Checkpoint
 from llmpress.dense_checkpoints import CheckpointView, dense_checkpoint
 from llmpress.errors import ArtifactError, NumericalError, SourceError
@@ -99,11 +98,7 @@ class AdapterCheckpoint(CheckpointView):
     @property
     def fingerprint(self) -> str:
         """What identifies the adapter: of its provenance, or of its weights and configuration."""
-        if (self.folder / PROVENANCE).is_file():
-            return fingerprint(self.folder)
-        files = {p for pattern in MODEL_FILES for p in self.folder.glob(pattern) if p.is_file()}
-        lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(files)]
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        return fingerprint(self.folder, ADAPTER_CONFIG)
 
     def _place(self, stored: str) -> None:
         """Note which tensor of the model a stored one changes."""

@@ -194,16 +194,20 @@ def verify(folder: Path, weights: Iterable[Path] = (), *, complete: bool = True)
     return record
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path, config: str = "config.json") -> str:
     """Return what identifies a folder's content: 64 hex digits.
 
     An artifact is verified first. A model folder that has no provenance, such as one downloaded by
     hand, is identified by its weights, configuration and tokenizer.
 
+    Args:
+        folder: The artifact, or the model.
+        config: The file that a model without provenance must have.
+
     Raises:
         ArtifactError: Neither an artifact nor a model, or damaged.
     """
-    if (folder / PROVENANCE).is_file() or not (folder / "config.json").is_file():
+    if (folder / PROVENANCE).is_file() or not (folder / config).is_file():
         found: str = verify(folder)["fingerprint"]
         return found
     files = {p for pattern in MODEL_FILES for p in folder.glob(pattern) if p.is_file()}

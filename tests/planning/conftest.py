@@ -6,7 +6,6 @@ import pytest
 import torch
 from planning_examples import CALIBRATION, REFERENCE_RATES, large_shapes, write_config
 
-from llmpress.delta_extraction import extract_delta_artifact
 from llmpress.model_calibration import CalibrationText, calibrate_model
 from llmpress.planning import Machine, ModelShapes, read_shapes
 
@@ -68,12 +67,3 @@ def tiny_finetuned_calibration(
     tiny_finetuned_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     return calibrated(tiny_finetuned_folder, tmp_path_factory.mktemp("calibration") / "tuned")
-
-
-@pytest.fixture(scope="session")
-def tiny_delta(
-    tiny_model_folder: Path, tiny_finetuned_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    out = tmp_path_factory.mktemp("delta") / "tiny"
-    extract_delta_artifact(tiny_model_folder, tiny_finetuned_folder, out)
-    return out

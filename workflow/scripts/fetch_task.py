@@ -11,6 +11,7 @@ from llmpress.documents import read_rows
 from llmpress.failures import script_errors
 from llmpress.sources import opened
 from llmpress.tasks import arithmetic, calls, multiple_choice
+from llmpress.tasks.configs import choice_config
 from llmpress.tasks.files import write_task
 from llmpress.tasks.source import TaskSource
 
@@ -37,7 +38,7 @@ def main() -> None:
                 with opened(source.location(), [source.files or ""], hub_type="dataset") as fetched:
                     rows = [row for file in fetched.files for row in read_rows(file)]
                     origin = fetched.origin
-                config = multiple_choice.task_config(arguments.name)
+                config = choice_config(arguments.name)
                 items = {
                     "test": multiple_choice.convert(rows, source.template or "", settings["seed"])
                 }

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmpress.adapters import STORED_DTYPE, add_adapters, open_base, save_adapter, save_base
 from llmpress.artifacts import artifact_folder, fingerprint, read_json, read_provenance, write_json
@@ -21,7 +21,12 @@ from llmpress.errors import ArtifactError, ConfigError
 from llmpress.finetuning.data import TrainingData
 from llmpress.finetuning.loop import TrainingRecord, train
 from llmpress.finetuning.settings import ADAPTERS, FinetuningSettings, Trains, check_settings
-from llmpress.finetuning.trainables import compressed_parameters, delta_parameters, training
+from llmpress.finetuning.trainables import (
+    Parameters,
+    compressed_parameters,
+    delta_parameters,
+    training,
+)
 from llmpress.hf import is_compressed, load_model, load_tokenizer
 from llmpress.resume import SCRATCH, BlockStore
 
@@ -123,10 +128,7 @@ def _train_compressed(
     checkpoint = Checkpoint(start)
     model = load_model(start, dtype=torch.float32, device=str(device))
     parameters = compressed_parameters(model, norms=settings.norms)
-    dtypes = {name: checkpoint.tensor(name).dtype for name in parameters}
-    with training(model, parameters):
-        # One rate for codebooks of whole numbers and for their scales.
-        best, record = fit(model, parameters, dtypes, relative_rate=True)
+    best, record = _fit_stored(model, parameters, checkpoint, fit)
     writer = CheckpointWriter(folder)
     for name in checkpoint.names():
         writer.add(name, best[name] if name in best else checkpoint.tensor(name))
@@ -153,9 +155,7 @@ def _train_delta(
     stored = DeltaFolder(start, "compressed_delta")
     model = load_finetuned(base, start, dtype=torch.float32, device=str(device))
     parameters = delta_parameters(model)
-    dtypes = {name: stored.tensor(name).dtype for name in parameters}
-    with training(model, parameters):
-        best, record = fit(model, parameters, dtypes, relative_rate=True)
+    best, record = _fit_stored(model, parameters, stored, fit)
     writer = DeltaWriter(folder)
     for name in chain.from_iterable(stored.header["files"].values()):  # in the start's order
         writer.add(name, best[name] if name in best else stored.tensor(name))
@@ -165,6 +165,16 @@ def _train_delta(
     write_json(folder / "layers.json", _without_errors(read_json(start / "layers.json")))
     trained = sum(parameter.numel() for parameter in parameters.values())
     return record, trained, int(stored.header["model_weights"])
+
+
+def _fit_stored(
+    model: PreTrainedModel, parameters: Parameters, stored: Checkpoint | DeltaFolder, fit: Fit
+) -> tuple[dict[str, Tensor], TrainingRecord]:
+    """Train parameters; the best ones come back in the dtypes they are stored in."""
+    dtypes = {name: stored.tensor(name).dtype for name in parameters}
+    with training(model, parameters):
+        # One rate for stored values of whole numbers and for their scales.
+        return fit(model, parameters, dtypes, relative_rate=True)
 
 
 def _without_errors(layers: Mapping[str, Any]) -> dict[str, Any]:

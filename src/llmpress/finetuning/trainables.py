@@ -25,17 +25,7 @@ def compressed_parameters(model: nn.Module, *, norms: bool) -> dict[str, nn.Para
         ConfigError: No layer holds anything that may train.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, CompressedLinear)}
-    found = {
-        f"{name}.{key}": getattr(layer, key)
-        for name, layer in layers.items()
-        for key in layer.trainable
-    }
-    if not found:
-        kinds = ", ".join(sorted({layer.kind for layer in layers.values()})) or "none"
-        raise ConfigError(
-            f"nothing here may train: its compressed layers ({kinds}) hold integers only; start "
-            "from a cluscomp or lillama run"
-        )
+    found = _of_layers(layers, "its compressed layers", "a cluscomp or lillama run")
     if norms:
         found |= {
             f"{name}.weight": module.weight
@@ -55,6 +45,12 @@ def delta_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         ConfigError: No layer holds anything that may train.
     """
     layers = {n: m.delta for n, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+    return _of_layers(layers, "the delta's layers", "a bitdelta run")
+
+
+def _of_layers(
+    layers: Mapping[str, CompressedLinear], called: str, remedy: str
+) -> dict[str, nn.Parameter]:
     found = {
         f"{name}.{key}": getattr(layer, key)
         for name, layer in layers.items()
@@ -63,8 +59,7 @@ def delta_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     if not found:
         kinds = ", ".join(sorted({layer.kind for layer in layers.values()})) or "none"
         raise ConfigError(
-            f"nothing here may train: the delta's layers ({kinds}) hold integers only; start from "
-            "a bitdelta run"
+            f"nothing here may train: {called} ({kinds}) hold integers only; start from {remedy}"
         )
     return found
 

@@ -98,9 +98,12 @@ class GPTQ(Method):
             act_order=self.act_order,
             search_range=self.search_range,
         )
-        return QuantizedLinear.from_codes(
+        layer = QuantizedLinear.from_codes(
             result.codes, result.scales, result.zero_points, self.num_bits, group_size
         )
+        if result.attempts > 1:
+            layer.notes = {"dampening": result.dampening}
+        return layer
 
 
 def quantize_gptq(

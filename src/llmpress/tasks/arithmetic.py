@@ -8,6 +8,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from llmpress.tasks.configs import generation_config
+
 TRAIN_ITEMS = 4000
 TEST_ITEMS = 200
 
@@ -103,27 +105,7 @@ def generate(train: int, test: int, seed: int) -> dict[str, list[dict[str, Any]]
 
 def task_config(name: str) -> dict[str, Any]:
     """Describe the task to lm-eval: generate the worked answer, compare its last number."""
-    return {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": "test.jsonl"}},
-        "test_split": "test",
-        "output_type": "generate_until",
-        "doc_to_text": "{{query}}",
-        "doc_to_target": "{{answer}}",
-        "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 32},
-        "filter_list": [
-            {
-                "name": "answer",
-                "filter": [
-                    {"function": "regex", "regex_pattern": r"= ?(\d+)", "group_select": -1},
-                    {"function": "take_first"},
-                ],
-            }
-        ],
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1.0},
-    }
+    return generation_config(name, pattern=r"= ?(\d+)", max_new_tokens=32)
 
 
 def _calculation(random_state: random.Random) -> Calculation:

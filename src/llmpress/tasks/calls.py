@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from llmpress.tasks.arithmetic import NAMES
+from llmpress.tasks.configs import generation_config
 
 TOKENS = ("<call>", "</call>")
 """What stands around a call; a model may get them as added tokens."""
@@ -243,27 +244,7 @@ def generate(train: int, test: int, seed: int) -> dict[str, list[dict[str, Any]]
 
 def task_config(name: str) -> dict[str, Any]:
     """Describe the task to lm-eval: generate the call, compare all of it."""
-    return {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": "test.jsonl"}},
-        "test_split": "test",
-        "output_type": "generate_until",
-        "doc_to_text": "{{query}}",
-        "doc_to_target": "{{answer}}",
-        "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 64},
-        "filter_list": [
-            {
-                "name": "call",
-                "filter": [
-                    {"function": "regex", "regex_pattern": f"({TOKENS[0]}.*{TOKENS[1]})"},
-                    {"function": "take_first"},
-                ],
-            }
-        ],
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1.0},
-    }
+    return generation_config(name, pattern=f"({TOKENS[0]}.*{TOKENS[1]})", max_new_tokens=64)
 
 
 def call(name: str, arguments: Mapping[str, Any]) -> str:

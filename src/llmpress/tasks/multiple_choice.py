@@ -56,23 +56,3 @@ def convert(rows: Sequence[Row], template: str, seed: int) -> list[dict[str, Any
         items.append(item)
     random.Random(seed).shuffle(items)
     return items
-
-
-def task_config(name: str) -> dict[str, Any]:
-    """Describe the task to lm-eval: the choice with the highest likelihood is the answer."""
-    metrics = [
-        {"metric": metric, "aggregation": "mean", "higher_is_better": True}
-        for metric in ("acc", "acc_norm")
-    ]
-    return {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": "test.jsonl"}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{query}}",
-        "doc_to_target": "gold",
-        "doc_to_choice": "choices",
-        "metric_list": metrics,
-        "metadata": {"version": 1.0},
-    }
