@@ -1,12 +1,17 @@
 """Shared fixtures: tiny trained models, and artifacts made from them (tiny_artifacts.py)."""
 
 import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, by transformers
+
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from huggingface_hub.utils import enable_progress_bars
 from tiny_models import (
     ARCHITECTURES,

@@ -10,6 +10,7 @@ from math import ceil, log2
 from typing import NamedTuple
 
 from llmpress.methods.base import Shape
+from llmpress.packing import code_width
 
 SCALE_BITS = 16
 MAX_CODE_BITS = 16
@@ -50,7 +51,7 @@ class CodebookSize(NamedTuple):
     @property
     def code_bits(self) -> int:
         """Bits of one stored code."""
-        return max(1, (self.num_entries - 1).bit_length())
+        return code_width(self.num_entries)
 
 
 def num_vectors(shape: Shape, vector_size: int) -> int:

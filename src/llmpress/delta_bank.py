@@ -26,10 +26,17 @@ from llmpress.deltas import (
 )
 from llmpress.errors import ArtifactError
 from llmpress.experts import expert_matrix
-from llmpress.layers.base import frozen
+from llmpress.kernels.delta_matmul import RowDeltas, delta_matmul
+from llmpress.kernels.dispatch import uses_triton
+from llmpress.layers import MixedLowRankLinear
+from llmpress.layers.base import as_rows, frozen
 
 Name = str | None
 """Of a tenant; None for the base alone."""
+
+
+MOST_SHAPES = 2
+"""Batches whose work items are kept: those of a prompt and of its further tokens."""
 
 
 class Rows:
@@ -93,6 +100,7 @@ class PerRow(nn.Module):
         self.rows = rows
         self.deltas = dict(deltas)  # plain: tenants are not parameters of the model
         self.twins = dict(twins)
+        self._kernel_rows: dict[int, RowDeltas | None] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [rows, ..., in]`` to ``[rows, ..., out]``.
@@ -104,9 +112,37 @@ class PerRow(nn.Module):
         """
         groups = self.rows.groups(x)
         out: Tensor = self._joined(x, groups) if self.twins else self.base(x)
+        if (rows := self._rows_of_kernel(x)) is not None:
+            flat = out.reshape(-1, out.shape[-1])
+            return delta_matmul(as_rows(x), flat.to(x.dtype), rows).view_as(out)
         for name, delta in self.deltas.items():
             out.index_add_(0, groups[name], delta(x[groups[name]]))
         return out
+
+    def _rows_of_kernel(self, x: Tensor) -> RowDeltas | None:
+        """Return what the kernel for many tenants needs; None where it cannot be used."""
+        if not self.deltas or not uses_triton(x) or torch.is_grad_enabled():
+            return None
+        count = x.numel() // x.shape[-1]
+        if count not in self._kernel_rows:
+            while len(self._kernel_rows) > MOST_SHAPES:
+                self._kernel_rows.pop(next(iter(self._kernel_rows)))
+            self._kernel_rows[count] = self._row_deltas(count)
+        return self._kernel_rows[count]
+
+    def _row_deltas(self, count: int) -> RowDeltas | None:
+        layers = [d for d in self.deltas.values() if isinstance(d, MixedLowRankLinear)]
+        groups = [found for d in layers if (found := d.triplet_groups()) is not None]
+        if (
+            len(groups) < len(self.deltas)
+            or any(layer.bias is not None for layer in layers)
+            or len({layer.group_size for layer in layers}) > 1
+        ):
+            return None
+        place: dict[Name, int] = {name: number for number, name in enumerate(self.deltas)}
+        repeats = count // len(self.rows.names)
+        tenants = [place.get(name, -1) for name in self.rows.names for _ in range(repeats)]
+        return RowDeltas(groups, tenants, layers[0].group_size)
 
     def _joined(self, x: Tensor, groups: dict[Name, Tensor]) -> Tensor:
         parts = [(groups[name], twin(x[groups[name]])) for name, twin in self.twins.items()]

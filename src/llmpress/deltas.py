@@ -14,7 +14,7 @@ from llmpress.dense_checkpoints import delta_layer
 from llmpress.errors import ArtifactError
 from llmpress.experts import separate_experts
 from llmpress.hf import load_model
-from llmpress.layers import AdaptedLinear, CompressedLinear
+from llmpress.layers import AdaptedLinear, CompressedLinear, keep_dense
 from llmpress.layers.base import frozen
 
 CARRIED = "_llmpress_delta"
@@ -227,6 +227,7 @@ def fitted_delta(model: PreTrainedModel, folder: Path, base: tuple[Path, str] | 
     for name in stored.exact_names():
         _add_exact(model, name, stored, delta)
     _add_tie(model, stored, delta)
+    keep_dense(model, (adapted.delta for adapted in delta.layers.values()))
     return delta
 
 

@@ -11,6 +11,11 @@ from torch import Tensor
 MAX_BITS = 16
 
 
+def code_width(num_values: int) -> int:
+    """Bits that tell ``num_values`` values apart: ``max(1, ceil(log2 n))``."""
+    return max(1, (num_values - 1).bit_length())
+
+
 def packed_size(count: int, num_bits: int) -> int:
     """Bytes that ``count`` values of ``num_bits`` bits take."""
     return (count * num_bits + 7) // 8

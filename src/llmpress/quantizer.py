@@ -20,7 +20,7 @@ from llmpress.architectures import replace_module
 from llmpress.artifacts import PROVENANCE, verify
 from llmpress.errors import ArtifactError
 from llmpress.experts import separate_experts
-from llmpress.layers import build_layer
+from llmpress.layers import build_layer, keep_dense
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,6 +81,7 @@ class LLMPressQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: "PreTrainedModel", **_: Any
     ) -> "PreTrainedModel":
+        keep_dense(model)
         return model
 
     def update_weight_conversions(self, weight_conversions: Any, model: "PreTrainedModel") -> Any:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from llmpress.kernels import kmeans as package
+from llmpress.kernels.dispatch import use_backend
 from llmpress.kernels.kmeans import kmeans
 from llmpress.kernels.kmeans.reference import draw_start, kmeans_reference, nearest_centroid
 
@@ -62,3 +63,38 @@ def test_more_clusters_than_points_are_refused(K: int) -> None:
 def test_weights_of_another_length_are_refused() -> None:
     with pytest.raises(ValueError, match=r"one per point is needed, \[10\]"):
         kmeans(torch.randn(10, 2), 2, weights=torch.ones(9))
+
+
+@pytest.mark.parametrize(("N", "K", "d"), [(1, 1, 1), (130, 65, 3), (500, 7, 4), (90, 64, 16)])
+def test_the_kernel_finds_the_nearest_centroid(
+    N: int, K: int, d: int, device: torch.device
+) -> None:
+    from llmpress.kernels.kmeans.triton import nearest_centroid_triton
+
+    points, centroids = torch.randn(N, d, device=device), torch.randn(K, d, device=device)
+    centroids[K // 2] = centroids[0]  # of equals the first
+    codes = nearest_centroid_triton(points, centroids)
+    distances = torch.cdist(points.double(), centroids.double())
+    torch.testing.assert_close(
+        distances.gather(1, codes.unsqueeze(1))[:, 0], distances.min(dim=1).values
+    )
+    assert K == 1 or not bool((codes == K // 2).any())
+
+
+def test_the_kernel_clusters_as_the_formula(device: torch.device) -> None:
+    points, weights = torch.randn(400, 3, device=device), torch.rand(400, device=device)
+    weights[:50] = 0  # points that weigh nothing, and so clusters that stay where they are
+    start = torch.cat([points[:3], points[100:120], torch.full_like(points[:1], 9.0)])
+    with use_backend("triton"):
+        found, codes = kmeans(points, 24, weights=weights, iterations=4)
+        again, _ = kmeans(points, 24, weights=weights, iterations=4)
+    torch.testing.assert_close(found, again, rtol=0, atol=0)
+    expected, expected_codes = kmeans_reference(
+        points, draw_start(points, 24, weights, 0), weights, 4
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (codes != expected_codes).float().mean() < 0.01
+    from llmpress.kernels.kmeans.triton import kmeans_triton
+
+    far, _ = kmeans_triton(points, start, weights, 2)
+    torch.testing.assert_close(far[-1], start[-1])

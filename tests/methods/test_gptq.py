@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmpress.layers.quantized import dequantize_groups
+from llmpress.kernels.quantized_matmul.reference import dequantize_groups
 from llmpress.linalg import relative_output_error
 from llmpress.methods.base import InputStatistics
 from llmpress.methods.gptq import GPTQ, Quantized, quantize_gptq, round_with_feedback

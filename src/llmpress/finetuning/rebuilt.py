@@ -17,19 +17,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from llmpress.layers import CompressedLinear, LowRankLinear
+from llmpress.kernels.dispatch import uses_triton
+from llmpress.layers import CodebookLinear, CompressedLinear, LowRankLinear, QuantizedLinear
 
 
 @contextmanager
 def rebuilding(model: nn.Module) -> Iterator[None]:
     """Let all compressed layers of a model rebuild their weights, until the context ends.
 
-    Low-rank layers stay as they are: they never form a dense weight.
+    Low-rank layers stay as they are, they never form a dense weight, and so do layers whose
+    kernels on a GPU have gradients of their own.
     """
+    with_kernel = (CodebookLinear, QuantizedLinear)
     layers = [
         layer
         for layer in model.modules()
-        if isinstance(layer, CompressedLinear) and not isinstance(layer, LowRankLinear)
+        if isinstance(layer, CompressedLinear)
+        and not isinstance(layer, LowRankLinear)
+        and not (isinstance(layer, with_kernel) and uses_triton(layer.codes))
     ]
     for layer in layers:
         layer.forward = partial(_forward, layer)  # type: ignore[method-assign]

@@ -1,14 +1,15 @@
 """Linear layers that compute from compressed weights, one file per storage format."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmpress.layers.base import CompressedLinear
 from llmpress.layers.codebook import CodebookLinear
 from llmpress.layers.delta import AdaptedLinear
+from llmpress.layers.dense_store import DenseStore
 from llmpress.layers.low_rank import LowRankLinear
 from llmpress.layers.mixed_low_rank import MixedLowRankLinear
 from llmpress.layers.pivoted_low_rank import PivotedLowRankLinear
@@ -16,6 +17,7 @@ from llmpress.layers.quantized import QuantizedLinear
 from llmpress.layers.sign import SignLinear
 from llmpress.layers.sparse import SparseLinear
 
+STORE = "_llmpress_dense_store"
 KINDS: dict[str, type[CompressedLinear]] = {
     layer.kind: layer
     for layer in (
@@ -28,6 +30,27 @@ KINDS: dict[str, type[CompressedLinear]] = {
         SparseLinear,
     )
 }
+
+
+def keep_dense(model: nn.Module, layers: Iterable[nn.Module] | None = None) -> DenseStore:
+    """Let compressed layers keep unpacked weights, all of one model within one limit.
+
+    Args:
+        model: The model; carries the store.
+        layers: Layers that are to join it; by default all of the model's.
+    """
+    store: DenseStore = getattr(model, STORE, None) or DenseStore()
+    setattr(model, STORE, store)
+    for layer in model.modules() if layers is None else layers:
+        if isinstance(layer, CompressedLinear):
+            layer.dense_store = store
+    return store
+
+
+def dense_bytes(model: nn.Module) -> int:
+    """Return the bytes of unpacked weights that a model's layers keep at the moment."""
+    store: DenseStore | None = getattr(model, STORE, None)
+    return store.held if store is not None else 0
 
 
 def build_layer(
@@ -82,6 +105,7 @@ __all__ = [
     "AdaptedLinear",
     "CodebookLinear",
     "CompressedLinear",
+    "DenseStore",
     "LowRankLinear",
     "MixedLowRankLinear",
     "PivotedLowRankLinear",
@@ -89,5 +113,7 @@ __all__ = [
     "SignLinear",
     "SparseLinear",
     "build_layer",
+    "dense_bytes",
     "filled_layer",
+    "keep_dense",
 ]

@@ -2,11 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from llmpress.layers.dense_store import DenseStore
 
 Spec = Mapping[str, Any]
 """Constructor arguments of a layer, JSON-representable: what shapes and widths its tensors have."""
@@ -26,6 +29,7 @@ class CompressedLinear(nn.Module, ABC):
         trainable: Names of the float tensors that finetuning may change.
         notes: What the method has to say of how it went, for the record: numbers by name. Not
             stored with the layer.
+        dense_store: Keeps unpacked weights between calls; without one they are unpacked for each.
     """
 
     kind: ClassVar[str]
@@ -40,6 +44,7 @@ class CompressedLinear(nn.Module, ABC):
         self.in_features = in_features
         self.out_features = out_features
         self.notes: dict[str, float] = {}
+        self.dense_store: DenseStore | None = None
         self.bias = frozen(torch.empty(out_features)) if bias else None
 
     @abstractmethod
@@ -52,7 +57,19 @@ class CompressedLinear(nn.Module, ABC):
 
     def product(self, x: Tensor) -> Tensor:
         """Return ``x Wᵀ``, ``[..., out]``, in the dtype of ``x [..., in]``."""
-        return functional.linear(x, self.dequantize().to(x.dtype))
+        (weight,) = self.unpacked(x.dtype)
+        return functional.linear(x, weight)
+
+    def unpacked(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return the dense tensors that `product` multiplies by, kept where there is a store."""
+        stored = [*self.parameters(recurse=False), *self.buffers(recurse=False)]
+        store = None if torch.compiler.is_compiling() else self.dense_store
+        if store is None or (torch.is_grad_enabled() and any(t.requires_grad for t in stored)):
+            return self._unpack_weights(dtype)
+        return store.weights(self, stored, dtype, lambda: self._unpack_weights(dtype))
+
+    def _unpack_weights(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return (self.dequantize().to(dtype),)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., in]`` to ``[..., out]`` in the dtype of ``x``."""
@@ -104,6 +121,17 @@ class ImpliedWeight:
     def __matmul__(self, x: Tensor) -> Tensor:
         """Multiply ``x [..., in, columns]`` from the left."""
         return self._product(x.transpose(-1, -2)).transpose(-1, -2)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """Return ``x [..., in]`` as contiguous rows ``[M, in]``, in the dtype of autocast.
+
+    Operations of our own are unknown to autocast.
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def rounded_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:

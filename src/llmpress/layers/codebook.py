@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from llmpress.layers.base import CompressedLinear, frozen, rounded_to
-from llmpress.packing import pack, packed_size, unpack
+from llmpress.kernels.codebook_matmul import codebook_matmul
+from llmpress.kernels.codebook_matmul.reference import looked_up
+from llmpress.kernels.dispatch import uses_triton
+from llmpress.layers.base import CompressedLinear, as_rows, frozen, rounded_to
+from llmpress.packing import code_width, pack, packed_size, unpack
 
 DTYPES = ("float16", "bfloat16", "float32", "int8")
 
@@ -61,7 +63,7 @@ class CodebookLinear(CompressedLinear):
     @property
     def code_bits(self) -> int:
         """Bits of one stored code, ``max(1, ceil(log2 K))``."""
-        return max(1, (self.num_entries - 1).bit_length())
+        return code_width(self.num_entries)
 
     @classmethod
     def from_codes(
@@ -105,10 +107,15 @@ class CodebookLinear(CompressedLinear):
     def dequantize(self) -> Tensor:
         """Look every vector up, cut the padding, transpose and scale: fp32 ``[out, in]``."""
         indices = self._unpack() if self._indices is None else self._indices
-        # embedding, not indexing: its backward is the scatter-add dL/dcodebook[k] = Σ dL/dv_n
-        vectors = functional.embedding(indices, self.codebook.float())  # [N, d]
-        weight = vectors.view(self.in_features, -1)[:, : self.out_features].t()
-        return weight if self.scales is None else weight * self.scales.float().unsqueeze(1)
+        return looked_up(indices, self.codebook, self.scales, self.in_features, self.out_features)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return ``x Wᵀ``, ``[..., out]``; on a GPU from the packed codes."""
+        if not uses_triton(x):
+            return super().product(x)
+        stored = self.codes, self.codebook, self.scales
+        y: Tensor = codebook_matmul(as_rows(x), *stored, self.out_features)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def _unpack(self) -> Tensor:
         return unpack(self.codes, self.code_bits, self.num_vectors)

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llmpress.layers.base import CompressedLinear, frozen
+from llmpress.kernels.dispatch import uses_triton
+from llmpress.kernels.low_rank_matmul import low_rank_matmul
+from llmpress.layers.base import CompressedLinear, as_rows, frozen
 
 
 class LowRankLinear(CompressedLinear):
@@ -64,4 +66,7 @@ class LowRankLinear(CompressedLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """Return ``x Wᵀ``, ``[..., out]``, without forming the dense weight."""
+        if uses_triton(x):
+            y: Tensor = low_rank_matmul(as_rows(x), self.A, self.B)
+            return y.view(*x.shape[:-1], self.out_features)
         return functional.linear(functional.linear(x, self.B.to(x.dtype)), self.A.to(x.dtype))

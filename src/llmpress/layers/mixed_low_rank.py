@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from llmpress.kernels.delta_matmul import PackedVectors, TripletGroup
+from llmpress.kernels.quantized_matmul.reference import dequantize_groups
 from llmpress.layers.base import CompressedLinear, frozen
-from llmpress.layers.quantized import dequantize_groups
 from llmpress.packing import pack, packed_size, unpack
 
 UNQUANTIZED = 16
@@ -162,8 +163,30 @@ class MixedLowRankLinear(CompressedLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """Return ``x Wᵀ``, ``[..., out]``, through the two thin factors."""
+        A, V = self.unpacked(x.dtype)
+        return functional.linear(functional.linear(x, V), A)
+
+    def _unpack_weights(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         A, V = self.factors()
-        return functional.linear(functional.linear(x, V.to(x.dtype)), A.to(x.dtype))
+        return A.to(dtype), V.to(dtype)
+
+    def triplet_groups(self) -> list[TripletGroup] | None:
+        """Return what a kernel needs of each group; None where one is not quantized."""
+        if any(num_bits == UNQUANTIZED for _, num_bits in self.groups):
+            return None
+        ranks = [rank for rank, _ in self.groups]
+        sigma = (self.sigma.float() * self.scale).split(ranks) if ranks else ()
+        return [
+            TripletGroup(num_bits, self._packed(f"V{i}"), self._packed(f"U{i}"), sigma[i])
+            for i, (_, num_bits) in enumerate(self.groups)
+        ]
+
+    def _packed(self, name: str) -> PackedVectors:
+        return PackedVectors(
+            self.get_buffer(f"{name}_codes"),
+            self.get_parameter(f"{name}_scales"),
+            self.get_buffer(f"{name}_zero_points"),
+        )
 
 
 def dequantize_vectors(vectors: Vectors, group_size: int) -> Tensor:

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmpress.layers.base import CompressedLinear, frozen
-from llmpress.packing import pack, packed_size, unpack
+from llmpress.kernels.dispatch import uses_triton
+from llmpress.kernels.quantized_matmul import quantized_matmul
+from llmpress.kernels.quantized_matmul.reference import quantized_weight
+from llmpress.layers.base import CompressedLinear, as_rows, frozen
+from llmpress.packing import pack, packed_size
 
 
 class QuantizedLinear(CompressedLinear):
@@ -68,31 +71,19 @@ class QuantizedLinear(CompressedLinear):
 
     def dequantize(self) -> Tensor:
         """Return ``scale · (code - zero_point)`` as fp32 ``[out, in]``."""
-        codes = unpack(self.codes, self.num_bits, self.num_weights)
-        zeros = unpack(self.zero_points, self.num_bits, self.scales.numel())
-        return dequantize_groups(
-            codes.view(self.out_features, self.in_features),
+        return quantized_weight(
+            self.codes,
             self.scales,
-            zeros.view(self.out_features, self.num_groups),
+            self.zero_points,
+            self.num_bits,
             self.group_size,
+            self.in_features,
         )
 
-
-def dequantize_groups(
-    codes: Tensor, scales: Tensor, zero_points: Tensor, group_size: int
-) -> Tensor:
-    """Return ``scale · (code - zero_point)``.
-
-    Args:
-        codes: Integers ``[rows, columns]``.
-        scales: ``[rows, G]``, ``G = ceil(columns / group_size)``.
-        zero_points: Integers ``[rows, G]``.
-        group_size: Consecutive columns that share a scale.
-
-    Returns:
-        fp32 ``[rows, columns]``.
-    """
-    rows, columns = codes.shape
-    padded = torch.nn.functional.pad(codes, (0, -columns % group_size))
-    centred = padded.view(rows, -1, group_size) - zero_points.unsqueeze(-1)  # [rows, G, group]
-    return (centred * scales.float().unsqueeze(-1)).view(rows, -1)[:, :columns]
+    def product(self, x: Tensor) -> Tensor:
+        """Return ``x Wᵀ``, ``[..., out]``; on a GPU from the packed codes."""
+        if not uses_triton(x):
+            return super().product(x)
+        stored = self.codes, self.scales, self.zero_points
+        y: Tensor = quantized_matmul(as_rows(x), *stored, self.num_bits, self.group_size)
+        return y.view(*x.shape[:-1], self.out_features)

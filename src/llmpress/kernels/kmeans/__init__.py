@@ -5,6 +5,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from llmpress.kernels.dispatch import uses_triton
 from llmpress.kernels.kmeans.reference import draw_start, kmeans_reference
 
 FAISS_FAST_POINTS = 33_000
@@ -43,6 +44,10 @@ def kmeans(
     if weights.shape != (N,):
         raise ValueError(f"weights: one per point is needed, [{N}], not {list(weights.shape)}")
     start = draw_start(points, num_clusters, weights, seed)
+    if uses_triton(points):
+        from llmpress.kernels.kmeans.triton import kmeans_triton
+
+        return kmeans_triton(points, start, weights, iterations)
     if points.device.type != "cpu":
         return kmeans_reference(points, start, weights, iterations)
     if importlib.util.find_spec("faiss") is None:

@@ -1,0 +1,242 @@
+"""What each Triton kernel takes of a GPU, found by compiling it: no GPU is needed.
+
+Every variant is compiled for the shapes of real models and both targets; registers, spills and
+shared memory are what the assembler reports. How many programs fit on a multiprocessor follows from
+them.
+
+    python benchmarks/kernel_resources.py
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "0"  # before the first kernel is imported
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton does, said aloud
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import typer
+from tables import append_rows, origin
+from torch import Tensor
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from llmpress.kernels.codebook_grad.triton import codebook_grad_triton
+from llmpress.kernels.codebook_matmul.triton import codebook_matmul_triton
+from llmpress.kernels.delta_matmul.reference import PackedVectors, TripletGroup
+from llmpress.kernels.delta_matmul.triton import delta_matmul_triton, work_tables
+from llmpress.kernels.kmeans.triton import nearest_centroid_triton
+from llmpress.kernels.low_rank_matmul.triton import low_rank_matmul_triton
+from llmpress.kernels.quantized_matmul.triton import quantized_matmul_triton
+from llmpress.packing import packed_size
+
+TARGETS = {"sm_80": 80, "sm_90": 90}
+REGISTERS, SHARED = 65536, {"sm_80": 164 * 1024, "sm_90": 228 * 1024}
+"""Of a multiprocessor: A100 and H100 or H200."""
+OUT, IN = 11008, 4096
+TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+CODEBOOKS = ((65536, 4), (4096, 4), (65536, 8), (256, 2), (1000, 3), (16, 1))
+Launch = Callable[[], Any]
+
+
+def main(
+    only: str = typer.Option("", help="Launches whose name holds this."),
+    out: Path = typer.Option(
+        Path("benchmarks/results/kernel_resources.csv"), help="Rows are appended."
+    ),
+) -> None:
+    """Compile every kernel and append what it takes."""
+    wanted = {name: launch for name, launch in launches().items() if only in name}
+    if not wanted:
+        raise SystemExit(f"error: no launch holds {only!r}; known are {', '.join(launches())}")
+    for name, launch in tqdm(wanted.items(), desc="compile", unit="variant"):
+        with recorded() as calls:
+            launch()
+        for kernel, args, settings in calls:
+            rows = [
+                {"kernel": kernel.fn.__name__, "variant": name}
+                | {"target": target}
+                | resources(kernel, args, settings, target)
+                | origin("triton")
+                for target in TARGETS
+            ]
+            append_rows(out, rows)
+
+
+def launches() -> dict[str, Launch]:
+    """Return calls that launch every variant, by name; tensors have shapes and no content."""
+    found: dict[str, Launch] = {}
+    for dtype, rows in ((t, r) for t in TYPES if t.is_floating_point for r in (1, 8, 64)):
+        key, x = f"{TYPES[dtype]} rows={rows}", empty(rows, IN, dtype=dtype)
+        every = dtype == torch.bfloat16
+        for number, (K, d) in enumerate(CODEBOOKS if every else CODEBOOKS[:1]):
+            stored = (torch.int8, torch.float16)[number % 2]
+            name = f"codebook_matmul {key} K={K} d={d} {TYPES[stored]}"
+            found[name] = codebook_launch(x, K, d, stored)
+        for bits in range(1, 9) if every and rows != 8 else (4,):
+            found[f"quantized_matmul {key} bits={bits} group=128"] = quantized_launch(x, bits, 128)
+        found[f"low_rank_matmul {key}"] = low_rank_launch(x)
+        found[f"delta_matmul {key}"] = delta_launch(x)
+    found["quantized_matmul bf16 rows=8 bits=4 group=100"] = quantized_launch(
+        empty(8, IN, dtype=torch.bfloat16), 4, 100
+    )
+    for number, (K, d) in enumerate(CODEBOOKS):
+        dtype = (torch.bfloat16, torch.float16, torch.float32)[number % 3]
+        name = f"codebook_grad {TYPES[dtype]} rows=2048 K={K} d={d}"
+        found[name] = grad_launch(empty(2048, IN, dtype=dtype), K, d)
+    for d in (2, 3, 4, 8, 16):
+        found[f"kmeans fp32 d={d}"] = kmeans_launch(d)
+    return found
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """Return a tensor that is a shape only."""
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def codebook_launch(x: Tensor, K: int, d: int, stored: torch.dtype) -> Launch:
+    """Return a product with a weight of one codebook."""
+    codes, codebook = codes_of(K, d), empty(K, d, dtype=stored)
+    scales = empty(OUT, dtype=torch.float16)
+    return lambda: codebook_matmul_triton(x, codes, codebook, scales, OUT)
+
+
+def grad_launch(x: Tensor, K: int, d: int) -> Launch:
+    """Return the gradient of one codebook."""
+    gradient = empty(x.shape[0], OUT, dtype=x.dtype)
+    return lambda: codebook_grad_triton(x, gradient, codes_of(K, d), K, d)
+
+
+def codes_of(K: int, d: int) -> Tensor:
+    """Return packed codes of the weight."""
+    return empty(packed_size(IN * -(-OUT // d), max(1, (K - 1).bit_length())))
+
+
+def quantized_launch(x: Tensor, bits: int, group: int) -> Launch:
+    """Return a product with a group-quantized weight."""
+    groups = -(-IN // group)
+    codes, zeros = empty(packed_size(OUT * IN, bits)), empty(packed_size(OUT * groups, bits))
+    scales = empty(OUT, groups, dtype=torch.float16)
+    return lambda: quantized_matmul_triton(x, codes, scales, zeros, bits, group)
+
+
+def low_rank_launch(x: Tensor) -> Launch:
+    """Return a product with two factors."""
+    A, B = empty(OUT, 1024, dtype=torch.bfloat16), empty(1024, IN, dtype=torch.bfloat16)
+    return lambda: low_rank_matmul_triton(x, A, B)
+
+
+def delta_launch(x: Tensor) -> Launch:
+    """Return the delta of one tenant for all rows."""
+
+    def vectors(length: int) -> PackedVectors:
+        count = -(-length // 128)
+        scales = torch.empty(16, count, dtype=torch.float16)
+        return PackedVectors(
+            torch.empty(packed_size(16 * length, 3), dtype=torch.uint8),
+            scales,
+            torch.empty(packed_size(16 * count, 3), dtype=torch.uint8),
+        )
+
+    delta = [TripletGroup(3, vectors(IN), vectors(OUT), torch.empty(16))]
+    tables = work_tables([delta], [0] * len(x))
+    y = empty(len(x), OUT, dtype=x.dtype)
+    return lambda: delta_matmul_triton(x, y, tables, 128)
+
+
+def kmeans_launch(d: int) -> Launch:
+    """Return an assignment of ten million points."""
+    points, centroids = (empty(n, d, dtype=torch.float32) for n in (10**7, 65536))
+    return lambda: nearest_centroid_triton(points, centroids)
+
+
+Call = tuple[JITFunction, tuple[Any, ...], dict[str, Any]]
+
+
+@contextmanager
+def recorded() -> Iterator[list[Call]]:
+    """Note launches of kernels instead of running them."""
+    calls: list[Call] = []
+    run = JITFunction.run
+
+    def note(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **settings: Any) -> None:
+        del grid, warmup
+        calls.append((kernel, args, settings))
+
+    JITFunction.run = note
+    try:
+        yield calls
+    finally:
+        JITFunction.run = run
+
+
+def resources(
+    kernel: JITFunction, args: tuple[Any, ...], settings: dict[str, Any], target: str
+) -> dict[str, Any]:
+    """Compile a launch and return what a program takes, and how many fit on a multiprocessor."""
+    values = dict(zip(kernel.arg_names, args, strict=False)) | settings
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for place, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[place,] = value
+            continue
+        is_tensor = isinstance(value, Tensor)
+        signature[parameter.name] = f"*{TYPES[value.dtype]}" if is_tensor else "i32"
+        if is_tensor or value % 16 == 0:  # as at a launch: allocations are aligned
+            attributes[place,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", TARGETS[target], 32))
+    registers, spilled = assembled(compiled.asm["cubin"])
+    shared, threads = int(compiled.metadata.shared), 32 * int(compiled.metadata.num_warps)
+    programs = min(
+        REGISTERS // (max(1, registers) * threads),
+        SHARED[target] // max(1, shared),
+        2048 // threads,
+    )
+    return {
+        "registers": registers,
+        "spilled_bytes": spilled,
+        "shared_bytes": shared,
+        "threads": threads,
+        "programs_per_multiprocessor": programs,
+    }
+
+
+def assembled(cubin: bytes) -> tuple[int, int]:
+    """Return registers of a thread and bytes of its stack, where spills go."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
+    if found is None:
+        raise SystemExit(f"error: {tool} tells no registers: {told}")
+    return int(found[1]), int(found[2])
+
+
+if __name__ == "__main__":
+    typer.run(main)

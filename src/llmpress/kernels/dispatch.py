@@ -1,0 +1,61 @@
+"""Which implementation of an operation runs: Triton's on a GPU, plain torch elsewhere."""
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["triton", "reference"]
+
+_forced: Backend | None = None
+
+
+@contextmanager
+def use_backend(name: Backend) -> Iterator[None]:
+    """Force one implementation of every operation until the context ends: for tests.
+
+    ``triton`` on the CPU needs Triton's interpreter: TRITON_INTERPRET=1 in the environment before
+    the first kernel is imported.
+    """
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Whether operations on ``x`` run in Triton."""
+    if _forced is not None:
+        return _forced == "triton"
+    return x.is_cuda and has_triton()
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed; torch for CUDA brings it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def num_processors(device: torch.device) -> int:
+    """Return the streaming multiprocessors of a GPU; 1 for a CPU, where Triton is interpreted."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def num_splits(programs: int, most: int, device: torch.device) -> int:
+    """Return into how many parts a sum is split so that two programs per multiprocessor run.
+
+    Args:
+        programs: How many there are without a split.
+        most: Parts that still have enough work each.
+        device: Where they run.
+    """
+    return max(1, min(most, -(-2 * num_processors(device) // programs)))

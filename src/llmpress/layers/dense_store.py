@@ -1,0 +1,90 @@
+"""Dense weights of compressed layers that are kept between calls, up to a limit of bytes.
+
+Where no kernel computes from packed weights, on a CPU, a layer has to unpack its weight for every
+call. With a store it does so once, as long as there is room. A layer that finds none unpacks again:
+nothing is evicted, since layers are called in turn and every one of them would have been evicted by
+the time it is called again.
+"""
+
+import os
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]  # its stubs are a package of their own
+import torch
+from torch import Tensor
+
+LIMIT = "LLMPRESS_DENSE_BYTES"
+"""Environment variable with the limit of each model, in bytes; 0 to keep nothing."""
+
+Weights = tuple[Tensor, ...]
+
+
+class DenseStore:
+    """What the layers of one model keep.
+
+    Args:
+        limit: Bytes; by default those of the environment, else half of the memory that is
+            available at the first call.
+
+    Raises:
+        ValueError: A limit in the environment that is no number of bytes.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self._limit = _limit_of_environment() if limit is None else limit
+        self._kept: weakref.WeakKeyDictionary[Any, tuple[tuple[Any, ...], Weights]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    @property
+    def limit(self) -> int:
+        """Bytes that may be kept."""
+        if self._limit is None:
+            self._limit = psutil.virtual_memory().available // 2
+        return self._limit
+
+    @property
+    def held(self) -> int:
+        """Bytes that are kept."""
+        return sum(t.nbytes for _, weights in self._kept.values() for t in weights)
+
+    def weights(
+        self,
+        layer: Any,
+        stored: Iterable[Tensor],
+        dtype: torch.dtype,
+        build: Callable[[], Weights],
+    ) -> Weights:
+        """Return what ``build`` makes, from an earlier call if nothing has changed since.
+
+        Args:
+            layer: Whose weights.
+            stored: The tensors that they are made of.
+            dtype: In which they are needed.
+            build: Makes them.
+        """
+        state = (dtype, *((t.data_ptr(), -1 if t.is_inference() else t._version) for t in stored))
+        found = self._kept.get(layer)
+        if found is not None and found[0] == state:
+            return found[1]
+        self._kept.pop(layer, None)
+        with torch.inference_mode(mode=False), torch.no_grad():  # so that gradients may pass later
+            made = build()
+        if self.held + sum(t.nbytes for t in made) <= self.limit:
+            self._kept[layer] = state, made
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DenseStore":
+        """Return an empty store of the same limit: for a copy of the model."""
+        return DenseStore(self._limit)
+
+
+def _limit_of_environment() -> int | None:
+    told = os.environ.get(LIMIT)
+    if told is None:
+        return None
+    if not told.isdecimal():
+        raise ValueError(f"{LIMIT}={told}: give a number of bytes, 0 to keep no dense weights")
+    return int(told)

@@ -1,0 +1,86 @@
+"""Models compute through the kernels without being told, and give what they give without them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_artifacts import Make
+from torch import Tensor
+
+from llmpress.delta_bank import DeltaBank
+from llmpress.delta_compression import compress_delta_artifact
+from llmpress.finetuning.trainables import compressed_parameters, training
+from llmpress.hf import load_model
+from llmpress.kernels import dispatch
+from llmpress.kernels.dispatch import use_backend
+from llmpress.layers import CompressedLinear
+from llmpress.methods.delta_come import DeltaCoMe
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted")
+
+
+@pytest.mark.parametrize("method", ["rtn", "cluscomp", "svd"])
+def test_packed_models_compute_through_kernels(
+    method: str, compressed: Make, tiny_windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(compressed(method))
+    tokens = tiny_windows[:2, :3]
+    with torch.no_grad():
+        expected = model(tokens).logits
+        monkeypatch.setattr(CompressedLinear, "dequantize", None)  # nothing dense is rebuilt
+        with use_backend("triton"):
+            found = model(tokens).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_codebooks_are_finetuned_through_kernels(compressed: Make, tiny_windows: Tensor) -> None:
+    tokens, gradients = tiny_windows[:1, :4], []
+    for backend in ("reference", "triton"):
+        model = load_model(compressed("cluscomp"))
+        parameters = compressed_parameters(model, norms=False)
+        with use_backend(backend), training(model, parameters):
+            model(tokens, labels=tokens).loss.backward()
+        gradients.append({name: p.grad for name, p in parameters.items()})
+    for name, gradient in gradients[0].items():
+        size = float(gradient.abs().max())
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-3 * size)
+
+
+def test_rows_of_several_tenants_go_through_one_kernel(
+    tiny_model_folder: Path, tiny_delta: Path, tiny_windows: Tensor, tmp_path: Path
+) -> None:
+    folders = []
+    for bits in (4.0, 2.0):
+        folders.append(tmp_path / str(bits))
+        compress_delta_artifact(
+            tiny_delta,
+            folders[-1],
+            method_name="delta_come",
+            method=DeltaCoMe(bits=bits, group_size=16, allocation="matrix"),
+            calibration=None,
+            seed=0,
+            device=torch.device("cpu"),
+            scratch=tmp_path / "scratch",
+        )
+    tokens = tiny_windows[:3, :2]
+    with DeltaBank(load_model(tiny_model_folder)) as bank, torch.no_grad():
+        for folder in folders:
+            bank.add(folder.name, folder)
+        plain = bank.model(tokens).logits
+        bank.use([folders[1].name, None, folders[0].name])
+        expected = bank.model(tokens).logits
+        with use_backend("triton"):
+            found = bank.model(tokens).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[1], plain[1])
+    assert float((found - plain)[[0, 2]].abs().max()) > 1e-3
+
+
+def test_without_a_gpu_nothing_runs_in_triton() -> None:
+    assert not dispatch.uses_triton(torch.zeros(1))
+    with use_backend("triton"):
+        assert dispatch.uses_triton(torch.zeros(1))
+        with use_backend("reference"):
+            assert not dispatch.uses_triton(torch.zeros(1))
+    assert not dispatch.uses_triton(torch.zeros(1))
