@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llmpress.export import export_dense, export_factors
     from llmpress.hf import dequantized, load_model, load_tokenizer
     from llmpress.hub_artifacts import fetch_artifact, push_artifact
+    from llmpress.layers import dense_bytes
     from llmpress.model_compression import compress_model
     from llmpress.runs import build_method
 
@@ -31,6 +32,7 @@ _WHERE = {
     "LLMPressError": "llmpress.errors",
     "build_method": "llmpress.runs",
     "compress_model": "llmpress.model_compression",
+    "dense_bytes": "llmpress.layers",
     "dequantized": "llmpress.hf",
     "export_dense": "llmpress.export",
     "export_factors": "llmpress.export",
@@ -48,6 +50,7 @@ __all__ = [
     "LLMPressError",
     "build_method",
     "compress_model",
+    "dense_bytes",
     "dequantized",
     "export_dense",
     "export_factors",

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_artifacts import Make
 
+from llmpress.errors import ConfigError
 from llmpress.hf import load_model
 from llmpress.layers import CodebookLinear, CompressedLinear, DenseStore, dense_bytes, keep_dense
 from llmpress.layers.dense_store import LIMIT
@@ -109,7 +110,7 @@ def test_the_environment_sets_the_limit(compressed: Make, monkeypatch: pytest.Mo
         model(torch.arange(4).view(1, 4))
     assert dense_bytes(model) == 0
     monkeypatch.setenv(LIMIT, "a lot")
-    with pytest.raises(ValueError, match="LLMPRESS_DENSE_BYTES=a lot: give a number of bytes"):
+    with pytest.raises(ConfigError, match="LLMPRESS_DENSE_BYTES=a lot: give a number of bytes"):
         DenseStore()
 
 

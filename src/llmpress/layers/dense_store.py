@@ -15,6 +15,8 @@ import psutil  # type: ignore[import-untyped]  # its stubs are a package of thei
 import torch
 from torch import Tensor
 
+from llmpress.errors import ConfigError
+
 LIMIT = "LLMPRESS_DENSE_BYTES"
 """Environment variable with the limit of each model, in bytes; 0 to keep nothing."""
 
@@ -29,7 +31,7 @@ class DenseStore:
             available at the first call.
 
     Raises:
-        ValueError: A limit in the environment that is no number of bytes.
+        ConfigError: A limit in the environment that is no number of bytes.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -86,5 +88,5 @@ def _limit_of_environment() -> int | None:
     if told is None:
         return None
     if not told.isdecimal():
-        raise ValueError(f"{LIMIT}={told}: give a number of bytes, 0 to keep no dense weights")
+        raise ConfigError(f"{LIMIT}={told}: give a number of bytes, 0 to keep no dense weights")
     return int(told)
