@@ -56,6 +56,7 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], bool]] = {
         False,
     ),
     "delta_come, weight basis, plan": ("delta_come", {"basis": "weight"}, False),
+    "delta_come, output basis": ("delta_come", {"basis": "output"}, False),
     "delta_come, dampened": ("delta_come", {"dampening": 0.3}, False),
     "delta_come, dampened .95": ("delta_come", {"dampening": 0.95}, False),
     "delta_come, paper": ("delta_come", PAPER, True),
