@@ -59,7 +59,9 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], bool]] = {
     "delta_come, output basis": ("delta_come", {"basis": "output"}, False),
     "delta_come, dampened": ("delta_come", {"dampening": 0.3}, False),
     "delta_come, dampened .95": ("delta_come", {"dampening": 0.95}, False),
+    "delta_come, searched range": ("delta_come", {"search_range": True}, False),
     "delta_come, paper": ("delta_come", PAPER, True),
+    "delta_come, distilled": ("delta_come", {}, False),
     "svd": ("svd", {}, False),
     "svd, whitened": ("svd", {"whiten": True}, False),
     "dare": ("magnitude", {"mode": "dare"}, False),
@@ -81,7 +83,9 @@ DISTILLATION = FinetuningSettings(
     windows=200,
     held_out=15,
 )
-"""Of BitDelta's scales, on the texts of calibration; the paper: 200 steps."""
+"""Of the scales, on the texts of calibration; BitDelta's paper: 200 steps."""
+DISTILLED = ", distilled"
+"""Ends the label of what is distilled; the rest of it is the start's."""
 
 
 def main(
@@ -139,11 +143,12 @@ def main(
                 continue
         else:
             settings = {**settings, "bits": budget}
-        title = f"{label} {budget:g}" if method in BUDGETED else label
+        budgeted = f" {budget:g}" if method in BUDGETED else ""
+        title = f"{label}{budgeted}"
         if (name, title, called) in known:
             continue
-        folder = work / name / f"{title.replace(',', '').replace(' ', '-')}-{called}"
-        made = work / name / f"bitdelta-{called}" if label == "bitdelta, distilled" else folder
+        folder = work / name / _folder_name(title, called)
+        made = work / name / _folder_name(label.removesuffix(DISTILLED) + budgeted, called)
         if not is_done(made):
             compress_delta_artifact(
                 delta,
@@ -172,6 +177,10 @@ def main(
                 scratch=work / "scratch",
             )
         append_rows(out, [judge.row(name, title, folder, base, calibration, called)])
+
+
+def _folder_name(title: str, called: str) -> str:
+    return f"{title.replace(',', '').replace(' ', '-')}-{called}"
 
 
 class Judge:

@@ -5,9 +5,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from llmpress.finetuning.rebuilt import rebuilding
-from llmpress.layers import CodebookLinear, CompressedLinear, LowRankLinear, QuantizedLinear
+from llmpress.layers import (
+    CodebookLinear,
+    CompressedLinear,
+    DenseStore,
+    LowRankLinear,
+    MixedLowRankLinear,
+    QuantizedLinear,
+)
+from llmpress.layers.mixed_low_rank import Vectors
 
 SHAPES = [(12, 8, 4), (7, 10, 3), (1, 1, 1), (33, 5, 8)]
 
@@ -80,6 +89,67 @@ def test_no_dense_weight_is_kept() -> None:
     assert max(kept_between_passes(layer, x)) >= 40 * 48 // 4
     with rebuilding(layer):
         assert max(kept_between_passes(layer, x)) <= x.numel()
+
+
+def triplets(*, bias: bool = False) -> MixedLowRankLinear:
+    """Three triplets at 4 bits and two unquantized ones, everything that may train training."""
+    quantized = [
+        Vectors(
+            torch.randint(16, (3, n)), torch.rand(3, -(-n // 8)), torch.full((3, -(-n // 8)), 7)
+        )
+        for n in (20, 12)
+    ]
+    plain = [Vectors(torch.randn(2, n)) for n in (20, 12)]
+    layer = MixedLowRankLinear.from_vectors(
+        [plain[0], quantized[0]],
+        [plain[1], quantized[1]],
+        torch.rand(5),
+        0.25,
+        num_bits=[16, 4],
+        group_size=8,
+        shape=(12, 20),
+    )
+    if bias:
+        layer.bias = nn.Parameter(torch.randn(12))
+    for name in layer.trainable:
+        parameter = layer.get_parameter(name)
+        parameter.data = parameter.data.float()
+        parameter.requires_grad = True
+    return layer
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_factors_give_what_the_dense_weight_gives(bias: bool) -> None:
+    layer = triplets(bias=bias)
+    assert layer.trainable == ("V0", "U0", "V1_scales", "U1_scales")
+    trained = [layer.get_parameter(name) for name in layer.trainable]
+    x, upstream = torch.randn(2, 3, 20, requires_grad=True), torch.randn(2, 3, 12)
+    dense = functional.linear(x, layer.dequantize(), layer.bias)
+    expected = torch.autograd.grad(dense, [x, *trained], upstream)
+    with rebuilding(layer):
+        y = layer(x)
+        found = torch.autograd.grad(y, [x, *trained], upstream)
+    torch.testing.assert_close(y, dense)
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+
+
+def test_factors_are_unpacked_again_for_the_backward_pass() -> None:
+    layer, x = triplets(), torch.randn(2, 20, requires_grad=True)
+    assert max(kept_between_passes(layer, x)) >= 5 * 12
+    with rebuilding(layer):
+        assert max(kept_between_passes(layer, x), default=0) <= x.numel()
+
+
+def test_no_factors_are_kept_while_their_values_may_be_replaced() -> None:
+    layer, x = triplets(), torch.randn(2, 20)
+    layer.dense_store = DenseStore(1 << 20)
+    with torch.no_grad(), rebuilding(layer):
+        layer(x)
+        assert layer.dense_store.held == 0
+    with torch.no_grad():
+        layer(x)
+    assert layer.dense_store.held > 0
 
 
 def test_layers_without_anything_to_train_pass_gradients_on() -> None:

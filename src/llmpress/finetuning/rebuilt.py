@@ -4,10 +4,10 @@ Autograd would keep the dense weight of every layer from the forward to the back
 model, which compression is there to avoid. Here a layer's weight exists while the layer computes,
 and once more while its gradient does. The gradient of an entry of a table (a codebook) is the sum
 over the vectors that use it, ``dL/dtable[k] = sum over n with codes[n] = k of dL/dv_n``, added up
-row by row.
+row by row. Of singular triplets the two factors are unpacked again, and no weight is formed at all.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,9 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from llmpress.kernels.dispatch import uses_triton
-from llmpress.layers import CodebookLinear, CompressedLinear, LowRankLinear, QuantizedLinear
+from llmpress.layers import (
+    CodebookLinear,
+    CompressedLinear,
+    LowRankLinear,
+    MixedLowRankLinear,
+    QuantizedLinear,
+)
+from llmpress.layers.mixed_low_rank import through_factors
 
 
 @contextmanager
@@ -37,7 +45,8 @@ def rebuilding(model: nn.Module) -> Iterator[None]:
         and not (isinstance(layer, with_kernel) and uses_triton(layer.codes))
     ]
     for layer in layers:
-        layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
+        product = _factors_product if isinstance(layer, MixedLowRankLinear) else _dense_product
+        layer.forward = partial(_forward, layer, product)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -45,10 +54,26 @@ def rebuilding(model: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
-def _forward(layer: CompressedLinear, x: Tensor) -> Tensor:
+def _forward(
+    layer: CompressedLinear, product: Callable[[Any, Tensor], Tensor], x: Tensor
+) -> Tensor:
+    output = product(layer, x)
+    return output if layer.bias is None else output + layer.bias.to(output.dtype)
+
+
+def _dense_product(layer: CompressedLinear, x: Tensor) -> Tensor:
     trained = [getattr(layer, name) for name in layer.trainable]
     output: Tensor = _Rebuilt.apply(x, layer, *trained)  # type: ignore[no-untyped-call]
-    return output if layer.bias is None else output + layer.bias.to(output.dtype)
+    return output
+
+
+def _factors_product(layer: MixedLowRankLinear, x: Tensor) -> Tensor:
+    def product(x: Tensor) -> Tensor:
+        A, V = layer.factors()
+        return through_factors(x, A.to(x.dtype), V.to(x.dtype))
+
+    output: Tensor = checkpoint(product, x, use_reentrant=False, preserve_rng_state=False)
+    return output
 
 
 class _Rebuilt(torch.autograd.Function):

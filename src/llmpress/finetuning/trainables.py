@@ -45,7 +45,7 @@ def delta_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         ConfigError: No layer holds anything that may train.
     """
     layers = {n: m.delta for n, m in model.named_modules() if isinstance(m, AdaptedLinear)}
-    return _of_layers(layers, "the delta's layers", "a bitdelta run")
+    return _of_layers(layers, "the delta's layers", "a bitdelta or delta_come run")
 
 
 def _of_layers(

@@ -39,6 +39,9 @@ class Vectors(NamedTuple):
 class MixedLowRankLinear(CompressedLinear):
     """Two thin linears in a row per group of singular triplets; the dense weight is never formed.
 
+    What may train are the scales of the vectors; unquantized vectors train themselves. ``σ`` stays:
+    it would only repeat what they do, and its entries differ by orders of magnitude.
+
     Args:
         groups: ``{"rank": r_g, "num_bits": b_g}`` per group, ``b_g`` 1 to 8, or 16 for plain fp16.
         group_size: Consecutive channels of a singular vector that share a scale and a zero point.
@@ -71,6 +74,11 @@ class MixedLowRankLinear(CompressedLinear):
                 )
             for side, length in (("V", in_features), ("U", out_features)):
                 self._register(f"{side}{index}", rank, length, num_bits)
+        self.trainable = tuple(
+            f"{side}{index}" if num_bits == UNQUANTIZED else f"{side}{index}_scales"
+            for index, (_, num_bits) in enumerate(self.groups)
+            for side in ("V", "U")
+        )
         self.sigma = frozen(torch.empty(self.rank, dtype=torch.float16))
         self.scale = frozen(torch.empty(1, dtype=torch.float32))
 
@@ -163,8 +171,7 @@ class MixedLowRankLinear(CompressedLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """Return ``x Wᵀ``, ``[..., out]``, through the two thin factors."""
-        A, V = self.unpacked(x.dtype)
-        return functional.linear(functional.linear(x, V), A)
+        return through_factors(x, *self.unpacked(x.dtype))
 
     def _unpack_weights(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         A, V = self.factors()
@@ -187,6 +194,11 @@ class MixedLowRankLinear(CompressedLinear):
             self.get_parameter(f"{name}_scales"),
             self.get_buffer(f"{name}_zero_points"),
         )
+
+
+def through_factors(x: Tensor, A: Tensor, V: Tensor) -> Tensor:
+    """Return ``(x Vᵀ) Aᵀ`` for ``x [..., in]``, ``A [out, rank]``, ``V [rank, in]``."""
+    return functional.linear(functional.linear(x, V), A)
 
 
 def dequantize_vectors(vectors: Vectors, group_size: int) -> Tensor:

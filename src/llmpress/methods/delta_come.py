@@ -77,7 +77,7 @@ class DeltaCoMe(Method):
     allocation: Literal["model", "matrix", "greedy", "fixed"] = "model"
     ranks: tuple[int, ...] | None = None
     group_size: int = 128
-    search_range: bool = True
+    search_range: bool = False
     basis: Literal["loss", "output", "weight"] = "loss"
     correct_left: bool = True
     act_order: bool = True
