@@ -42,21 +42,18 @@ PAPER = {
     "precisions": [8, 3, 2],
     "allocation": "fixed",
     "ranks": [2, 32],
-    "search_range": False,
-    "basis": "weight",
     "correct_left": False,
 }
 METHODS: Mapping[str, tuple[str, Mapping[str, Any], bool]] = {
     "delta_come": ("delta_come", {}, False),
     "delta_come, sequential": ("delta_come", {}, True),
-    "delta_come, same bits": ("delta_come", {"allocation": "matrix"}, False),
-    "delta_come, weight basis": (
+    "delta_come, plan": ("delta_come", {"allocation": "model"}, False),
+    "delta_come, output basis": ("delta_come", {"basis": "output"}, False),
+    "delta_come, loss basis, plan": (
         "delta_come",
-        {"basis": "weight", "allocation": "matrix"},
+        {"basis": "loss", "allocation": "model"},
         False,
     ),
-    "delta_come, weight basis, plan": ("delta_come", {"basis": "weight"}, False),
-    "delta_come, output basis": ("delta_come", {"basis": "output"}, False),
     "delta_come, dampened": ("delta_come", {"dampening": 0.3}, False),
     "delta_come, dampened .95": ("delta_come", {"dampening": 0.95}, False),
     "delta_come, searched range": ("delta_come", {"search_range": True}, False),

@@ -52,19 +52,19 @@ class DeltaCoMe(Method):
         bits: Budget in bits per weight, everything stored included; with ``allocation: model`` over
             all matrices together, otherwise of each one.
         precisions: Bits of the groups of triplets, falling; 1 to 8, or 16 for fp16.
-        allocation: Who decides how many triplets get which precision. ``model``: a program of the
-            least expected rise of the loss over all matrices, each as ``matrix`` within;
-            ``matrix``: the least expected error of each matrix's outputs; ``greedy``: a search on
-            the error measured on the calibration inputs, the paper's; ``fixed``: ``ranks``.
+        allocation: Who decides how many triplets get which precision. ``matrix``: a program of the
+            least expected error of each matrix, all with the same bits; ``model``: another one
+            above it, over all matrices, which gives each half to double the bits; ``greedy``: a
+            search on the error measured on the calibration inputs, the paper's; ``fixed``:
+            ``ranks``.
         ranks: With ``fixed``, number of triplets of every group but the last, for matrices of width
             4096 and in proportion for narrower ones; the last group takes the rest of the budget.
         group_size: Consecutive channels of a singular vector that share a scale and a zero point.
         search_range: Whether the range of a grid is the one with the least squared error instead of
             the smallest to the largest entry.
-        basis: Directions in which the delta is cut into triplets: ``loss``: those of the layer's
-            outputs on calibration inputs, each output weighted by how much the loss feels it, as
-            far as that was measured; ``output``: all outputs alike; ``weight``: those of the delta
-            itself.
+        basis: Directions in which the delta is cut into triplets: ``weight``: those of the delta
+            itself; ``output``: those of the layer's outputs on calibration inputs; ``loss``: the
+            same, each output weighted by how much the loss feels it, as far as that was measured.
         correct_left: Whether the left vectors are solved for anew once the right ones are rounded.
         act_order: Whether error feedback goes from the largest inputs to the smallest.
         dampening: Added to the diagonal of ``H``, as a fraction of its mean.
@@ -74,11 +74,11 @@ class DeltaCoMe(Method):
 
     bits: float = 1.0
     precisions: tuple[int, ...] = (8, 5, 4, 3, 2)
-    allocation: Literal["model", "matrix", "greedy", "fixed"] = "model"
+    allocation: Literal["matrix", "model", "greedy", "fixed"] = "matrix"
     ranks: tuple[int, ...] | None = None
     group_size: int = 128
     search_range: bool = False
-    basis: Literal["loss", "output", "weight"] = "loss"
+    basis: Literal["weight", "output", "loss"] = "weight"
     correct_left: bool = True
     act_order: bool = True
     dampening: float = 0.01
@@ -96,9 +96,9 @@ class DeltaCoMe(Method):
             raise ValueError(
                 f"precisions={list(self.precisions)}: falling numbers, 1 to 8 or 16, are needed"
             )
-        if self.allocation not in ("model", "matrix", "greedy", "fixed"):
+        if self.allocation not in ("matrix", "model", "greedy", "fixed"):
             raise ValueError(
-                f"allocation={self.allocation!r}: allowed are 'model', 'matrix', 'greedy', 'fixed'"
+                f"allocation={self.allocation!r}: allowed are 'matrix', 'model', 'greedy', 'fixed'"
             )
         if (self.ranks is not None) != (self.allocation == "fixed"):
             raise ValueError(
@@ -114,8 +114,8 @@ class DeltaCoMe(Method):
             )
         if self.group_size < 1:
             raise ValueError(f"group_size={self.group_size}: must be positive")
-        if self.basis not in ("loss", "output", "weight"):
-            raise ValueError(f"basis={self.basis!r}: allowed are 'loss', 'output' and 'weight'")
+        if self.basis not in ("weight", "output", "loss"):
+            raise ValueError(f"basis={self.basis!r}: allowed are 'weight', 'output' and 'loss'")
         if not 0 <= self.dampening < 1:
             raise ValueError(f"dampening={self.dampening}: allowed are 0 to below 1")
 
