@@ -10,6 +10,7 @@ already is not made or measured again.
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], bool]] = {
     "delta_come, dampened .95": ("delta_come", {"dampening": 0.95}, False),
     "delta_come, searched range": ("delta_come", {"search_range": True}, False),
     "delta_come, paper": ("delta_come", PAPER, True),
-    "delta_come, distilled": ("delta_come", {}, False),
+    "delta_come, plan, distilled": ("delta_come", {"allocation": "model"}, False),
     "svd": ("svd", {}, False),
     "svd, whitened": ("svd", {"whiten": True}, False),
     "dare": ("magnitude", {"mode": "dare"}, False),
@@ -73,14 +74,16 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], bool]] = {
 BUDGETED = ("delta_come", "svd", "magnitude")
 DISTILLATION = FinetuningSettings(
     steps=100,
-    learning_rate=1e-2,
+    learning_rate=0.01,
     objective="distillation",
     length=128,
     batch_size=4,
     windows=200,
     held_out=15,
 )
-"""Of the scales, on the texts of calibration; BitDelta's paper: 200 steps."""
+"""Of scales, on the texts of calibration; BitDelta's paper: 200 steps."""
+RATES = {"bitdelta": 1e-2, "delta_come": 3e-3}
+"""One scale for a matrix moves further than 200,000 of all vectors may."""
 DISTILLED = ", distilled"
 """Ends the label of what is distilled; the rest of it is the start's."""
 
@@ -135,10 +138,9 @@ def main(
             append_rows(out, [judge.row(name, "base", None, base)])
     for label, budget in tqdm([(m, b) for b in bits for m in methods], desc=name, unit="setting"):
         method, settings, sequential = METHODS[label]
-        if method not in BUDGETED:
-            if budget != max(bits):
-                continue
-        else:
+        if budget != max(bits) and (method not in BUDGETED or label.endswith(DISTILLED)):
+            continue
+        if method in BUDGETED:
             settings = {**settings, "bits": budget}
         budgeted = f" {budget:g}" if method in BUDGETED else ""
         title = f"{label}{budgeted}"
@@ -159,13 +161,14 @@ def main(
                 scratch=work / "scratch",
             )
         if not is_done(folder):
+            training = replace(DISTILLATION, learning_rate=RATES[method])
             finetune_artifact(
                 made,
                 finetuned,
                 folder,
                 trains="delta",
-                settings=DISTILLATION,
-                data=lambda tokenizer: text_data(texts, tokenizer, DISTILLATION, seed),
+                settings=training,
+                data=lambda tokenizer, t=training: text_data(texts, tokenizer, t, seed),
                 inputs={},
                 described={"texts": list(texts)},
                 seed=seed,

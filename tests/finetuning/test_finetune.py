@@ -114,21 +114,25 @@ def test_only_what_may_train_changes_and_the_loss_falls(
     assert record["trainable_share"] == count / record["model_parameters"]
 
 
-@pytest.fixture(scope="module")
-def signs(tiny_delta: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny delta as signs and scales."""
-    root = tmp_path_factory.mktemp("signs")
+def compressed_delta(delta: Path, out: Path, method: str, settings: dict[str, Any]) -> Path:
     compress_delta_artifact(
-        tiny_delta,
-        root / "signs",
-        method_name="bitdelta",
-        method=build_method("bitdelta", {"scale": "mean"}, "signs"),
+        delta,
+        out,
+        method_name=method,
+        method=build_method(method, settings, out.name),
         calibration=None,
         seed=0,
         device=torch.device("cpu"),
-        scratch=root / "scratch",
+        scratch=out.parent / "scratch",
     )
-    return root / "signs"
+    return out
+
+
+@pytest.fixture(scope="module")
+def signs(tiny_delta: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny delta as signs and scales."""
+    out = tmp_path_factory.mktemp("signs") / "signs"
+    return compressed_delta(tiny_delta, out, "bitdelta", {"scale": "mean"})
 
 
 @pytest.fixture
@@ -177,6 +181,24 @@ def test_of_a_delta_only_the_scales_change_and_it_comes_closer(distill: Tune, si
     provenance = read_provenance(out)
     assert provenance["inputs"].keys() == {"start", "model", "base"}
     assert (provenance["stage"], provenance["settings"]["method"]) == ("train", "bitdelta")
+
+
+def test_of_singular_triplets_the_scales_of_the_vectors_change(
+    distill: Tune, tiny_delta: Path, tmp_path: Path
+) -> None:
+    settings = {"bits": 1.0, "precisions": [4, 2], "group_size": 32}
+    start = compressed_delta(tiny_delta, tmp_path / "triplets", "delta_come", settings)
+    out = distill(start=start)
+    old, new = (load_file(folder / "delta.safetensors") for folder in (start, out))
+    assert {n: (t.dtype, t.shape) for n, t in old.items()} == {
+        n: (t.dtype, t.shape) for n, t in new.items()
+    }
+    changed = {name for name in old if (old[name] != new[name]).any()}
+    scales = {name for name in old if name.endswith("_scales")}
+    assert changed == scales
+    record = read_json(out / "training.json")
+    assert record["loss_after"] < 0.97 * record["loss_before"]
+    assert record["trainable_parameters"] == sum(old[name].numel() for name in scales)
 
 
 def test_the_loss_of_a_delta_is_that_of_the_loaded_result(
