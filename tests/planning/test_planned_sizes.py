@@ -27,7 +27,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("bitdelta", {}),
     ("cluscomp", {"bits": 6.0, "iterations": 2}),
     ("cluscomp", {"num_entries": 5, "vector_size": 3, "iterations": 1}),
-    ("delta_come", {"bits": 3.0}),
+    ("delta_come", {"bits": 3.0, "precisions": [3, 2]}),
     ("gptq", {"num_bits": 3, "group_size": 48}),
     ("lillama", {"reduction": 0.3, "strategy": "uniform"}),
     ("lillama", {"reduction": 0.3, "rank_step": 2}),
