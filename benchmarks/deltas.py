@@ -10,7 +10,6 @@ already is not made or measured again.
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], bool]] = {
     "delta_come, dampened .95": ("delta_come", {"dampening": 0.95}, False),
     "delta_come, searched range": ("delta_come", {"search_range": True}, False),
     "delta_come, paper": ("delta_come", PAPER, True),
-    "delta_come, plan, distilled": ("delta_come", {"allocation": "model"}, False),
+    "delta_come, distilled": ("delta_come", {}, False),
     "svd": ("svd", {}, False),
     "svd, whitened": ("svd", {"whiten": True}, False),
     "dare": ("magnitude", {"mode": "dare"}, False),
@@ -74,7 +73,7 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], bool]] = {
 BUDGETED = ("delta_come", "svd", "magnitude")
 DISTILLATION = FinetuningSettings(
     steps=100,
-    learning_rate=0.01,
+    learning_rate=1e-2,
     objective="distillation",
     length=128,
     batch_size=4,
@@ -82,8 +81,6 @@ DISTILLATION = FinetuningSettings(
     held_out=15,
 )
 """Of scales, on the texts of calibration; BitDelta's paper: 200 steps."""
-RATES = {"bitdelta": 1e-2, "delta_come": 3e-3}
-"""One scale for a matrix moves further than 200,000 of all vectors may."""
 DISTILLED = ", distilled"
 """Ends the label of what is distilled; the rest of it is the start's."""
 
@@ -161,14 +158,13 @@ def main(
                 scratch=work / "scratch",
             )
         if not is_done(folder):
-            training = replace(DISTILLATION, learning_rate=RATES[method])
             finetune_artifact(
                 made,
                 finetuned,
                 folder,
                 trains="delta",
-                settings=training,
-                data=lambda tokenizer, t=training: text_data(texts, tokenizer, t, seed),
+                settings=DISTILLATION,
+                data=lambda tokenizer: text_data(texts, tokenizer, DISTILLATION, seed),
                 inputs={},
                 described={"texts": list(texts)},
                 seed=seed,
