@@ -61,8 +61,10 @@ def test_divergence_is_from_the_original_whatever_the_chunks(
 ) -> None:
     monkeypatch.setattr(module, "CHUNK", chunk)
     windows = tiny_windows[:3]
-    found = likelihood(tiny_finetuned, tiny_model, windows, "code")
-    model, original = logits_of(tiny_finetuned, windows), logits_of(tiny_model, windows)
+    surer = copy.deepcopy(tiny_model)  # the two divergences of similar models are nearly the same
+    surer.get_output_embeddings().weight.data *= 2
+    found = likelihood(tiny_finetuned, surer, windows, "code")
+    model, original = logits_of(tiny_finetuned, windows), logits_of(surer, windows)
     expected = kl_divergence(Categorical(logits=original), Categorical(logits=model)).mean()
     backwards = kl_divergence(Categorical(logits=model), Categorical(logits=original)).mean()
     assert found.kl_divergence_nats == pytest.approx(float(expected), rel=1e-4)
