@@ -80,7 +80,7 @@ DISTILLATION = FinetuningSettings(
     windows=200,
     held_out=15,
 )
-"""Of scales, on the texts of calibration; BitDelta's paper: 200 steps."""
+"""Of scales in fp32, on the texts of calibration; BitDelta's paper: 200 steps."""
 DISTILLED = ", distilled"
 """Ends the label of what is distilled; the rest of it is the start's."""
 

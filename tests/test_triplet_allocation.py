@@ -7,7 +7,7 @@ import torch
 from llmpress.errors import NumericalError
 from llmpress.triplet_allocation import (
     best_sizes,
-    errors_left,
+    distortion,
     expected_best_ranks,
     expected_error,
 )
@@ -42,24 +42,35 @@ def test_an_impossible_budget_and_broken_errors_are_refused() -> None:
 
 def test_the_expected_error_is_what_is_left_of_each_triplet() -> None:
     values = torch.tensor([8.0, 4.0, 2.0, 1.0])
-    left = errors_left([3, 2])
-    assert 0 < left[0] < left[1] < 1
-    expected = 8 * float(left[0]) + (4 + 2) * float(left[1]) + 1
-    assert expected_error(values, [1, 2], [3, 2]) == pytest.approx(expected)
-    assert expected_error(values, [0, 0], [3, 2]) == 15
+    left = [0.1, 0.3]
+    assert expected_error(values, [1, 2], left) == pytest.approx(8 * 0.1 + (4 + 2) * 0.3 + 1)
+    assert expected_error(values, [0, 0], left) == 15
+
+
+@pytest.mark.parametrize(("num_bits", "group_size"), [(2, 128), (3, 128), (3, 64), (8, 192)])
+def test_a_distortion_is_that_of_the_grid_in_use(num_bits: int, group_size: int) -> None:
+    groups = np.random.default_rng(1).standard_normal((8192, group_size))
+    low, high = groups.min(axis=1, keepdims=True), groups.max(axis=1, keepdims=True)
+    step = (high - low) / (2**num_bits - 1)
+    zero = np.rint(-low / step)
+    rounded = step * (np.clip(np.rint(groups / step) + zero, 0, 2**num_bits - 1) - zero)
+    expected = np.square(groups - rounded).mean()
+    found = distortion(num_bits, group_size, search=False)
+    assert found == pytest.approx(expected, rel=0.02)
+    assert (num_bits == 8) or distortion(num_bits, group_size, search=True) < 0.95 * found
 
 
 @pytest.mark.parametrize("budget", [500, 900, 1500, 3100])
 def test_no_other_ranks_that_cost_as_little_are_better(budget: int) -> None:
     values = torch.arange(1, 13, dtype=torch.float64) ** -1.2
-    costs = {8: 320, 4: 170, 2: 90}
+    costs, left = [320, 170, 90], [0.0001, 0.02, 0.4]
 
     def cost(ranks: tuple[int, ...]) -> int:
-        return sum(rank * price for rank, price in zip(ranks, costs.values(), strict=True))
+        return sum(rank * price for rank, price in zip(ranks, costs, strict=True))
 
-    mine = expected_best_ranks(values, budget, costs)
+    mine = expected_best_ranks(values, budget, costs, left)
     spent = cost(tuple(mine))
-    assert budget - costs[8] < spent <= budget
+    assert budget - costs[0] < spent <= budget
     possible = [r for r in itertools.product(range(13), repeat=3) if sum(r) <= 12]
-    best = min(expected_error(values, r, list(costs)) for r in possible if cost(r) <= spent)
-    assert expected_error(values, mine, list(costs)) == pytest.approx(best)
+    best = min(expected_error(values, r, left) for r in possible if cost(r) <= spent)
+    assert expected_error(values, mine, left) == pytest.approx(best)

@@ -1,12 +1,14 @@
 """How many bits each singular triplet of a delta gets, within a matrix and over all matrices.
 
-A triplet of variance ``λ`` stored at ``b`` bits is expected to leave ``λ (1 - (1 - d_b)²)`` of the
-outputs' error, ``d_b`` the distortion of a normal variable at ``b`` bits, and ``λ`` when it is
-dropped: rounding ``v`` keeps ``1 - d_b`` of it, rounding ``u`` the same share of that. Source: the
+A triplet of variance ``λ`` is expected to leave ``λ`` of the outputs' error when it is dropped and
+``λ (1 - (1 - d) (1 - e))`` when it is stored, ``d`` and ``e`` the distortions of normal numbers at
+its precision: rounding ``v`` keeps ``1 - d`` of it, rounding ``u`` ``1 - e`` of that. Source: the
 error in the space of singular vectors and the 0/1 program are PrinMix's, arXiv 2506.11087.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -15,37 +17,55 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from llmpress.errors import NumericalError
+from llmpress.uniform import fit_grid, nearest_codes
 
-GAUSSIAN_DISTORTION = (1, 0.648, 0.136, 0.0349, 0.00913, 0.00229, 0.000575, 0.000142, 0.0000352)
-"""Mean squared rounding error of standard normal numbers at 0 to 8 bits, 128 to a searched grid."""
-
-FP16_DISTORTION = 5e-9
+SAMPLES = 1 << 20
+"""Normal numbers, at least, that a distortion is measured on."""
 
 OPTIMALITY_GAP = 1e-4
 """Relative distance from the optimum at which the program over all matrices is solved."""
 
 
-def errors_left(precisions: Sequence[int]) -> Tensor:
-    """Return the share of a triplet's variance that each precision leaves, fp64."""
-    distortion = [GAUSSIAN_DISTORTION[b] if b <= 8 else FP16_DISTORTION for b in precisions]
-    return torch.tensor([1 - (1 - d) ** 2 for d in distortion], dtype=torch.float64)
+@lru_cache
+def distortion(num_bits: int, group_size: int, *, search: bool) -> float:
+    """Return the mean squared rounding error of standard normal numbers.
+
+    Args:
+        num_bits: Bits of a number, 1 to 8, or 16 for fp16.
+        group_size: Numbers that share a grid.
+        search: Whether the grid has the range of the least squared error.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = math.ceil(SAMPLES / group_size)
+    normal = torch.randn(rows, group_size, generator=generator)
+    if num_bits > 8:
+        rounded = normal.half().float()
+    else:
+        grid = fit_grid(normal, num_bits, group_size, search=search)  # one to a row
+        codes = nearest_codes(normal, grid, num_bits, group_size)
+        rounded = (codes - grid.zero_points) * grid.scales.float()
+    return float((normal - rounded).double().square().mean())
 
 
-def expected_error(values: Tensor, ranks: Sequence[int], precisions: Sequence[int]) -> float:
+def expected_error(values: Tensor, ranks: Sequence[int], left: Sequence[float]) -> float:
     """Return the error that is expected to be left, in the unit of the variances.
 
     Args:
         values: ``λ``, falling.
         ranks: How many triplets, from the first on, have each precision.
-        precisions: Bits.
+        left: What each precision leaves of a triplet, as a share of what dropping it leaves.
     """
     values = values.double().cpu()
-    shares = torch.repeat_interleave(errors_left(precisions), torch.tensor(ranks))
+    shares = torch.repeat_interleave(
+        torch.tensor(left, dtype=torch.float64), torch.tensor(ranks, dtype=torch.int64)
+    )
     stored = len(shares)
     return float((values[:stored] * shares).sum() + values[stored:].sum())
 
 
-def expected_best_ranks(values: Tensor, budget: int, costs: Mapping[int, int]) -> list[int]:
+def expected_best_ranks(
+    values: Tensor, budget: int, costs: Sequence[int], left: Sequence[float]
+) -> list[int]:
     """Return how many triplets to store at each precision for the least expected error.
 
     The 0/1 program of one matrix, a precision or none for each triplet, is solved by the multiplier
@@ -56,9 +76,10 @@ def expected_best_ranks(values: Tensor, budget: int, costs: Mapping[int, int]) -
         values: ``λ``, falling.
         budget: Bits.
         costs: Bits of one triplet at each precision, precisions falling.
+        left: What each precision leaves of a triplet, as a share of what dropping it leaves.
     """
-    errors = torch.cat([torch.ones(1, dtype=torch.float64), errors_left(list(costs))])
-    prices = torch.tensor([0, *costs.values()], dtype=torch.float64)
+    errors = torch.tensor([1, *left], dtype=torch.float64)
+    prices = torch.tensor([0, *costs], dtype=torch.float64)
     values = values.double().cpu()
 
     def ranks(multiplier: float) -> list[int]:
@@ -66,7 +87,7 @@ def expected_best_ranks(values: Tensor, budget: int, costs: Mapping[int, int]) -
         return torch.bincount(choice, minlength=len(prices))[1:].tolist()
 
     def spent(counts: list[int]) -> int:
-        return sum(count * cost for count, cost in zip(counts, costs.values(), strict=True))
+        return sum(count * cost for count, cost in zip(counts, costs, strict=True))
 
     if not len(values) or spent(ranks(0.0)) <= budget:
         return ranks(0.0)

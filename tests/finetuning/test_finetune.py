@@ -204,8 +204,9 @@ def test_of_singular_triplets_the_scales_of_the_vectors_change(
 def test_the_loss_of_a_delta_is_that_of_the_loaded_result(
     distill: Tune, tiny_model_folder: Path, tiny_finetuned_folder: Path
 ) -> None:
-    out = distill(steps=2, precision="float32")
+    out = distill(steps=2)
     record = read_json(out / "training.json")
+    assert record["settings"]["precision"] == "float32"
     loaded = llmpress.load_model(tiny_model_folder, dtype=torch.float32)
     llmpress.load_delta(loaded, out)
     teacher = llmpress.load_model(tiny_finetuned_folder, dtype=torch.float32)

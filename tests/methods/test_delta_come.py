@@ -200,12 +200,25 @@ def test_a_factorization_that_needed_more_dampening_says_so() -> None:
 
 def test_more_important_triplets_never_get_fewer_bits() -> None:
     values = torch.arange(1, 101, dtype=torch.float64) ** -1.5
-    costs = {8: 800, 4: 420, 2: 230}
-    ranks = expected_best_ranks(values, 10_000, costs)
-    spent = sum(rank * cost for rank, cost in zip(ranks, costs.values(), strict=True))
+    costs, left = [800, 420, 230], [0.0001, 0.02, 0.4]
+    ranks = expected_best_ranks(values, 10_000, costs, left)
+    spent = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
     assert 9_000 < spent <= 10_000
     assert all(ranks)
-    assert expected_best_ranks(values, 10**9, costs) == [100, 0, 0]
+    assert expected_best_ranks(values, 10**9, costs, left) == [100, 0, 0]
+
+
+def test_a_penalty_on_cuts_buys_more_triplets_of_fewer_bits() -> None:
+    delta, statistics = sample()
+
+    def triplets(penalty: float) -> tuple[int, float]:
+        groups = DeltaCoMe(bits=0.5, cut_penalty=penalty).compress(delta, statistics).groups
+        count = sum(rank for rank, _ in groups)
+        return count, sum(rank * num_bits for rank, num_bits in groups) / count
+
+    counts, mean_bits = zip(*(triplets(penalty) for penalty in (1.0, 3.0, 10.0)), strict=True)
+    assert counts[0] < counts[1] < counts[2]
+    assert mean_bits[0] > mean_bits[1] > mean_bits[2]
 
 
 @pytest.mark.parametrize(
@@ -221,6 +234,7 @@ def test_more_important_triplets_never_get_fewer_bits() -> None:
         ({"allocation": "fixed"}, "'fixed' needs ranks"),
         ({"allocation": "best"}, "allocation='best'"),
         ({"group_size": 0}, "group_size=0"),
+        ({"cut_penalty": 0.5}, "cut_penalty=0.5"),
         ({"basis": "input"}, "basis='input'"),
         ({"dampening": 1.0}, "dampening=1.0"),
     ],

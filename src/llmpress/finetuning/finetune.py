@@ -20,7 +20,13 @@ from llmpress.deltas import load_finetuned
 from llmpress.errors import ArtifactError, ConfigError
 from llmpress.finetuning.data import TrainingData
 from llmpress.finetuning.loop import TrainingRecord, train
-from llmpress.finetuning.settings import ADAPTERS, FinetuningSettings, Trains, check_settings
+from llmpress.finetuning.settings import (
+    ADAPTERS,
+    FinetuningSettings,
+    Trains,
+    check_settings,
+    with_precision,
+)
 from llmpress.finetuning.trainables import (
     Parameters,
     compressed_parameters,
@@ -77,6 +83,7 @@ def finetune_artifact(
         ModuleNotFoundError: A package that adapters need is not installed.
     """
     check_settings(trains, settings)
+    settings = with_precision(trains, settings)
     _check_start(start, original, trains)
     roles = {"start": start, "model": original, **inputs}
     if trains == "delta":
@@ -92,7 +99,7 @@ def finetune_artifact(
         examples = data(load_tokenizer(original))
         teacher = None
         if settings.objective == "distillation":
-            dtype = getattr(torch, settings.precision)
+            dtype = getattr(torch, str(settings.precision))
             teacher = load_model(original, dtype=dtype, device=str(device))
         run = _train_adapters if trains in ADAPTERS else _train_compressed
         if trains == "delta":

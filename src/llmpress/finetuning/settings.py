@@ -1,7 +1,7 @@
 """How a model is finetuned end to end, and what params.yaml's section ``trainings`` says."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -35,7 +35,8 @@ class FinetuningSettings:
         check_every: Steps between two looks at the held-out loss; a killed run continues from one.
         weight_decay: Decoupled weight decay.
         max_grad_norm: Gradients are scaled down to this norm.
-        precision: Of the matrix products; trained values and optimizer state are float32.
+        precision: Of the matrix products; trained values and optimizer state are float32. Without
+            one float32 for deltas, whose errors bfloat16's own rounding hides, else bfloat16.
     """
 
     steps: int
@@ -52,7 +53,7 @@ class FinetuningSettings:
     check_every: int = 20
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    precision: Literal["bfloat16", "float32"] | None = None
 
     def __post_init__(self) -> None:
         positive = (
@@ -111,6 +112,12 @@ def check_settings(trains: Trains, settings: FinetuningSettings) -> None:
             f"objective: a delta follows its fine-tuned model: give distillation, not "
             f"{settings.objective}"
         )
+
+
+def with_precision(trains: Trains, settings: FinetuningSettings) -> FinetuningSettings:
+    """Return settings that say their precision."""
+    chosen = settings.precision or ("float32" if trains == "delta" else "bfloat16")
+    return replace(settings, precision=chosen)
 
 
 def read_training(params: Mapping[str, Any], key: str) -> Training:

@@ -27,7 +27,12 @@ from llmpress.methods.base import (
     checked_statistics,
     checked_weight,
 )
-from llmpress.triplet_allocation import best_sizes, expected_best_ranks, expected_error
+from llmpress.triplet_allocation import (
+    best_sizes,
+    distortion,
+    expected_best_ranks,
+    expected_error,
+)
 from llmpress.triplet_rounding import Group, TripletRounding
 
 PAPER_WIDTH = 4096
@@ -60,6 +65,9 @@ class DeltaCoMe(Method):
         ranks: With ``fixed``, number of triplets of every group but the last, for matrices of width
             4096 and in proportion for narrower ones; the last group takes the rest of the budget.
         group_size: Consecutive channels of a singular vector that share a scale and a zero point.
+        cut_penalty: How much worse a dropped triplet is taken to be than the same error by rounding
+            when triplets are shared out; at least 1. What is dropped is missing in every layer in
+            the same direction, while rounding errors cancel.
         search_range: Whether the range of a grid is the one with the least squared error instead of
             the smallest to the largest entry.
         basis: Directions in which the delta is cut into triplets: ``weight``: those of the delta
@@ -76,6 +84,7 @@ class DeltaCoMe(Method):
     precisions: tuple[int, ...] = (8, 5, 4, 3, 2)
     allocation: Literal["matrix", "model", "greedy", "fixed"] = "matrix"
     ranks: tuple[int, ...] | None = None
+    cut_penalty: float = 3.0
     group_size: int = 128
     search_range: bool = False
     basis: Literal["weight", "output", "loss"] = "weight"
@@ -112,6 +121,8 @@ class DeltaCoMe(Method):
                 f"ranks={list(self.ranks)}: a positive number for each of precisions "
                 f"{list(self.precisions[:-1])} is needed; the last group takes the rest"
             )
+        if not 1 <= self.cut_penalty < math.inf:
+            raise ValueError(f"cut_penalty={self.cut_penalty}: must be at least 1 and finite")
         if self.group_size < 1:
             raise ValueError(f"group_size={self.group_size}: must be positive")
         if self.basis not in ("weight", "output", "loss"):
@@ -139,8 +150,9 @@ class DeltaCoMe(Method):
         elif importance is None:
             smallest = torch.finfo(energy.dtype).tiny
             energy = energy * (delta.numel() / energy.sum().clamp(min=smallest))
+        left = self._errors_left(shape)
         return [
-            expected_error(energy, self._expected_ranks(energy, bits, shape), self.precisions)
+            expected_error(energy, self._expected_ranks(energy, bits, shape), left)
             for bits in self._sizes(shape)
         ]
 
@@ -289,9 +301,21 @@ class DeltaCoMe(Method):
     def _expected_ranks(self, values: Tensor, bits: float, shape: Shape) -> list[int]:
         """Return the ranks of the least expected error."""
         meaningful = _num_meaningful(values)
-        costs = {b: self._cost(shape, b, 1) for b in self.precisions}
-        wanted = expected_best_ranks(values[:meaningful], self._budget(bits, shape), costs)
+        costs = [self._cost(shape, num_bits, 1) for num_bits in self.precisions]
+        wanted = expected_best_ranks(
+            values[:meaningful], self._budget(bits, shape), costs, self._errors_left(shape)
+        )
         return self._affordable(wanted, meaningful, bits, shape)
+
+    def _errors_left(self, shape: Shape) -> list[float]:
+        """Return what rounding to each precision leaves of a triplet, against dropping it."""
+
+        def kept(num_bits: int, length: int) -> float:
+            group_size = min(self.group_size, length)
+            return 1 - distortion(num_bits, group_size, search=self.search_range)
+
+        lost = [1 - math.prod(kept(bits, side) for side in shape) for bits in self.precisions]
+        return [share / self.cut_penalty for share in lost]
 
     def _affordable(
         self, wanted: Sequence[int], num_triplets: int, bits: float, shape: Shape

@@ -17,7 +17,7 @@ from llmpress.calibration import CalibrationSettings
 from llmpress.errors import ConfigError
 from llmpress.evaluation.settings import EvaluationSettings
 from llmpress.finetuning.objectives import CHUNK
-from llmpress.finetuning.settings import ADAPTERS, FinetuningSettings, Trains
+from llmpress.finetuning.settings import ADAPTERS, FinetuningSettings, Trains, with_precision
 from llmpress.layers import CodebookLinear, CompressedLinear, LowRankLinear
 from llmpress.methods.base import Method, Tunable
 from llmpress.planning import sizes
@@ -356,6 +356,7 @@ def train(
         text: Tokens of a training item; None for windows of text.
         layers: Compressed layers of the start; none for adapters.
     """
+    settings = with_precision(trains, settings)
     longest = settings.length if text is None else text.longest_tokens
     learnt = 1.0 if text is None else 0.5  # of an item the answer
     tokens = settings.batch_size * longest
