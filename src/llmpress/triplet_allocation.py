@@ -35,9 +35,9 @@ def distortion(num_bits: int, group_size: int, *, search: bool) -> float:
         group_size: Numbers that share a grid.
         search: Whether the grid has the range of the least squared error.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     rows = math.ceil(SAMPLES / group_size)
-    normal = torch.randn(rows, group_size, generator=generator)
+    normal = torch.randn(rows, group_size, generator=generator, device="cpu")
     if num_bits > 8:
         rounded = normal.half().float()
     else:
