@@ -11,7 +11,7 @@ help:
 	@echo "make report    run the pipeline up to results/report.html"
 	@echo "make test      run the tests that need no GPU"
 	@echo "make test-gpu  run the tests that need one"
-	@echo "make bench     time loading, decoding and low rank on the artifacts of make report -> benchmarks/results/"
+	@echo "make bench     time loading, decoding and each operation, on the artifacts of make report -> benchmarks/results/"
 	@echo "make quality   cluscomp and gptq at several true bits, hours on two cores -> benchmarks/results/quality.csv"
 	@echo "make removal   low rank against removed blocks at several sizes, hours on two cores -> benchmarks/results/removal.csv"
 	@echo "make deltas    delta methods on three fine-tuned partners, hours on two cores -> benchmarks/results/deltas.csv"
@@ -34,13 +34,16 @@ test-gpu: $(INSTALLED)
 ARTIFACTS := compressed/rtn-3bit compressed/gptq-3bit compressed/svd-80 compressed/lillama-80 compressed/cluscomp-2p6bit
 DELTAS := delta-come delta-svd delta-bitdelta delta-magnitude
 
+# Nothing is timed before it is right.
 bench: $(INSTALLED)
+	pytest -q tests/kernels
 	python benchmarks/loading.py --base data/models/smollm2 \
 	  $(addprefix data/,models/smollm2 $(ARTIFACTS) $(addprefix compressed/,$(DELTAS)))
 	python benchmarks/low_rank_speed.py data/models/smollm2 data/compressed/lillama-80 data/compressed/svd-80
 	python benchmarks/decode.py data/models/smollm2 $(addprefix data/,$(ARTIFACTS)) --delta data/compressed/delta-come
 	python benchmarks/delta_serving.py data/models/smollm2 data/compressed/delta-come
 	python benchmarks/delta_directions.py
+	python benchmarks/kernels.py
 	python benchmarks/kernel_resources.py
 
 # A copy, for hours of measuring: make report replaces the model in data/ when it is out of date.
