@@ -57,6 +57,7 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], bool]] = {
     "delta_come, dampened": ("delta_come", {"dampening": 0.3}, False),
     "delta_come, dampened .95": ("delta_come", {"dampening": 0.95}, False),
     "delta_come, searched range": ("delta_come", {"search_range": True}, False),
+    "delta_come, no cut penalty": ("delta_come", {"cut_penalty": 1.0}, False),
     "delta_come, paper": ("delta_come", PAPER, True),
     "delta_come, distilled": ("delta_come", {}, False),
     "svd": ("svd", {}, False),
