@@ -156,7 +156,7 @@ def type_words(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return " or ".join(arguments)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):
         return " or ".join(type_words(argument) for argument in arguments)
     if origin is tuple:
         return f"list of {type_words(arguments[0])}"
