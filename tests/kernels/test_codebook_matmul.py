@@ -47,6 +47,18 @@ def test_codes_of_every_width(bits: int, device: torch.device, both: Both) -> No
     check_close(found, expected, torch.float32)
 
 
+def test_codes_may_lie_anywhere_in_memory(device: torch.device, both: Both) -> None:
+    codes = random_codes(40_000, 41 * 7, device)  # 16 bits, read as words
+    buffer = torch.empty(len(codes) + 1, dtype=torch.uint8, device=device)
+    buffer[1:] = codes
+    codebook = random_codebook(40_000, 3, torch.float32, device)
+    x, gradient = torch.randn(2, 41, device=device), torch.randn(2, 20, device=device)
+    found, expected = both(lambda: codebook_matmul(x, buffer[1:], codebook, None, 20))
+    check_close(found, expected, torch.float32)
+    found, expected = both(lambda: codebook_grad(x, gradient, buffer[1:], 40_000, 3))
+    check_close(found, expected, torch.float32)
+
+
 @pytest.mark.parametrize("rows", [1, 6])
 def test_integer_codebooks_in_units_of_scales(rows: int, device: torch.device, both: Both) -> None:
     codes = random_codes(200, 48 * 15, device)

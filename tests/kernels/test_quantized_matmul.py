@@ -13,7 +13,8 @@ from llmpress.kernels.quantized_matmul.reference import quantized_weight
 
 Both = Callable[[Callable[[], Any]], tuple[Any, Any]]
 # rows, in, out, group size
-CASES = [(1, 70, 50, 16), (1, 200, 33, 128), (5, 64, 40, 64), (20, 130, 65, 33), (70, 1, 1, 8)]
+CASES = [(1, 70, 50, 16), (1, 200, 33, 128), (20, 130, 65, 33), (70, 1, 1, 8)]
+RUNS = [(1, 288, 70, 32), (5, 64, 40, 64), (70, 544, 65, 96)]  # whole runs of 32 codes
 
 
 @pytest.mark.parametrize(
@@ -21,7 +22,7 @@ CASES = [(1, 70, 50, 16), (1, 200, 33, 128), (5, 64, 40, 64), (20, 130, 65, 33),
     [*((bits, torch.float32) for bits in range(1, 9)), *((3, d) for d in DTYPES[1:])],
     ids=str,
 )
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + RUNS, ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_the_kernel_computes_the_formula(
     case: tuple[int, int, int, int],
@@ -40,15 +41,32 @@ def test_the_kernel_computes_the_formula(
     check_close(found, expected, dtype)
 
 
+def test_codes_may_lie_anywhere_in_memory(device: torch.device, both: Both) -> None:
+    weight, x = random_vectors(20, 64, 3, 32, device), torch.randn(1, 64, device=device)
+    buffer = torch.empty(len(weight.codes) + 1, dtype=torch.uint8, device=device)
+    buffer[1:] = weight.codes
+    moved = weight._replace(codes=buffer[1:])
+    found, expected = both(lambda: quantized_matmul(x, *moved, 3, 32))
+    check_close(found, expected, torch.float32)
+
+
+@pytest.mark.parametrize("inputs", [300, 1120])
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("splits", [2, 3])
 @pytest.mark.usefixtures("poisoned")
 def test_sums_in_parts_are_the_same_sums(
-    splits: int, device: torch.device, both: Both, monkeypatch: pytest.MonkeyPatch
+    splits: int,
+    rows: int,
+    inputs: int,
+    device: torch.device,
+    both: Both,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from llmpress.kernels.quantized_matmul import triton as kernel
 
     monkeypatch.setattr(kernel, "num_splits", lambda *_: splits)
-    weight, x = random_vectors(20, 300, 4, 64, device), torch.randn(3, 300, device=device)
+    weight = random_vectors(20, inputs, 4, 64, device)
+    x = torch.randn(rows, inputs, device=device)
     found, expected = both(lambda: quantized_matmul(x, *weight, 4, 64))
     check_close(found, expected, torch.float32)
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmpress.kernels.bits import load_codes
+from llmpress.kernels.bits import aligned, load_codes
 from llmpress.kernels.tiles import operand_dtype, padded_size
 from llmpress.packing import code_width
 
@@ -78,7 +78,7 @@ def codebook_grad_triton(
     _codebook_grad_kernel[grid](
         x,
         gradient,
-        codes,
+        aligned(codes, 2),
         out,
         num_rows,
         in_features,

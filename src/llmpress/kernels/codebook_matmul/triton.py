@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmpress.kernels.bits import load_codes
+from llmpress.kernels.bits import aligned, load_codes
 from llmpress.kernels.dispatch import num_splits
 from llmpress.kernels.tiles import operand_dtype, padded_size, rows_of_tile
 from llmpress.packing import code_width
@@ -49,6 +49,7 @@ def _codebook_matmul_kernel(
     mask_m, mask_j = offs_m < num_rows, offs_j < num_columns
     start = pid_s * split_size
     stop = min(start + split_size, in_features)
+    row_acc = tl.zeros([BLOCK_I, BLOCK_J, PADDED_SIZE], dtype=tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for first in range(start, stop, BLOCK_I):
         offs_i = first + tl.arange(0, BLOCK_I)
@@ -69,11 +70,12 @@ def _codebook_matmul_kernel(
         )
         if BLOCK_M == 1:
             row = tl.reshape(x, [BLOCK_I]).to(tl.float32)
-            partial = tl.sum(vectors.to(tl.float32) * row[:, None, None], axis=0)
-            acc += tl.reshape(partial, [1, BLOCK_N])
+            row_acc += vectors.to(tl.float32) * row[:, None, None]
         else:
             weight = tl.reshape(vectors, [BLOCK_I, BLOCK_N])
             acc = tl.dot(x.to(OPERAND), weight.to(OPERAND), acc, input_precision="ieee")
+    if BLOCK_M == 1:
+        acc = tl.reshape(tl.sum(row_acc, axis=0), [1, BLOCK_N])
     offs_n = tl.arange(0, BLOCK_N)
     entry = offs_n % PADDED_SIZE
     channel = (pid_j * BLOCK_J + offs_n // PADDED_SIZE) * VECTOR_SIZE + entry
@@ -111,7 +113,7 @@ def codebook_matmul_triton(
     grid = (triton.cdiv(num_columns, block_j), triton.cdiv(num_rows, block_m), splits)
     _codebook_matmul_kernel[grid](
         x,
-        codes,
+        aligned(codes, 2),
         codebook,
         codebook if scales is None else scales,
         out,
