@@ -93,7 +93,8 @@ def launches() -> dict[str, Launch]:
         for bits in range(1, 9) if every and rows != 8 else (4,):
             found[f"quantized_matmul {key} bits={bits} group=128"] = quantized_launch(x, bits, 128)
         found[f"low_rank_matmul {key}"] = low_rank_launch(x)
-        found[f"delta_matmul {key}"] = delta_launch(x)
+        if every or rows > 1:
+            found[f"delta_matmul {key}"] = delta_launch(x)
     found["quantized_matmul bf16 rows=8 bits=4 group=100"] = quantized_launch(
         empty(8, IN, dtype=torch.bfloat16), 4, 100
     )
@@ -206,7 +207,10 @@ def resources(
         if is_tensor or value % 16 == 0:  # as at a launch: allocations are aligned
             attributes[place,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", TARGETS[target], 32))
+    options = {"num_warps": settings.get("num_warps", 4)}
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", TARGETS[target], 32), options=options
+    )
     registers, spilled = assembled(compiled.asm["cubin"])
     shared, threads = int(compiled.metadata.shared), 32 * int(compiled.metadata.num_warps)
     programs = min(

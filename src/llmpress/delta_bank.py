@@ -121,7 +121,12 @@ class PerRow(nn.Module):
 
     def _rows_of_kernel(self, x: Tensor) -> RowDeltas | None:
         """Return what the kernel for many tenants needs; None where it cannot be used."""
-        if not self.deltas or not uses_triton(x) or torch.is_grad_enabled():
+        if (
+            not self.deltas
+            or not uses_triton(x)
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+        ):
             return None
         count = x.numel() // x.shape[-1]
         if count not in self._kernel_rows:

@@ -13,9 +13,14 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks/kernel_resources.py"
 OPERATIONS = {
     "codebook_matmul": ["_codebook_matmul_kernel"],
     "codebook_grad": ["_codebook_grad_kernel"],
-    "quantized_matmul": ["_quantized_matmul_kernel"],
+    "quantized_matmul": ["_quantized_matmul_kernel", "_quantized_runs_kernel"],
     "low_rank_matmul": ["_low_rank_matmul_kernel"],
-    "delta_matmul": ["_delta_left_kernel", "_delta_right_kernel"],
+    "delta_matmul": [
+        "_delta_left_kernel",
+        "_delta_right_kernel",
+        "row_left_kernel",
+        "row_right_kernel",
+    ],
     "kmeans": ["_assign_kernel"],
 }
 

@@ -42,6 +42,42 @@ def test_each_row_gets_its_own_delta(
     torch.testing.assert_close(y, before, rtol=0, atol=0)
 
 
+EVERY_WIDTH = [(3, 8), (2, 7), (1, 6), (20, 5), (2, 4), (18, 3), (33, 2), (1, 1)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(64, 96), (576, 2112)], ids=str)
+@pytest.mark.parametrize(
+    "tenants", [[0, -1, 2, 1], [1, 0, 1, -1, 0, 1] + 15 * [1]], ids=["one row each", "several"]
+)
+@pytest.mark.usefixtures("poisoned")
+def test_vectors_of_whole_runs(
+    tenants: list[int],
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    both: Both,
+) -> None:
+    groups = [EVERY_WIDTH, [(17, 2), (5, 3)], [(2, 1)]]
+    deltas = [random_delta(each, shape, 32, device) for each in groups]
+    x = torch.randn(len(tenants), shape[1], device=device).to(dtype)
+    y = torch.randn(len(tenants), shape[0], device=device).to(dtype)
+    rows = RowDeltas(deltas, tenants, 32)
+    found, expected = both(lambda: delta_matmul(x, y, rows))
+    check_close(found, expected, dtype, roundings=3)
+
+
+def test_codes_that_no_word_begins_with(device: torch.device, both: Both) -> None:
+    [group] = random_delta([(3, 2)], (64, 96), 32, device)
+    codes = torch.empty(len(group.left.codes) + 1, dtype=torch.uint8, device=device)[1:]
+    codes.copy_(group.left.codes)
+    moved = group._replace(left=group.left._replace(codes=codes))
+    x, y = torch.randn(2, 96, device=device), torch.randn(2, 64, device=device)
+    rows = RowDeltas([[moved]], [0, -1], 32)
+    found, expected = both(lambda: delta_matmul(x, y, rows))
+    check_close(found, expected, x.dtype, roundings=3)
+
+
 def test_rows_do_not_see_other_rows(device: torch.device) -> None:
     deltas = [random_delta(groups, SHAPE, 16, device) for groups in TENANTS]
     x, y = torch.randn(6, SHAPE[1], device=device), torch.randn(6, SHAPE[0], device=device)

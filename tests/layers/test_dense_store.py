@@ -49,6 +49,13 @@ def test_changed_tensors_are_unpacked_again(layer: CodebookLinear) -> None:
     torch.testing.assert_close(layer(x), 4 * before)
 
 
+def test_nothing_is_kept_on_a_gpu(layer: CodebookLinear) -> None:
+    layer = layer.to("meta")
+    layer(torch.zeros(3, 6, device="meta"))
+    assert layer.dense_store is not None
+    assert layer.dense_store.held == 0
+
+
 def test_nothing_is_kept_of_what_trains(layer: CodebookLinear) -> None:
     layer.codebook.data = layer.codebook.data.float()
     layer.codebook.requires_grad_()

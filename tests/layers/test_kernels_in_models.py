@@ -9,18 +9,19 @@ from torch import Tensor
 
 from llmpress.delta_bank import DeltaBank
 from llmpress.delta_compression import compress_delta_artifact
+from llmpress.deltas import load_delta
 from llmpress.finetuning.trainables import compressed_parameters, training
 from llmpress.hf import load_model
 from llmpress.kernels import dispatch
 from llmpress.kernels.dispatch import use_backend
-from llmpress.layers import CompressedLinear
+from llmpress.layers import CompressedLinear, MixedLowRankLinear
 from llmpress.methods.delta_come import DeltaCoMe
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted")
 
 
-@pytest.mark.parametrize("method", ["rtn", "cluscomp", "svd"])
+@pytest.mark.parametrize("method", ["rtn", "cluscomp", "svd", "bitdelta"])
 def test_packed_models_compute_through_kernels(
     method: str, compressed: Make, tiny_windows: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -28,7 +29,7 @@ def test_packed_models_compute_through_kernels(
     tokens = tiny_windows[:2, :3]
     with torch.no_grad():
         expected = model(tokens).logits
-        monkeypatch.setattr(CompressedLinear, "dequantize", None)  # nothing dense is rebuilt
+        monkeypatch.setattr(CompressedLinear, "unpacked", None)  # nothing dense is rebuilt
         with use_backend("triton"):
             found = model(tokens).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -47,22 +48,57 @@ def test_codebooks_are_finetuned_through_kernels(compressed: Make, tiny_windows:
         torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-3 * size)
 
 
+def delta_of(delta: Path, bits: float, tmp_path: Path) -> Path:
+    folder = tmp_path / str(bits)
+    compress_delta_artifact(
+        delta,
+        folder,
+        method_name="delta_come",
+        method=DeltaCoMe(bits=bits, group_size=16, allocation="matrix"),
+        calibration=None,
+        seed=0,
+        device=torch.device("cpu"),
+        scratch=tmp_path / "scratch",
+    )
+    return folder
+
+
+def test_one_delta_for_all_rows_stays_packed(
+    tiny_model_folder: Path,
+    tiny_delta: Path,
+    tiny_windows: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = load_delta(load_model(tiny_model_folder), delta_of(tiny_delta, 2.0, tmp_path))
+    tokens = tiny_windows[:3, :2]
+    with torch.no_grad():
+        expected = [model(tokens[:rows]).logits for rows in (1, 3, 1)]
+        monkeypatch.setattr(CompressedLinear, "unpacked", None)
+        with use_backend("triton"):
+            found = [model(tokens[:rows]).logits for rows in (1, 3, 1)]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_delta_that_has_moved_is_found_again(
+    tiny_model_folder: Path, tiny_delta: Path, tmp_path: Path
+) -> None:
+    model = load_delta(load_model(tiny_model_folder), delta_of(tiny_delta, 2.0, tmp_path))
+    delta = next(m for m in model.modules() if isinstance(m, MixedLowRankLinear))
+    x, y = torch.randn(2, delta.in_features), torch.randn(2, delta.out_features)
+    with torch.no_grad(), use_backend("triton"):
+        delta.added_to(y, x)
+        delta.load_state_dict(
+            {name: t.clone() for name, t in delta.state_dict().items()}, assign=True
+        )
+        delta.scale.data = 2 * delta.scale.data
+        torch.testing.assert_close(delta.added_to(y, x), y + delta(x), rtol=1e-4, atol=1e-4)
+
+
 def test_rows_of_several_tenants_go_through_one_kernel(
     tiny_model_folder: Path, tiny_delta: Path, tiny_windows: Tensor, tmp_path: Path
 ) -> None:
-    folders = []
-    for bits in (4.0, 2.0):
-        folders.append(tmp_path / str(bits))
-        compress_delta_artifact(
-            tiny_delta,
-            folders[-1],
-            method_name="delta_come",
-            method=DeltaCoMe(bits=bits, group_size=16, allocation="matrix"),
-            calibration=None,
-            seed=0,
-            device=torch.device("cpu"),
-            scratch=tmp_path / "scratch",
-        )
+    folders = [delta_of(tiny_delta, bits, tmp_path) for bits in (4.0, 2.0)]
     tokens = tiny_windows[:3, :2]
     with DeltaBank(load_model(tiny_model_folder)) as bank, torch.no_grad():
         for folder in folders:

@@ -20,16 +20,16 @@ class CompressedLinear(nn.Module, ABC):
 
     A subclass registers its tensors under fixed names as buffers (integers) or parameters (floats
     that may be trained) of shapes that follow from its constructor arguments alone, so that an
-    empty
-    twin can be built on the meta device and filled from a file. ``state_dict()`` is exactly what is
-    stored.
+    empty twin can be built on the meta device and filled from a file. ``state_dict()`` is exactly
+    what is stored.
 
     Attributes:
         kind: The layer's name in an artifact.
         trainable: Names of the float tensors that finetuning may change.
         notes: What the method has to say of how it went, for the record: numbers by name. Not
             stored with the layer.
-        dense_store: Keeps unpacked weights between calls; without one they are unpacked for each.
+        dense_store: On a CPU, keeps unpacked weights between calls; without one, and on a GPU,
+            they are unpacked for each.
     """
 
     kind: ClassVar[str]
@@ -62,11 +62,18 @@ class CompressedLinear(nn.Module, ABC):
 
     def unpacked(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Return the dense tensors that `product` multiplies by, kept where there is a store."""
-        stored = [*self.parameters(recurse=False), *self.buffers(recurse=False)]
+        stored = self._stored()
         store = None if torch.compiler.is_compiling() else self.dense_store
-        if store is None or (torch.is_grad_enabled() and any(t.requires_grad for t in stored)):
+        if (
+            store is None
+            or stored[0].device.type != "cpu"
+            or (torch.is_grad_enabled() and any(t.requires_grad for t in stored))
+        ):
             return self._unpack_weights(dtype)
         return store.weights(self, stored, dtype, lambda: self._unpack_weights(dtype))
+
+    def _stored(self) -> list[Tensor]:
+        return [*self.parameters(recurse=False), *self.buffers(recurse=False)]
 
     def _unpack_weights(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (self.dequantize().to(dtype),)
@@ -75,6 +82,11 @@ class CompressedLinear(nn.Module, ABC):
         """Map ``x [..., in]`` to ``[..., out]`` in the dtype of ``x``."""
         y = self.product(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def added_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return ``y + self(x)``: for a delta on the result ``y [..., out]`` of its base."""
+        added: Tensor = self(x)
+        return y + added
 
     @property
     def weight(self) -> "ImpliedWeight | Tensor":

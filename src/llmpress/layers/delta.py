@@ -21,8 +21,7 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., in]`` to ``[..., out]``."""
-        out: Tensor = self.base(x) + self.delta(x)
-        return out
+        return self.delta.added_to(self.base(x), x)
 
     @property
     def weight(self) -> ImpliedWeight:

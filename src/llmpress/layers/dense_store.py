@@ -67,7 +67,7 @@ class DenseStore:
             dtype: In which they are needed.
             build: Makes them.
         """
-        state = (dtype, *((t.data_ptr(), -1 if t.is_inference() else t._version) for t in stored))
+        state = dtype, state_of(stored)
         found = self._kept.get(layer)
         if found is not None and found[0] == state:
             return found[1]
@@ -81,6 +81,11 @@ class DenseStore:
     def __deepcopy__(self, memo: dict[int, Any]) -> "DenseStore":
         """Return an empty store of the same limit: for a copy of the model."""
         return DenseStore(self._limit)
+
+
+def state_of(stored: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
+    """Return what is another one after tensors have been replaced or changed in place."""
+    return tuple((t.data_ptr(), -1 if t.is_inference() else t._version) for t in stored)
 
 
 def _limit_of_environment() -> int | None:

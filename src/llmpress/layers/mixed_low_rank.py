@@ -13,13 +13,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llmpress.kernels.delta_matmul import PackedVectors, TripletGroup
+from llmpress.kernels.delta_matmul import PackedVectors, RowDeltas, TripletGroup, delta_matmul
+from llmpress.kernels.dispatch import uses_triton
 from llmpress.kernels.quantized_matmul.reference import dequantize_groups
-from llmpress.layers.base import CompressedLinear, frozen
+from llmpress.layers.base import CompressedLinear, as_rows, frozen
+from llmpress.layers.dense_store import state_of
 from llmpress.packing import pack, packed_size, unpack
 
 UNQUANTIZED = 16
 SCALE_BITS = 32
+MOST_ROWS = 64
+"""That a kernel multiplies by packed vectors; for more of them unpacking does not count."""
+MOST_SHAPES = 8
+"""Numbers of rows whose work items are kept."""
 
 
 class Vectors(NamedTuple):
@@ -81,6 +87,7 @@ class MixedLowRankLinear(CompressedLinear):
         )
         self.sigma = frozen(torch.empty(self.rank, dtype=torch.float16))
         self.scale = frozen(torch.empty(1, dtype=torch.float32))
+        self._row_deltas: tuple[Any, dict[int, RowDeltas]] = (None, {})
 
     def _register(self, name: str, rank: int, length: int, num_bits: int) -> None:
         if num_bits == UNQUANTIZED:
@@ -172,6 +179,33 @@ class MixedLowRankLinear(CompressedLinear):
     def product(self, x: Tensor) -> Tensor:
         """Return ``x Wᵀ``, ``[..., out]``, through the two thin factors."""
         return through_factors(x, *self.unpacked(x.dtype))
+
+    def added_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return ``y + self(x)``; on a GPU from the packed vectors, for few rows."""
+        count = x.numel() // self.in_features
+        if (
+            count > MOST_ROWS
+            or not uses_triton(x)
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or (rows := self._rows_of(count)) is None
+        ):
+            return super().added_to(y, x)
+        flat = y.reshape(-1, self.out_features)
+        return delta_matmul(as_rows(x), flat.to(x.dtype), rows).view_as(y)
+
+    def _rows_of(self, count: int) -> RowDeltas | None:
+        # The kernel reads codes and scales where they are; what it has copies of are these two, and
+        # when the layer moves they move with all others.
+        state = state_of((self.sigma, self.scale))
+        if self._row_deltas[0] != state or len(self._row_deltas[1]) > MOST_SHAPES:
+            self._row_deltas = state, {}
+        if count not in self._row_deltas[1]:
+            groups = self.triplet_groups()
+            if groups is None or self.bias is not None:
+                return None
+            self._row_deltas[1][count] = RowDeltas([groups], [0] * count, self.group_size)
+        return self._row_deltas[1][count]
 
     def _unpack_weights(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         A, V = self.factors()

@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmpress.layers.base import CompressedLinear, frozen
+from llmpress.kernels.dispatch import uses_triton
+from llmpress.kernels.quantized_matmul import quantized_matmul
+from llmpress.layers.base import CompressedLinear, as_rows, frozen
 from llmpress.packing import pack, packed_size, unpack
 
 
@@ -35,6 +37,20 @@ class SignLinear(CompressedLinear):
     def spec(self) -> dict[str, Any]:
         """Return nothing: the shape says it all."""
         return {}
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return ``x Wᵀ``, ``[..., out]``; on a GPU from the packed signs.
+
+        A sign is ``2 · bit - 1``: two products with the bits, less the sum of the inputs, in fp32.
+        """
+        if not uses_triton(x):
+            return super().product(x)
+        rows = as_rows(x).float()
+        twice = rows.new_full((self.out_features, 1), 2)
+        zeros = self.signs.new_zeros(packed_size(self.out_features, 1))
+        bits: Tensor = quantized_matmul(rows, self.signs, twice, zeros, 1, self.in_features)
+        y = (bits - rows.sum(dim=1, keepdim=True)) * self.scale
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def dequantize(self) -> Tensor:
         """Return ``scale · (±1)`` as fp32 ``[out, in]``."""
