@@ -35,6 +35,21 @@ def test_packed_models_compute_through_kernels(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["rtn", "cluscomp", "svd", "bitdelta"])
+def test_compiled_models_compute_through_kernels(
+    method: str, compressed: Make, tiny_windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(compressed(method))
+    tokens = tiny_windows[:2, :3]
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+        monkeypatch.setattr(CompressedLinear, "unpacked", None)
+        with use_backend("triton"):
+            traced = torch.compile(model, backend="aot_eager", fullgraph=True)
+            found = traced(tokens, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_codebooks_are_finetuned_through_kernels(compressed: Make, tiny_windows: Tensor) -> None:
     tokens, gradients = tiny_windows[:1, :4], []
     for backend in ("reference", "triton"):
