@@ -3,7 +3,7 @@
 Where no kernel computes from packed weights, on a CPU, a layer has to unpack its weight for every
 call. With a store it does so once, as long as there is room. A layer that finds none unpacks again:
 nothing is evicted, since layers are called in turn and every one of them would have been evicted by
-the time it is called again.
+the time it is called again. Packed weights that torch wants in another order are kept here too.
 """
 
 import os
@@ -36,7 +36,7 @@ class DenseStore:
 
     def __init__(self, limit: int | None = None) -> None:
         self._limit = _limit_of_environment() if limit is None else limit
-        self._kept: weakref.WeakKeyDictionary[Any, tuple[tuple[Any, ...], Weights]] = (
+        self._kept: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, Weights]]] = (
             weakref.WeakKeyDictionary()
         )
 
@@ -50,7 +50,12 @@ class DenseStore:
     @property
     def held(self) -> int:
         """Bytes that are kept."""
-        return sum(t.nbytes for _, weights in self._kept.values() for t in weights)
+        forms = (kept for forms in self._kept.values() for kept in forms.values())
+        return sum(t.nbytes for _, weights in forms for t in weights)
+
+    def keeps(self, layer: Any, form: str, nbytes: int) -> bool:
+        """Whether weights of a layer in this form are kept, or would be."""
+        return form in self._kept.get(layer, {}) or self.held + nbytes <= self.limit
 
     def weights(
         self,
@@ -58,6 +63,7 @@ class DenseStore:
         stored: Iterable[Tensor],
         dtype: torch.dtype,
         build: Callable[[], Weights],
+        form: str = "dense",
     ) -> Weights:
         """Return what ``build`` makes, from an earlier call if nothing has changed since.
 
@@ -66,16 +72,16 @@ class DenseStore:
             stored: The tensors that they are made of.
             dtype: In which they are needed.
             build: Makes them.
+            form: In which they are needed; a layer may have several.
         """
-        state = dtype, state_of(stored)
-        found = self._kept.get(layer)
-        if found is not None and found[0] == state:
-            return found[1]
-        self._kept.pop(layer, None)
+        state, forms = (dtype, state_of(stored)), self._kept.setdefault(layer, {})
+        if form in forms and forms[form][0] == state:
+            return forms[form][1]
+        forms.pop(form, None)
         with torch.inference_mode(mode=False), torch.no_grad():  # so that gradients may pass later
             made = build()
         if self.held + sum(t.nbytes for t in made) <= self.limit:
-            self._kept[layer] = state, made
+            forms[form] = state, made
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DenseStore":

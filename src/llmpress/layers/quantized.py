@@ -4,6 +4,7 @@ Shapes: ``G = ceil(in / group_size)`` groups per output row, the last one shorte
 size does not divide ``in``.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,12 @@ from torch import Tensor
 
 from llmpress.kernels.dispatch import uses_triton
 from llmpress.kernels.quantized_matmul import quantized_matmul
+from llmpress.kernels.quantized_matmul.cpu import (
+    MOST_ROWS,
+    cpu_product,
+    has_cpu_product,
+    repacked_for_cpu,
+)
 from llmpress.kernels.quantized_matmul.reference import quantized_weight
 from llmpress.layers.base import CompressedLinear, as_rows, frozen
 from llmpress.packing import pack, packed_size
@@ -81,9 +88,32 @@ class QuantizedLinear(CompressedLinear):
         )
 
     def product(self, x: Tensor) -> Tensor:
-        """Return ``x Wᵀ``, ``[..., out]``; on a GPU from the packed codes."""
-        if not uses_triton(x):
+        """Return ``x Wᵀ``, ``[..., out]``; packed on a GPU, and on a CPU where rows are few."""
+        if uses_triton(x):
+            stored = self.codes, self.scales, self.zero_points
+            y: Tensor = quantized_matmul(as_rows(x), *stored, self.num_bits, self.group_size)
+        elif (repacked := self._repacked_for_cpu(x)) is not None:
+            y = cpu_product(as_rows(x), repacked, self.group_size)
+        else:
             return super().product(x)
-        stored = self.codes, self.scales, self.zero_points
-        y: Tensor = quantized_matmul(as_rows(x), *stored, self.num_bits, self.group_size)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _repacked_for_cpu(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        """Return what torch's own product with packed weights takes, where it serves ``x``."""
+        store, form = self.dense_store, "packed"
+        if (
+            store is None
+            or x.dtype != torch.bfloat16
+            or x.device.type != "cpu"
+            or x.numel() > MOST_ROWS * self.in_features
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or not has_cpu_product(
+                self.num_bits, self.group_size, self.in_features, self.out_features
+            )
+            or not store.keeps(self, form, self.num_weights // 2 + 4 * self.scales.numel())
+        ):
+            return None
+        packed = self.codes, self.scales, self.zero_points, self.num_bits, self.group_size
+        build = partial(repacked_for_cpu, *packed)
+        return store.weights(self, self._stored(), x.dtype, build, form)
