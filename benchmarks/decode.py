@@ -73,13 +73,14 @@ def measured(
 ) -> list[dict[str, object]]:
     """Return a row for each model and for what it keeps."""
     kept = {(key, True): model for key, model in models.items()}
-    bare = {(key, False): model for key, model in models.items() if stores(model)}
-    seconds: dict[tuple[str, bool], list[float]] = {key: [] for key in (*kept, *bare)}
+    seconds: dict[tuple[str, bool], list[float]] = {key: [] for key in kept}
     held: dict[tuple[str, bool], int] = {}
     for _ in tqdm(range(rounds), desc=f"{dtype}, batch {batch}", unit="round"):
         for key, model in kept.items():
             seconds[key].append(decoded(model, batch, prompt, steps))
             held[key] = held_bytes(model)
+    bare = {(key, False): m for key, m in models.items() if llmpress.dense_bytes(m)}
+    seconds |= {key: [] for key in bare}
     for _ in tqdm(range(3), desc=f"{dtype}, batch {batch}, nothing kept", unit="round"):
         for key, model in bare.items():
             before = [(layer, layer.dense_store) for layer in stores(model)]
@@ -119,7 +120,7 @@ def measured(
 
 
 def stores(model: PreTrainedModel) -> list[CompressedLinear]:
-    """Return the layers that keep unpacked weights."""
+    """Return the layers that may keep unpacked weights."""
     return [m for m in model.modules() if isinstance(m, CompressedLinear) and m.dense_store]
 
 

@@ -131,7 +131,7 @@ def test_rows_of_a_mixed_batch_are_those_of_each_model_alone(
                 expected = logits(base, windows[row : row + 1])[0]
             loaded = llmpress.load_delta(copy.deepcopy(base), deltas[name])
             target = logits(loaded, windows[row : row + 1])[0]
-            torch.testing.assert_close(expected, target, rtol=0, atol=0)
+            torch.testing.assert_close(expected, target, **TOLERANCE)  # by the sum of both
             assert float((expected[:, :512] - alone[row]).abs().mean()) > 0.01
         width = expected.shape[-1]
         assert width == (515 if name == "grown" else 512)
@@ -256,7 +256,7 @@ def test_rows_that_a_module_cannot_tell_apart_are_refused(
         bank.use(["a", None])
     expected = logits(llmpress.load_finetuned(base, folder), tiny_windows[:2, :16])
     found = logits(bank.model, tiny_windows[:2, :16])
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(found, expected, **TOLERANCE)
     bank.use(None)
     torch.testing.assert_close(logits(bank.model, tiny_windows[:2, :16]), before, **TOLERANCE)
 
@@ -307,7 +307,7 @@ def test_a_bank_holds_what_it_read(
     assert bank.nbytes("a") == pytest.approx(stored, rel=0.1)
     expected = llmpress.load_finetuned(tiny_model_folder, deltas["tuned"])
     found, target = (logits(m, tiny_windows[:2]) for m in (bank.model, expected))
-    torch.testing.assert_close(found, target, rtol=0, atol=0)
+    torch.testing.assert_close(found, target, **TOLERANCE)
 
 
 def test_what_does_not_fit_leaves_the_bank_as_it_was(

@@ -142,6 +142,8 @@ def load_delta(
     except BaseException:
         swap.undo()
         raise
+    for adapted in delta.layers.values():
+        adapted.keeps_sum = True
     setattr(model, CARRIED, _Applied(delta, swap))
     return model
 

@@ -131,9 +131,10 @@ def _dense(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) 
 
 
 def _dense_sum(adapted: AdaptedLinear) -> nn.Linear:
-    base, delta = adapted.base, adapted.delta.dequantize()
-    if isinstance(base, CompressedLinear):
-        return _dense(base.dequantize() + delta, base.bias, delta.dtype)
-    if not isinstance(base, nn.Linear):
-        raise ArtifactError(f"a delta lies on a {type(base).__name__}, which has no weight")
-    return _dense(base.weight.float() + delta, base.bias, base.weight.dtype)
+    base = adapted.base
+    try:
+        weight = adapted.dequantize()
+    except TypeError as error:
+        raise ArtifactError(str(error)) from None
+    dtype = base.weight.dtype if isinstance(base, nn.Linear) else weight.dtype
+    return _dense(weight, adapted.bias, dtype)

@@ -143,13 +143,14 @@ def test_factors_are_unpacked_again_for_the_backward_pass() -> None:
 
 def test_no_factors_are_kept_while_their_values_may_be_replaced() -> None:
     layer, x = triplets(), torch.randn(2, 20)
-    layer.dense_store = DenseStore(1 << 20)
+    store = layer.dense_store = DenseStore(1 << 20)
     with torch.no_grad(), rebuilding(layer):
         layer(x)
-        assert layer.dense_store.held == 0
+        assert store.held == 0
+    assert layer.dense_store is store
     with torch.no_grad():
         layer(x)
-    assert layer.dense_store.held > 0
+    assert store.held > 0
 
 
 def test_layers_without_anything_to_train_pass_gradients_on() -> None:

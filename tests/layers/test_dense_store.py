@@ -8,7 +8,15 @@ from tiny_artifacts import Make
 
 from llmpress.errors import ConfigError
 from llmpress.hf import load_model
-from llmpress.layers import CodebookLinear, CompressedLinear, DenseStore, dense_bytes, keep_dense
+from llmpress.layers import (
+    AdaptedLinear,
+    CodebookLinear,
+    CompressedLinear,
+    DenseStore,
+    LowRankLinear,
+    dense_bytes,
+    keep_dense,
+)
 from llmpress.layers.dense_store import LIMIT
 
 
@@ -47,6 +55,16 @@ def test_changed_tensors_are_unpacked_again(layer: CodebookLinear) -> None:
     torch.testing.assert_close(layer(x), 2 * before)
     layer.codebook.data = layer.codebook.data * 2  # another tensor
     torch.testing.assert_close(layer(x), 4 * before)
+
+
+def test_values_at_the_address_of_earlier_ones_are_other_values() -> None:
+    layer = CodebookLinear.from_codes(torch.randint(0, 8, (30,)), torch.randn(4096, 2), 6, 10)
+    layer.dense_store = DenseStore(10**6)
+    x, own = torch.randn(3, 6), layer.codebook.data
+    for factor in range(2, 9):  # each takes the memory that the one before has left
+        layer.codebook.data = factor * own
+        torch.testing.assert_close(layer(x), x @ layer.dequantize().t())
+        layer.codebook.data = own
 
 
 def test_nothing_is_kept_on_a_gpu(layer: CodebookLinear) -> None:
@@ -119,6 +137,72 @@ def test_the_environment_sets_the_limit(compressed: Make, monkeypatch: pytest.Mo
     monkeypatch.setenv(LIMIT, "a lot")
     with pytest.raises(ConfigError, match="LLMPRESS_DENSE_BYTES=a lot: give a number of bytes"):
         DenseStore()
+
+
+@pytest.fixture
+def small_saving() -> LowRankLinear:
+    layer = LowRankLinear.from_factors(torch.randn(20, 6), torch.randn(6, 12))
+    layer.dense_store = DenseStore(10**6)
+    return layer
+
+
+def test_factors_that_save_little_compute_as_one_in_bf16(small_saving: LowRankLinear) -> None:
+    x, weight = torch.randn(3, 12).bfloat16(), small_saving.dequantize().bfloat16()
+    with torch.no_grad():
+        torch.testing.assert_close(small_saving(x), x @ weight.t(), rtol=2**-7, atol=1e-2)
+        small_saving(x.float())
+    assert small_saving.dense_store.held == 2 * 20 * 12
+    twin = copy.deepcopy(small_saving)
+    twin(x.requires_grad_()).sum().backward()
+    with torch.no_grad():
+        twin(x.float())
+    assert twin.dense_store.held == 0
+
+
+def test_factors_that_save_much_stay_two() -> None:
+    layer = LowRankLinear.from_factors(torch.randn(640, 1), torch.randn(1, 640))
+    layer.dense_store = DenseStore(10**9)
+    with torch.no_grad():
+        layer(torch.randn(1, 640).bfloat16())
+    assert layer.dense_store.held == 0
+
+
+@pytest.fixture(params=["dense base", "compressed base"])
+def adapted(request: pytest.FixtureRequest, layer: CodebookLinear) -> AdaptedLinear:
+    base = torch.nn.Linear(6, 10) if request.param == "dense base" else copy.deepcopy(layer)
+    made = AdaptedLinear(base, layer)
+    made.keeps_sum = True
+    return made
+
+
+def test_one_delta_on_a_base_computes_as_their_sum(adapted: AdaptedLinear) -> None:
+    x, store = torch.randn(3, 6), adapted.delta.dense_store
+    apart = (adapted.base(x) + adapted.delta(x)).detach()
+    held = store.held
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(x), apart)
+    assert store.held == held + 4 * 60
+
+
+def test_a_sum_follows_what_it_is_the_sum_of(adapted: AdaptedLinear) -> None:
+    x, bias = torch.randn(3, 6), adapted.bias if adapted.bias is not None else 0
+    with torch.no_grad():
+        before = adapted(x) - bias
+        for part in (adapted.delta, adapted.base):
+            for tensor in part.parameters():
+                if tensor is not adapted.bias:
+                    tensor.mul_(2)
+        torch.testing.assert_close(adapted(x) - bias, 2 * before)
+
+
+def test_no_sum_is_kept_of_what_trains_nor_of_many(adapted: AdaptedLinear) -> None:
+    x = torch.randn(3, 6)
+    with_gradients = adapted(x)
+    assert adapted.delta.dense_store.held == 4 * 60  # the delta alone
+    adapted.keeps_sum = False
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(x), with_gradients)
+    assert adapted.delta.dense_store.held == 4 * 60
 
 
 def test_all_layers_of_a_model_share_one_limit(compressed: Make) -> None:

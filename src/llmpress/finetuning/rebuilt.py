@@ -34,24 +34,30 @@ def rebuilding(model: nn.Module) -> Iterator[None]:
     """Let all compressed layers of a model rebuild their weights, until the context ends.
 
     Low-rank layers stay as they are, they never form a dense weight, and so do layers whose
-    kernels on a GPU have gradients of their own.
+    kernels on a GPU have gradients of their own. None keeps unpacked weights meanwhile: what trains
+    changes too often.
     """
+    compressed = [layer for layer in model.modules() if isinstance(layer, CompressedLinear)]
     with_kernel = (CodebookLinear, QuantizedLinear)
     layers = [
         layer
-        for layer in model.modules()
-        if isinstance(layer, CompressedLinear)
-        and not isinstance(layer, LowRankLinear)
+        for layer in compressed
+        if not isinstance(layer, LowRankLinear)
         and not (isinstance(layer, with_kernel) and uses_triton(layer.codes))
     ]
     for layer in layers:
         product = _factors_product if isinstance(layer, MixedLowRankLinear) else _dense_product
         layer.forward = partial(_forward, layer, product)  # type: ignore[method-assign]
+    stores = [layer.dense_store for layer in compressed]
+    for layer in compressed:
+        layer.dense_store = None
     try:
         yield
     finally:
         for layer in layers:
             del layer.forward
+        for layer, store in zip(compressed, stores, strict=True):
+            layer.dense_store = store
 
 
 def _forward(

@@ -62,7 +62,7 @@ class CompressedLinear(nn.Module, ABC):
 
     def unpacked(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Return the dense tensors that `product` multiplies by, kept where there is a store."""
-        stored = self._stored()
+        stored = self.stored()
         store = None if torch.compiler.is_compiling() else self.dense_store
         if (
             store is None
@@ -72,8 +72,30 @@ class CompressedLinear(nn.Module, ABC):
             return self._unpack_weights(dtype)
         return store.weights(self, stored, dtype, lambda: self._unpack_weights(dtype))
 
-    def _stored(self) -> list[Tensor]:
+    def stored(self) -> list[Tensor]:
+        """Return the stored tensors themselves."""
         return [*self.parameters(recurse=False), *self.buffers(recurse=False)]
+
+    def store_for(self, x: Tensor, form: str, nbytes: int) -> "DenseStore | None":
+        """Return the store, where it keeps weights of this layer for inputs like ``x``, or would.
+
+        None on a GPU, with gradients, while compiling, and where there is no room.
+
+        Args:
+            x: Inputs.
+            form: The form the weights are needed in, as in `DenseStore.weights`.
+            nbytes: What they would take.
+        """
+        store = self.dense_store
+        if (
+            store is None
+            or x.device.type != "cpu"
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or not store.keeps(self, form, nbytes)
+        ):
+            return None
+        return store
 
     def _unpack_weights(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (self.dequantize().to(dtype),)

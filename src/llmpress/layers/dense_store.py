@@ -74,7 +74,7 @@ class DenseStore:
             build: Makes them.
             form: In which they are needed; a layer may have several.
         """
-        state, forms = (dtype, state_of(stored)), self._kept.setdefault(layer, {})
+        state, forms = (dtype, State(stored)), self._kept.setdefault(layer, {})
         if form in forms and forms[form][0] == state:
             return forms[form][1]
         forms.pop(form, None)
@@ -89,9 +89,27 @@ class DenseStore:
         return DenseStore(self._limit)
 
 
-def state_of(stored: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
-    """Return what is another one after tensors have been replaced or changed in place."""
-    return tuple((t.data_ptr(), -1 if t.is_inference() else t._version) for t in stored)
+class State:
+    """What tensors are at this moment: another one after they were replaced or changed in place.
+
+    It holds on to their memory, lest other values come to lie at the same address.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._memory = [t.detach() for t in tensors]
+        self._versions = [-1 if t.is_inference() else t._version for t in self._memory]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether nothing has changed between both."""
+        return isinstance(other, State) and self._numbers() == other._numbers()
+
+    def __hash__(self) -> int:
+        """Of the same numbers."""
+        return hash(tuple(self._numbers()))
+
+    def _numbers(self) -> list[tuple[int, int]]:
+        addresses = [t.data_ptr() for t in self._memory]
+        return list(zip(addresses, self._versions, strict=True))
 
 
 def _limit_of_environment() -> int | None:

@@ -10,6 +10,9 @@ from llmpress.kernels.dispatch import uses_triton
 from llmpress.kernels.low_rank_matmul import low_rank_matmul
 from llmpress.layers.base import CompressedLinear, as_rows, frozen
 
+SMALL_SAVING = 2**18
+"""Weights; a second bf16 product costs a CPU about as much as multiplying by so many more."""
+
 
 class LowRankLinear(CompressedLinear):
     """Two plain linears in a row, ``y = (x Bᵀ) Aᵀ``, with ``A [out, rank]`` and ``B [rank, in]``.
@@ -65,8 +68,18 @@ class LowRankLinear(CompressedLinear):
         return left @ right
 
     def product(self, x: Tensor) -> Tensor:
-        """Return ``x Wᵀ``, ``[..., out]``, without forming the dense weight."""
+        """Return ``x Wᵀ``, ``[..., out]``, by the factors.
+
+        On a CPU by their product, where that is kept and two products take longer than one.
+        """
         if uses_triton(x):
             y: Tensor = low_rank_matmul(as_rows(x), self.A, self.B)
             return y.view(*x.shape[:-1], self.out_features)
+        saved = self.num_weights - self.A.numel() - self.B.numel()
+        if (
+            x.dtype == torch.bfloat16
+            and saved < SMALL_SAVING
+            and self.store_for(x, "dense", 2 * self.num_weights) is not None
+        ):
+            return super().product(x)
         return functional.linear(functional.linear(x, self.B.to(x.dtype)), self.A.to(x.dtype))

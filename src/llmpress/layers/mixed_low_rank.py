@@ -17,7 +17,7 @@ from llmpress.kernels.delta_matmul import PackedVectors, RowDeltas, TripletGroup
 from llmpress.kernels.dispatch import uses_triton
 from llmpress.kernels.quantized_matmul.reference import dequantize_groups
 from llmpress.layers.base import CompressedLinear, as_rows, frozen
-from llmpress.layers.dense_store import state_of
+from llmpress.layers.dense_store import State
 from llmpress.packing import pack, packed_size, unpack
 
 UNQUANTIZED = 16
@@ -197,7 +197,7 @@ class MixedLowRankLinear(CompressedLinear):
     def _rows_of(self, count: int) -> RowDeltas | None:
         # The kernel reads codes and scales where they are; what it has copies of are these two, and
         # when the layer moves they move with all others.
-        state = state_of((self.sigma, self.scale))
+        state = State((self.sigma, self.scale))
         if self._row_deltas[0] != state or len(self._row_deltas[1]) > MOST_SHAPES:
             self._row_deltas = state, {}
         if count not in self._row_deltas[1]:

@@ -100,20 +100,15 @@ class QuantizedLinear(CompressedLinear):
 
     def _repacked_for_cpu(self, x: Tensor) -> tuple[Tensor, ...] | None:
         """Return what torch's own product with packed weights takes, where it serves ``x``."""
-        store, form = self.dense_store, "packed"
+        form, nbytes = "packed", self.num_weights // 2 + 4 * self.scales.numel()
+        shape = self.num_bits, self.group_size, self.in_features, self.out_features
         if (
-            store is None
-            or x.dtype != torch.bfloat16
-            or x.device.type != "cpu"
+            x.dtype != torch.bfloat16
             or x.numel() > MOST_ROWS * self.in_features
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or not has_cpu_product(
-                self.num_bits, self.group_size, self.in_features, self.out_features
-            )
-            or not store.keeps(self, form, self.num_weights // 2 + 4 * self.scales.numel())
+            or not has_cpu_product(*shape)
+            or (store := self.store_for(x, form, nbytes)) is None
         ):
             return None
         packed = self.codes, self.scales, self.zero_points, self.num_bits, self.group_size
         build = partial(repacked_for_cpu, *packed)
-        return store.weights(self, self._stored(), x.dtype, build, form)
+        return store.weights(self, self.stored(), x.dtype, build, form)
