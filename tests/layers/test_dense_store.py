@@ -14,6 +14,7 @@ from llmpress.layers import (
     CompressedLinear,
     DenseStore,
     LowRankLinear,
+    PivotedLowRankLinear,
     dense_bytes,
     keep_dense,
 )
@@ -139,9 +140,9 @@ def test_the_environment_sets_the_limit(compressed: Make, monkeypatch: pytest.Mo
         DenseStore()
 
 
-@pytest.fixture
-def small_saving() -> LowRankLinear:
-    layer = LowRankLinear.from_factors(torch.randn(20, 6), torch.randn(6, 12))
+@pytest.fixture(params=[LowRankLinear, PivotedLowRankLinear])
+def small_saving(request: pytest.FixtureRequest) -> LowRankLinear:
+    layer: LowRankLinear = request.param.from_factors(torch.randn(20, 6), torch.randn(6, 12))
     layer.dense_store = DenseStore(10**6)
     return layer
 
@@ -160,10 +161,10 @@ def test_factors_that_save_little_compute_as_one_in_bf16(small_saving: LowRankLi
 
 
 def test_factors_that_save_much_stay_two() -> None:
-    layer = LowRankLinear.from_factors(torch.randn(640, 1), torch.randn(1, 640))
+    layer = LowRankLinear.from_factors(torch.randn(800, 1), torch.randn(1, 800))
     layer.dense_store = DenseStore(10**9)
     with torch.no_grad():
-        layer(torch.randn(1, 640).bfloat16())
+        layer(torch.randn(1, 800).bfloat16())
     assert layer.dense_store.held == 0
 
 

@@ -74,7 +74,7 @@ class CompressedLinear(nn.Module, ABC):
 
     def stored(self) -> list[Tensor]:
         """Return the stored tensors themselves."""
-        return [*self.parameters(recurse=False), *self.buffers(recurse=False)]
+        return own_tensors(self)
 
     def store_for(self, x: Tensor, form: str, nbytes: int) -> "DenseStore | None":
         """Return the store, where it keeps weights of this layer for inputs like ``x``, or would.
@@ -155,6 +155,15 @@ class ImpliedWeight:
     def __matmul__(self, x: Tensor) -> Tensor:
         """Multiply ``x [..., in, columns]`` from the left."""
         return self._product(x.transpose(-1, -2)).transpose(-1, -2)
+
+
+def own_tensors(module: nn.Module) -> list[Tensor]:
+    """Return a module's parameters and buffers, without those of its submodules.
+
+    Asked for at every call: `nn.Module.parameters` takes ten times as long.
+    """
+    own = (*module._parameters.values(), *module._buffers.values())
+    return [tensor for tensor in own if tensor is not None]
 
 
 def as_rows(x: Tensor) -> Tensor:

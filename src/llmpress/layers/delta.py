@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llmpress.layers.base import CompressedLinear, ImpliedWeight
+from llmpress.layers.base import CompressedLinear, ImpliedWeight, own_tensors
 
 
 class AdaptedLinear(nn.Module):
@@ -67,7 +67,7 @@ class AdaptedLinear(nn.Module):
             or (store := self.delta.store_for(x, "sum", nbytes)) is None
         ):
             return None
-        stored = *self.base.parameters(), *self.base.buffers(), *self.delta.stored()
+        stored = own_tensors(self.base) + self.delta.stored()
         build = partial(self._sum_as, x.dtype)
         return store.weights(self.delta, stored, x.dtype, build, "sum")[0]
 

@@ -9,7 +9,7 @@ the time it is called again. Packed weights that torch wants in another order ar
 import os
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil  # type: ignore[import-untyped]  # its stubs are a package of their own
 import torch
@@ -21,6 +21,12 @@ LIMIT = "LLMPRESS_DENSE_BYTES"
 """Environment variable with the limit of each model, in bytes; 0 to keep nothing."""
 
 Weights = tuple[Tensor, ...]
+
+
+class _Kept(NamedTuple):
+    dtype: torch.dtype
+    state: "State"
+    weights: Weights
 
 
 class DenseStore:
@@ -36,9 +42,7 @@ class DenseStore:
 
     def __init__(self, limit: int | None = None) -> None:
         self._limit = _limit_of_environment() if limit is None else limit
-        self._kept: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, Weights]]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._kept: weakref.WeakKeyDictionary[Any, dict[str, _Kept]] = weakref.WeakKeyDictionary()
 
     @property
     def limit(self) -> int:
@@ -51,7 +55,7 @@ class DenseStore:
     def held(self) -> int:
         """Bytes that are kept."""
         forms = (kept for forms in self._kept.values() for kept in forms.values())
-        return sum(t.nbytes for _, weights in forms for t in weights)
+        return sum(t.nbytes for kept in forms for t in kept.weights)
 
     def keeps(self, layer: Any, form: str, nbytes: int) -> bool:
         """Whether weights of a layer in this form are kept, or would be."""
@@ -74,14 +78,15 @@ class DenseStore:
             build: Makes them.
             form: In which they are needed; a layer may have several.
         """
-        state, forms = (dtype, State(stored)), self._kept.setdefault(layer, {})
-        if form in forms and forms[form][0] == state:
-            return forms[form][1]
+        stored, forms = list(stored), self._kept.setdefault(layer, {})
+        kept = forms.get(form)
+        if kept is not None and kept.dtype == dtype and kept.state.is_of(stored):
+            return kept.weights
         forms.pop(form, None)
         with torch.inference_mode(mode=False), torch.no_grad():  # so that gradients may pass later
             made = build()
         if self.held + sum(t.nbytes for t in made) <= self.limit:
-            forms[form] = state, made
+            forms[form] = _Kept(dtype, State(stored), made)
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DenseStore":
@@ -90,26 +95,28 @@ class DenseStore:
 
 
 class State:
-    """What tensors are at this moment: another one after they were replaced or changed in place.
+    """What tensors are at this moment.
 
     It holds on to their memory, lest other values come to lie at the same address.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._memory = [t.detach() for t in tensors]
-        self._versions = [-1 if t.is_inference() else t._version for t in self._memory]
+        self._memory = [tensor.detach() for tensor in tensors]
+        self._counted = [t for t in self._memory if not t.is_inference()]
+        self._addresses, self._versions = addresses(self._memory), self._current_versions()
 
-    def __eq__(self, other: object) -> bool:
-        """Whether nothing has changed between both."""
-        return isinstance(other, State) and self._numbers() == other._numbers()
+    def is_of(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether these are the same tensors, neither replaced nor changed in place since."""
+        same = addresses(tensors) == self._addresses
+        return same and self._current_versions() == self._versions
 
-    def __hash__(self) -> int:
-        """Of the same numbers."""
-        return hash(tuple(self._numbers()))
+    def _current_versions(self) -> list[int]:
+        return [tensor._version for tensor in self._counted]  # those of what they were detached of
 
-    def _numbers(self) -> list[tuple[int, int]]:
-        addresses = [t.data_ptr() for t in self._memory]
-        return list(zip(addresses, self._versions, strict=True))
+
+def addresses(tensors: Iterable[Tensor]) -> list[int]:
+    """Return where tensors lie."""
+    return [tensor.data_ptr() for tensor in tensors]
 
 
 def _limit_of_environment() -> int | None:

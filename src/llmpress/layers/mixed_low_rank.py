@@ -87,7 +87,7 @@ class MixedLowRankLinear(CompressedLinear):
         )
         self.sigma = frozen(torch.empty(self.rank, dtype=torch.float16))
         self.scale = frozen(torch.empty(1, dtype=torch.float32))
-        self._row_deltas: tuple[Any, dict[int, RowDeltas]] = (None, {})
+        self._row_deltas: tuple[State | None, dict[int, RowDeltas]] = (None, {})
 
     def _register(self, name: str, rank: int, length: int, num_bits: int) -> None:
         if num_bits == UNQUANTIZED:
@@ -197,9 +197,10 @@ class MixedLowRankLinear(CompressedLinear):
     def _rows_of(self, count: int) -> RowDeltas | None:
         # The kernel reads codes and scales where they are; what it has copies of are these two, and
         # when the layer moves they move with all others.
-        state = State((self.sigma, self.scale))
-        if self._row_deltas[0] != state or len(self._row_deltas[1]) > MOST_SHAPES:
-            self._row_deltas = state, {}
+        made_of = self.sigma, self.scale
+        state, kept = self._row_deltas
+        if state is None or not state.is_of(made_of) or len(kept) > MOST_SHAPES:
+            self._row_deltas = State(made_of), {}
         if count not in self._row_deltas[1]:
             groups = self.triplet_groups()
             if groups is None or self.bias is not None:

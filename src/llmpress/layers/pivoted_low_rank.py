@@ -80,7 +80,7 @@ class PivotedLowRankLinear(LowRankLinear):
         B = self.B.float()
         return torch.cat([B, self.A.float() @ B])[self.place.long()]
 
-    def product(self, x: Tensor) -> Tensor:
+    def by_factors(self, x: Tensor) -> Tensor:
         """Return ``x Wᵀ``, ``[..., out]``, without forming the dense weight.
 
         Either outputs or the rows of the left factor are put in their places: whichever is less.
