@@ -211,14 +211,17 @@ def resources(
     compiled = triton.compile(
         source, target=GPUTarget("cuda", TARGETS[target], 32), options=options
     )
-    registers, spilled = assembled(compiled.asm["cubin"])
+    registers, spilled, loop = assembled(compiled.asm["cubin"])
     shared, threads = int(compiled.metadata.shared), 32 * int(compiled.metadata.num_warps)
     programs = min(
         REGISTERS // (max(1, registers) * threads),
         SHARED[target] // max(1, shared),
         2048 // threads,
     )
+    tile = {key.lower(): value for key, value in settings.items() if key.startswith("BLOCK")}
     return {
+        "tile": " ".join(f"{key}={value}" for key, value in tile.items()),
+        "loop_instructions": loop,
         "registers": registers,
         "spilled_bytes": spilled,
         "shared_bytes": shared,
@@ -227,19 +230,43 @@ def resources(
     }
 
 
-def assembled(cubin: bytes) -> tuple[int, int]:
-    """Return registers of a thread and bytes of its stack, where spills go."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+def assembled(cubin: bytes) -> tuple[int, int, int]:
+    """Return registers of a thread, bytes of its stack (where spills go), and its longest loop.
+
+    The loop is in instructions. It covers a tile of weights: times the threads and divided by the
+    weights of the tile, what a weight costs.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
+        usage, listing = (
+            told("cuobjdump", option, file.name) for option in ("-res-usage", "-sass")
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
-        raise SystemExit(f"error: {tool} tells no registers: {told}")
-    return int(found[1]), int(found[2])
+        raise SystemExit(f"error: cuobjdump tells no registers: {usage}")
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", listing, re.MULTILINE)
+    places = [int(place, 16) for place, _ in lines]
+    loops = [
+        sum(int(back[1], 16) <= other <= place for other in places)
+        for place, (_, text) in zip(places, lines, strict=True)
+        if (back := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) and int(back[1], 16) < place
+    ]
+    return int(found[1]), int(found[2]), max(loops, default=0)
+
+
+def told(tool: str, option: str, file: str) -> str:
+    """Return what one of Triton's own copies of NVIDIA's tools prints."""
+    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    path = f"{os.environ['PATH']}{os.pathsep}{folder}"  # cuobjdump calls nvdisasm
+    done = subprocess.run(
+        [folder / tool, option, file],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PATH": path},
+    )
+    return done.stdout
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ The floor is what the machine allows: bytes that must be read over the bandwidth
 the rate, both measured here. Before anything is timed, a result is compared with the formula in
 fp64. Alternatives take turns, so that a machine whose speed drifts drifts for all. On a GPU the
 kernels run, and its cache is emptied before each call; on a CPU the formulas, which unpack for
-every call (benchmarks/decode.py measures models that keep what they unpacked).
+every call (benchmarks/decode.py measures models that keep what they unpacked), and torch's product
+with 4-bit weights that layers use there. bitsandbytes runs beside where it is installed.
 
     python benchmarks/kernels.py --model Llama-2-7B --op codebook_matmul
 """
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import quantiles
@@ -31,6 +33,12 @@ from llmpress.kernels.kmeans import kmeans
 from llmpress.kernels.kmeans.reference import draw_start, kmeans_reference
 from llmpress.kernels.low_rank_matmul import low_rank_matmul
 from llmpress.kernels.quantized_matmul import quantized_matmul
+from llmpress.kernels.quantized_matmul.cpu import (
+    MOST_ROWS,
+    cpu_product,
+    has_cpu_product,
+    repacked_for_cpu,
+)
 from llmpress.kernels.quantized_matmul.reference import quantized_weight
 from llmpress.methods.delta_come import DeltaCoMe
 from llmpress.packing import code_width, pack
@@ -47,6 +55,8 @@ GROUP = 128
 TENANTS = (1, 8, 32)
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 """Largest relative error, in the norm, of a result that is timed."""
+OTHERS = ("dense", "naive", "base", "loop", "batched", "bitsandbytes")
+"""What operations are compared with."""
 Call = Callable[[], Any]
 
 
@@ -162,7 +172,7 @@ def measures(case: Case, seconds: dict[str, list[float]], ceilings: Ceilings) ->
         "operations": case.operations,
         "share_of_floor": f"{floor / middle:.3f}",
     }
-    for name in ("dense", "naive", "base", "loop", "batched"):
+    for name in OTHERS:
         others = seconds.get(name)
         columns[f"{name}_over_own"] = f"{spread(others)[1] / middle:.3f}" if others else ""
     return columns | {
@@ -233,9 +243,13 @@ def gradient_cases(x: Tensor, outputs: int) -> Iterator[Case]:
 
 
 def quantized_cases(x: Tensor, outputs: int) -> Iterator[Case]:
-    """Products with group-quantized weights; ``naive`` unpacks the weight for each call."""
+    """Products with group-quantized weights; ``naive`` unpacks the weight for each call.
+
+    A CPU multiplies few bf16 rows by weights that were packed again: ``repacked``.
+    """
     rows, inputs = x.shape
     groups = -(-inputs // GROUP)
+    moved = x.nbytes + rows * outputs * x.element_size()
     for bits in (1, 2, 3, 4, 8):
         stored = (
             random_codes(outputs * inputs, 1 << bits, x.device),
@@ -243,7 +257,7 @@ def quantized_cases(x: Tensor, outputs: int) -> Iterator[Case]:
             random_codes(outputs * groups, 1 << bits, x.device),
         )
         weight = quantized_weight(*stored, bits, GROUP, inputs)
-        yield Case(
+        case = Case(
             f"bits={bits} group={GROUP}",
             lambda s=stored, b=bits: quantized_matmul(x, *s, b, GROUP),
             lambda w=weight: x.double() @ w.double().t(),
@@ -252,10 +266,20 @@ def quantized_cases(x: Tensor, outputs: int) -> Iterator[Case]:
                 "naive": lambda s=stored, b=bits: (
                     x @ quantized_weight(*s, b, GROUP, inputs).to(x.dtype).t()
                 ),
-            },
-            sum(t.nbytes for t in stored) + x.nbytes + rows * outputs * x.element_size(),
+            }
+            | (bitsandbytes_product(x, weight) if bits == 4 else {}),
+            sum(t.nbytes for t in stored) + moved,
             2 * rows * inputs * outputs,
         )
+        yield case
+        on_cpu = x.device.type == "cpu" and x.dtype == torch.bfloat16 and rows <= MOST_ROWS
+        if on_cpu and has_cpu_product(bits, GROUP, inputs, outputs):
+            repacked = repacked_for_cpu(*stored, bits, GROUP)
+            yield case._replace(
+                variant=f"{case.variant} repacked",
+                run=lambda r=repacked: cpu_product(x, r, GROUP),
+                bytes_moved=sum(t.nbytes for t in repacked) + moved,
+            )
 
 
 def low_rank_cases(x: Tensor, outputs: int) -> Iterator[Case]:
@@ -387,6 +411,17 @@ OPERATIONS = {
     "delta_matmul": Operation(delta_cases),
     "kmeans": Operation(kmeans_cases, any_rows=False),
 }
+
+
+def bitsandbytes_product(x: Tensor, weight: Tensor) -> dict[str, Call]:
+    """Return the product with the weight in NF4, by its name; nothing where it is missing."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return {}
+    import bitsandbytes
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(weight.to(x.dtype), blocksize=GROUP, quant_type="nf4")
+    return {"bitsandbytes": lambda: bitsandbytes.matmul_4bit(x, packed.t(), quant_state=state)}
 
 
 def products(x: Tensor, weight: Tensor) -> Call:

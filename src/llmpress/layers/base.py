@@ -98,7 +98,7 @@ class CompressedLinear(nn.Module, ABC):
         return store
 
     def _unpack_weights(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return (self.dequantize().to(dtype),)
+        return (self.dequantize().to(dtype).contiguous(),)  # transposed, products are slower
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., in]`` to ``[..., out]`` in the dtype of ``x``."""

@@ -33,8 +33,8 @@ class AdaptedLinear(nn.Module):
         weight = self._kept_sum(x)
         if weight is None:
             return self.delta.added_to(self.base(x), x)
-        y = functional.linear(x, weight)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        y, bias = functional.linear(x, weight), self.bias
+        return y if bias is None else y + bias.to(y.dtype)
 
     def dequantize(self) -> Tensor:
         """Return the sum of both weights, fp32 ``[out, in]``.
@@ -72,7 +72,7 @@ class AdaptedLinear(nn.Module):
         return store.weights(self.delta, stored, x.dtype, build, "sum")[0]
 
     def _sum_as(self, dtype: torch.dtype) -> tuple[Tensor]:
-        return (self.dequantize().to(dtype),)
+        return (self.dequantize().to(dtype).contiguous(),)
 
     def _base_weight(self) -> Tensor:
         if isinstance(self.base, CompressedLinear):

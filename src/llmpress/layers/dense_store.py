@@ -8,7 +8,8 @@ the time it is called again. Packed weights that torch wants in another order ar
 
 import os
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import psutil  # type: ignore[import-untyped]  # its stubs are a package of their own
@@ -64,7 +65,7 @@ class DenseStore:
     def weights(
         self,
         layer: Any,
-        stored: Iterable[Tensor],
+        stored: Sequence[Tensor],
         dtype: torch.dtype,
         build: Callable[[], Weights],
         form: str = "dense",
@@ -78,7 +79,7 @@ class DenseStore:
             build: Makes them.
             form: In which they are needed; a layer may have several.
         """
-        stored, forms = list(stored), self._kept.setdefault(layer, {})
+        forms = self._kept.setdefault(layer, {})
         kept = forms.get(form)
         if kept is not None and kept.dtype == dtype and kept.state.is_of(stored):
             return kept.weights
@@ -100,23 +101,26 @@ class State:
     It holds on to their memory, lest other values come to lie at the same address.
     """
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._memory = [tensor.detach() for tensor in tensors]
-        self._counted = [t for t in self._memory if not t.is_inference()]
-        self._addresses, self._versions = addresses(self._memory), self._current_versions()
+        self._counted = not any(tensor.is_inference() for tensor in tensors)
+        self._addresses = list(map(ADDRESS, tensors))
+        self._versions = self._versions_of(tensors)
 
-    def is_of(self, tensors: Iterable[Tensor]) -> bool:
-        """Whether these are the same tensors, neither replaced nor changed in place since."""
-        same = addresses(tensors) == self._addresses
-        return same and self._current_versions() == self._versions
+    def is_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the same tensors, neither replaced nor changed in place since.
 
-    def _current_versions(self) -> list[int]:
-        return [tensor._version for tensor in self._counted]  # those of what they were detached of
+        Of tensors made in inference mode, which count no changes, the second is not noticed.
+        """
+        # At every call of every layer: what takes longer is felt on a CPU.
+        same = list(map(ADDRESS, tensors)) == self._addresses
+        return same and self._versions_of(tensors) == self._versions
+
+    def _versions_of(self, tensors: Sequence[Tensor]) -> list[int]:
+        return list(map(VERSION, tensors)) if self._counted else []
 
 
-def addresses(tensors: Iterable[Tensor]) -> list[int]:
-    """Return where tensors lie."""
-    return [tensor.data_ptr() for tensor in tensors]
+ADDRESS, VERSION = Tensor.data_ptr, attrgetter("_version")
 
 
 def _limit_of_environment() -> int | None:
