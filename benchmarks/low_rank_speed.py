@@ -15,6 +15,7 @@ from statistics import median
 
 import torch
 import typer
+from decode import held_bytes
 from tables import append_rows, origin
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, MambaConfig, MixtralConfig, PretrainedConfig
@@ -91,13 +92,12 @@ def _rows(
     rows = []
     for key, model in models.items():
         pairs = list(zip(times[key][1:], times["dense"][1:], strict=True))
-        tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
         row: dict[str, object] = {"model": name, "artifact": key, "batch": batch}
         for part, what in enumerate(("prefill", "decode")):
             tokens = batch * (prompt if part == 0 else steps)
             row[f"{what}_tokens_per_second"] = round(tokens / median(a[part] for a, _ in pairs), 1)
             row[f"{what}_ratio_to_dense"] = round(median(b[part] / a[part] for a, b in pairs), 3)
-        row |= {"held_mb": round(sum(tensors.values()) / 1e6, 1), "dtype": "bfloat16"}
+        row |= {"held_mb": round(held_bytes(model) / 1e6, 1), "dtype": "bfloat16"}
         row |= {"prompt": prompt, "steps": steps, "rounds": rounds - 1}
         row |= {"threads": torch.get_num_threads(), **measured}
         rows.append(row)

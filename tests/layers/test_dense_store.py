@@ -58,6 +58,13 @@ def test_changed_tensors_are_unpacked_again(layer: CodebookLinear) -> None:
     torch.testing.assert_close(layer(x), 4 * before)
 
 
+def test_other_codes_are_unpacked_again(layer: CodebookLinear) -> None:
+    x = torch.randn(3, 6)
+    layer(x)
+    layer.codes = layer.codes.flip(0)
+    torch.testing.assert_close(layer(x), x @ layer.dequantize().t())
+
+
 def test_values_at_the_address_of_earlier_ones_are_other_values() -> None:
     layer = CodebookLinear.from_codes(torch.randint(0, 8, (30,)), torch.randn(4096, 2), 6, 10)
     layer.dense_store = DenseStore(10**6)

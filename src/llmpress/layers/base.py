@@ -1,7 +1,8 @@
 """What every compressed linear layer has in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -62,40 +63,64 @@ class CompressedLinear(nn.Module, ABC):
 
     def unpacked(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Return the dense tensors that `product` multiplies by, kept where there is a store."""
-        stored = self.stored()
+        changing = self.changing()
         store = None if torch.compiler.is_compiling() else self.dense_store
         if (
             store is None
-            or stored[0].device.type != "cpu"
-            or (torch.is_grad_enabled() and any(t.requires_grad for t in stored))
+            or changing[0].device.type != "cpu"
+            or (torch.is_grad_enabled() and any(t.requires_grad for t in changing))
         ):
             return self._unpack_weights(dtype)
-        return store.weights(self, stored, dtype, lambda: self._unpack_weights(dtype))
+        found = store.find(self, changing, dtype)
+        if found is None:
+            return store.make(self, changing, dtype, partial(self._unpack_weights, dtype))
+        return found
 
-    def stored(self) -> list[Tensor]:
-        """Return the stored tensors themselves."""
-        return own_tensors(self)
+    def changing(self) -> list[Tensor]:
+        """Return the floats: what tells, at every call, whether the layer is another one.
 
-    def store_for(self, x: Tensor, form: str, nbytes: int) -> "DenseStore | None":
-        """Return the store, where it keeps weights of this layer for inputs like ``x``, or would.
+        Codes do not change without them, but by assignment, which is noticed where it happens. To
+        look at all tensors would take as long as a small product: none is in a cache by then.
+        """
+        return own_parameters(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; what was unpacked from an earlier tensor is let go."""
+        super().__setattr__(name, value)
+        if isinstance(value, Tensor) and (store := self.__dict__.get("dense_store")) is not None:
+            store.drop(self)
+
+    def kept(
+        self,
+        x: Tensor,
+        form: str,
+        changing: Sequence[Tensor],
+        build: Callable[[], tuple[Tensor, ...]],
+        nbytes: int,
+    ) -> tuple[Tensor, ...] | None:
+        """Return weights in a form that is only worth making when it is kept.
 
         None on a GPU, with gradients, while compiling, and where there is no room.
 
         Args:
-            x: Inputs.
-            form: The form the weights are needed in, as in `DenseStore.weights`.
-            nbytes: What they would take.
+            x: What they will be multiplied with.
+            form: The name of the form.
+            changing: The tensors whose change makes them stale.
+            build: Makes them.
+            nbytes: What they take.
         """
         store = self.dense_store
         if (
             store is None
-            or x.device.type != "cpu"
             or torch.is_grad_enabled()
+            or not x.is_cpu
             or torch.compiler.is_compiling()
-            or not store.keeps(self, form, nbytes)
         ):
             return None
-        return store
+        found = store.find(self, changing, x.dtype, form)
+        if found is None and store.has_room(self, form, nbytes):
+            return store.make(self, changing, x.dtype, build, form)
+        return found
 
     def _unpack_weights(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (self.dequantize().to(dtype).contiguous(),)  # transposed, products are slower
@@ -157,13 +182,12 @@ class ImpliedWeight:
         return self._product(x.transpose(-1, -2)).transpose(-1, -2)
 
 
-def own_tensors(module: nn.Module) -> list[Tensor]:
-    """Return a module's parameters and buffers, without those of its submodules.
+def own_parameters(module: nn.Module) -> list[Tensor]:
+    """Return a module's parameters without those of its submodules.
 
-    Asked for at every call: `nn.Module.parameters` takes ten times as long.
+    `nn.Module.parameters` takes ten times as long.
     """
-    own = (*module._parameters.values(), *module._buffers.values())
-    return [tensor for tensor in own if tensor is not None]
+    return [tensor for tensor in module._parameters.values() if tensor is not None]
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llmpress.layers.base import CompressedLinear, ImpliedWeight, own_tensors
+from llmpress.layers.base import CompressedLinear, ImpliedWeight, own_parameters
 
 
 class AdaptedLinear(nn.Module):
@@ -59,17 +59,17 @@ class AdaptedLinear(nn.Module):
         return getattr(self.base, "bias", None)
 
     def _kept_sum(self, x: Tensor) -> Tensor | None:
-        nbytes = x.element_size() * self.delta.num_weights
+        base, delta = self.base, self.delta
         if (
             not self.keeps_sum
-            or self.delta.bias is not None
-            or not isinstance(self.base, nn.Linear | CompressedLinear)
-            or (store := self.delta.store_for(x, "sum", nbytes)) is None
+            or delta.bias is not None
+            or not isinstance(base, (nn.Linear, CompressedLinear))
         ):
             return None
-        stored = own_tensors(self.base) + self.delta.stored()
-        build = partial(self._sum_as, x.dtype)
-        return store.weights(self.delta, stored, x.dtype, build, "sum")[0]
+        changing = own_parameters(base) + delta.changing()
+        nbytes = x.element_size() * delta.num_weights
+        found = delta.kept(x, "sum", changing, partial(self._sum_as, x.dtype), nbytes)
+        return None if found is None else found[0]
 
     def _sum_as(self, dtype: torch.dtype) -> tuple[Tensor]:
         return (self.dequantize().to(dtype).contiguous(),)

@@ -21,6 +21,8 @@ from llmpress.errors import ConfigError
 LIMIT = "LLMPRESS_DENSE_BYTES"
 """Environment variable with the limit of each model, in bytes; 0 to keep nothing."""
 
+DENSE = "dense"
+"""The form of a weight that is a weight: ``[out, in]``, or thin factors of it."""
 Weights = tuple[Tensor, ...]
 
 
@@ -28,6 +30,13 @@ class _Kept(NamedTuple):
     dtype: torch.dtype
     state: "State"
     weights: Weights
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.weights)
+
+
+_NONE: dict[str, _Kept] = {}
 
 
 class DenseStore:
@@ -55,40 +64,49 @@ class DenseStore:
     @property
     def held(self) -> int:
         """Bytes that are kept."""
-        forms = (kept for forms in self._kept.values() for kept in forms.values())
-        return sum(t.nbytes for kept in forms for t in kept.weights)
+        return sum(kept.nbytes for forms in self._kept.values() for kept in forms.values())
 
-    def keeps(self, layer: Any, form: str, nbytes: int) -> bool:
-        """Whether weights of a layer in this form are kept, or would be."""
-        return form in self._kept.get(layer, {}) or self.held + nbytes <= self.limit
-
-    def weights(
-        self,
-        layer: Any,
-        stored: Sequence[Tensor],
-        dtype: torch.dtype,
-        build: Callable[[], Weights],
-        form: str = "dense",
-    ) -> Weights:
-        """Return what ``build`` makes, from an earlier call if nothing has changed since.
+    def find(
+        self, layer: Any, changing: Sequence[Tensor], dtype: torch.dtype, form: str = DENSE
+    ) -> Weights | None:
+        """Return what is kept of a layer, if nothing has changed since.
 
         Args:
             layer: Whose weights.
-            stored: The tensors that they are made of.
+            changing: The tensors whose change makes them stale.
             dtype: In which they are needed.
-            build: Makes them.
             form: In which they are needed; a layer may have several.
         """
-        forms = self._kept.setdefault(layer, {})
-        kept = forms.get(form)
-        if kept is not None and kept.dtype == dtype and kept.state.is_of(stored):
+        kept = self._kept.get(layer, _NONE).get(form)
+        if kept is not None and kept.dtype == dtype and kept.state.is_of(changing):
             return kept.weights
+        return None
+
+    def has_room(self, layer: Any, form: str, nbytes: int) -> bool:
+        """Whether so many bytes may be kept of a layer, in the place of what is kept now."""
+        old = self._kept.get(layer, _NONE).get(form)
+        return self.held - (old.nbytes if old is not None else 0) + nbytes <= self.limit
+
+    def make(
+        self,
+        layer: Any,
+        changing: Sequence[Tensor],
+        dtype: torch.dtype,
+        build: Callable[[], Weights],
+        form: str = DENSE,
+    ) -> Weights:
+        """Return what ``build`` makes, and keep it if there is room; the rest as in `find`."""
+        forms = self._kept.setdefault(layer, {})
         forms.pop(form, None)
         with torch.inference_mode(mode=False), torch.no_grad():  # so that gradients may pass later
-            made = build()
-        if self.held + sum(t.nbytes for t in made) <= self.limit:
-            forms[form] = _Kept(dtype, State(stored), made)
-        return made
+            made = _Kept(dtype, State(changing), build())
+        if self.held + made.nbytes <= self.limit:
+            forms[form] = made
+        return made.weights
+
+    def drop(self, layer: Any) -> None:
+        """Forget what is kept of a layer."""
+        self._kept.pop(layer, None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DenseStore":
         """Return an empty store of the same limit: for a copy of the model."""
@@ -98,13 +116,13 @@ class DenseStore:
 class State:
     """What tensors are at this moment.
 
-    It holds on to their memory, lest other values come to lie at the same address.
+    It holds on to their memory, lest others come to lie at the same address.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._memory = [tensor.detach() for tensor in tensors]
         self._counted = not any(tensor.is_inference() for tensor in tensors)
-        self._addresses = list(map(ADDRESS, tensors))
+        self._addresses = list(map(_address, tensors))
         self._versions = self._versions_of(tensors)
 
     def is_of(self, tensors: Sequence[Tensor]) -> bool:
@@ -112,15 +130,14 @@ class State:
 
         Of tensors made in inference mode, which count no changes, the second is not noticed.
         """
-        # At every call of every layer: what takes longer is felt on a CPU.
-        same = list(map(ADDRESS, tensors)) == self._addresses
+        same = list(map(_address, tensors)) == self._addresses
         return same and self._versions_of(tensors) == self._versions
 
     def _versions_of(self, tensors: Sequence[Tensor]) -> list[int]:
-        return list(map(VERSION, tensors)) if self._counted else []
+        return list(map(_version, tensors)) if self._counted else []
 
 
-ADDRESS, VERSION = Tensor.data_ptr, attrgetter("_version")
+_address, _version = Tensor.data_ptr, attrgetter("_version")
 
 
 def _limit_of_environment() -> int | None:

@@ -1,5 +1,6 @@
 """A weight stored as the product of two thin matrices: ``W ≈ A B``."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional
 from llmpress.kernels.dispatch import uses_triton
 from llmpress.kernels.low_rank_matmul import low_rank_matmul
 from llmpress.layers.base import CompressedLinear, as_rows, frozen
+from llmpress.layers.dense_store import DENSE
 
 SMALL_SAVING = 2**19
 """Weights: a CPU multiplies by so many more in about the time that a second bf16 product takes to
@@ -74,12 +76,11 @@ class LowRankLinear(CompressedLinear):
         On a CPU by the dense weight, where that is kept and the factors would take longer.
         """
         saved = self.num_weights - self.A.numel() - self.B.numel()
-        if (
-            x.dtype == torch.bfloat16
-            and saved < SMALL_SAVING
-            and self.store_for(x, "dense", 2 * self.num_weights) is not None
-        ):
-            return super().product(x)
+        if x.dtype == torch.bfloat16 and saved < SMALL_SAVING:
+            build = partial(self._unpack_weights, x.dtype)
+            dense = self.kept(x, DENSE, self.changing(), build, 2 * self.num_weights)
+            if dense is not None:
+                return functional.linear(x, *dense)
         return self.by_factors(x)
 
     def by_factors(self, x: Tensor) -> Tensor:

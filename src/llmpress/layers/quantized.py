@@ -100,15 +100,14 @@ class QuantizedLinear(CompressedLinear):
 
     def _repacked_for_cpu(self, x: Tensor) -> tuple[Tensor, ...] | None:
         """Return what torch's own product with packed weights takes, where it serves ``x``."""
-        form, nbytes = "packed", self.num_weights // 2 + 4 * self.scales.numel()
         shape = self.num_bits, self.group_size, self.in_features, self.out_features
         if (
             x.dtype != torch.bfloat16
             or x.numel() > MOST_ROWS * self.in_features
             or not has_cpu_product(*shape)
-            or (store := self.store_for(x, form, nbytes)) is None
         ):
             return None
-        packed = self.codes, self.scales, self.zero_points, self.num_bits, self.group_size
-        build = partial(repacked_for_cpu, *packed)
-        return store.weights(self, self.stored(), x.dtype, build, form)
+        packed = self.codes, self.scales, self.zero_points
+        build = partial(repacked_for_cpu, *packed, self.num_bits, self.group_size)
+        nbytes = self.num_weights // 2 + 4 * self.scales.numel()
+        return self.kept(x, "packed", self.changing(), build, nbytes)
