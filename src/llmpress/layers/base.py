@@ -2,12 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from llmpress.layers.blocked import in_blocks, linear
+from llmpress.layers.dense_store import DENSE
 
 if TYPE_CHECKING:
     from llmpress.layers.dense_store import DenseStore
@@ -58,23 +59,13 @@ class CompressedLinear(nn.Module, ABC):
 
     def product(self, x: Tensor) -> Tensor:
         """Return ``x Wᵀ``, ``[..., out]``, in the dtype of ``x [..., in]``."""
-        (weight,) = self.unpacked(x.dtype)
-        return functional.linear(x, weight)
+        (weight,) = self.unpacked(x)
+        return linear(x, weight)
 
-    def unpacked(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Return the dense tensors that `product` multiplies by, kept where there is a store."""
-        changing = self.changing()
-        store = None if torch.compiler.is_compiling() else self.dense_store
-        if (
-            store is None
-            or changing[0].device.type != "cpu"
-            or (torch.is_grad_enabled() and any(t.requires_grad for t in changing))
-        ):
-            return self._unpack_weights(dtype)
-        found = store.find(self, changing, dtype)
-        if found is None:
-            return store.make(self, changing, dtype, partial(self._unpack_weights, dtype))
-        return found
+    def unpacked(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return what `product` multiplies ``x`` by, for `linear`: kept where there is a store."""
+        found = self.kept(x, DENSE, self.changing(), self._unpack_weights, self._num_unpacked())
+        return self._unpack_weights(product_dtype(x)) if found is None else found
 
     def changing(self) -> list[Tensor]:
         """Return the floats: what tells, at every call, whether the layer is another one.
@@ -95,40 +86,45 @@ class CompressedLinear(nn.Module, ABC):
         x: Tensor,
         form: str,
         changing: Sequence[Tensor],
-        build: Callable[[], tuple[Tensor, ...]],
-        nbytes: int,
+        unpack: Callable[[torch.dtype], tuple[Tensor, ...]],
+        numel: int,
     ) -> tuple[Tensor, ...] | None:
-        """Return weights in a form that is only worth making when it is kept.
+        """Return weights that are kept between calls, for `linear`; None where they cannot be.
 
-        None on a GPU, with gradients, while compiling, and where there is no room.
+        That is: on a GPU, where gradients are needed, while compiling, and where there is no room.
 
         Args:
             x: What they will be multiplied with.
-            form: The name of the form.
+            form: The name of the form; a layer may keep several.
             changing: The tensors whose change makes them stale.
-            build: Makes them.
-            nbytes: What they take.
+            unpack: Makes them in a dtype.
+            numel: How many numbers of that dtype they take.
         """
         store = self.dense_store
         if (
             store is None
-            or torch.is_grad_enabled()
             or not x.is_cpu
+            or (torch.is_grad_enabled() and needs_gradient(x, changing))
             or torch.compiler.is_compiling()
         ):
             return None
-        found = store.find(self, changing, x.dtype, form)
-        if found is None and store.has_room(self, form, nbytes):
-            return store.make(self, changing, x.dtype, build, form)
+        dtype = product_dtype(x)
+        found = store.find(self, form, changing, dtype)
+        if found is None and store.has_room(self, form, dtype.itemsize * numel):
+            return store.make(self, form, changing, dtype, lambda: in_blocks(unpack(dtype)))
         return found
 
     def _unpack_weights(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return (self.dequantize().to(dtype).contiguous(),)  # transposed, products are slower
+        return (self.dequantize().to(dtype),)
+
+    def _num_unpacked(self) -> int:
+        """Return how many numbers `_unpack_weights` makes."""
+        return self.num_weights
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., in]`` to ``[..., out]`` in the dtype of ``x``."""
-        y = self.product(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        y, bias = self.product(x), self.bias
+        return y if bias is None else y + bias.to(y.dtype)
 
     def added_to(self, y: Tensor, x: Tensor) -> Tensor:
         """Return ``y + self(x)``: for a delta on the result ``y [..., out]`` of its base."""
@@ -190,15 +186,25 @@ def own_parameters(module: nn.Module) -> list[Tensor]:
     return [tensor for tensor in module._parameters.values() if tensor is not None]
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """Return ``x [..., in]`` as contiguous rows ``[M, in]``, in the dtype of autocast.
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that a product with ``x`` is computed in: its own, or that of autocast.
 
     Operations of our own are unknown to autocast.
     """
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        x = x.to(torch.get_autocast_dtype(kind))
-    return x.reshape(-1, x.shape[-1]).contiguous()
+    kind = "cpu" if x.is_cpu else x.device.type  # the latter takes longer
+    if not (x.is_cpu or torch.amp.is_autocast_available(kind)):
+        return x.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """Return ``x [..., in]`` as contiguous rows ``[M, in]``, in `product_dtype`."""
+    return x.to(product_dtype(x)).reshape(-1, x.shape[-1]).contiguous()
+
+
+def needs_gradient(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether a product of ``x`` with these weights has a gradient, where gradients are enabled."""
+    return x.requires_grad or any(weight.requires_grad for weight in weights)
 
 
 def rounded_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:

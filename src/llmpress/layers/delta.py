@@ -1,12 +1,11 @@
 """A base layer and the compressed delta of one fine-tuned model on top of it."""
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from llmpress.layers.base import CompressedLinear, ImpliedWeight, own_parameters
+from llmpress.layers.blocked import linear
 
 
 class AdaptedLinear(nn.Module):
@@ -33,7 +32,7 @@ class AdaptedLinear(nn.Module):
         weight = self._kept_sum(x)
         if weight is None:
             return self.delta.added_to(self.base(x), x)
-        y, bias = functional.linear(x, weight), self.bias
+        y, bias = linear(x, weight), self.bias
         return y if bias is None else y + bias.to(y.dtype)
 
     def dequantize(self) -> Tensor:
@@ -67,12 +66,11 @@ class AdaptedLinear(nn.Module):
         ):
             return None
         changing = own_parameters(base) + delta.changing()
-        nbytes = x.element_size() * delta.num_weights
-        found = delta.kept(x, "sum", changing, partial(self._sum_as, x.dtype), nbytes)
+        found = delta.kept(x, "sum", changing, self._sum_as, delta.num_weights)
         return None if found is None else found[0]
 
     def _sum_as(self, dtype: torch.dtype) -> tuple[Tensor]:
-        return (self.dequantize().to(dtype).contiguous(),)
+        return (self.dequantize().to(dtype),)
 
     def _base_weight(self) -> Tensor:
         if isinstance(self.base, CompressedLinear):

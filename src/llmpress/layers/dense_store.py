@@ -3,7 +3,7 @@
 Where no kernel computes from packed weights, on a CPU, a layer has to unpack its weight for every
 call. With a store it does so once, as long as there is room. A layer that finds none unpacks again:
 nothing is evicted, since layers are called in turn and every one of them would have been evicted by
-the time it is called again. Packed weights that torch wants in another order are kept here too.
+the time it is called again. Weights are kept in the order that products on a CPU want them in.
 """
 
 import os
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llmpress.errors import ConfigError
+from llmpress.layers.blocked import stored_bytes
 
 LIMIT = "LLMPRESS_DENSE_BYTES"
 """Environment variable with the limit of each model, in bytes; 0 to keep nothing."""
@@ -30,10 +31,7 @@ class _Kept(NamedTuple):
     dtype: torch.dtype
     state: "State"
     weights: Weights
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.weights)
+    nbytes: int
 
 
 _NONE: dict[str, _Kept] = {}
@@ -67,18 +65,18 @@ class DenseStore:
         return sum(kept.nbytes for forms in self._kept.values() for kept in forms.values())
 
     def find(
-        self, layer: Any, changing: Sequence[Tensor], dtype: torch.dtype, form: str = DENSE
+        self, layer: Any, form: str, changing: Sequence[Tensor], dtype: torch.dtype
     ) -> Weights | None:
         """Return what is kept of a layer, if nothing has changed since.
 
         Args:
             layer: Whose weights.
+            form: In which they are needed; a layer may have several.
             changing: The tensors whose change makes them stale.
             dtype: In which they are needed.
-            form: In which they are needed; a layer may have several.
         """
         kept = self._kept.get(layer, _NONE).get(form)
-        if kept is not None and kept.dtype == dtype and kept.state.is_of(changing):
+        if kept is not None and kept.dtype is dtype and kept.state.is_of(changing):
             return kept.weights
         return None
 
@@ -90,19 +88,20 @@ class DenseStore:
     def make(
         self,
         layer: Any,
+        form: str,
         changing: Sequence[Tensor],
         dtype: torch.dtype,
         build: Callable[[], Weights],
-        form: str = DENSE,
     ) -> Weights:
         """Return what ``build`` makes, and keep it if there is room; the rest as in `find`."""
         forms = self._kept.setdefault(layer, {})
         forms.pop(form, None)
         with torch.inference_mode(mode=False), torch.no_grad():  # so that gradients may pass later
-            made = _Kept(dtype, State(changing), build())
-        if self.held + made.nbytes <= self.limit:
-            forms[form] = made
-        return made.weights
+            state, weights = State(changing), build()
+        nbytes = sum(map(stored_bytes, weights))
+        if self.held + nbytes <= self.limit:
+            forms[form] = _Kept(dtype, state, weights, nbytes)
+        return weights
 
     def drop(self, layer: Any) -> None:
         """Forget what is kept of a layer."""

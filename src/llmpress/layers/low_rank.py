@@ -1,20 +1,19 @@
 """A weight stored as the product of two thin matrices: ``W ≈ A B``."""
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from llmpress.kernels.dispatch import uses_triton
 from llmpress.kernels.low_rank_matmul import low_rank_matmul
 from llmpress.layers.base import CompressedLinear, as_rows, frozen
+from llmpress.layers.blocked import linear
 from llmpress.layers.dense_store import DENSE
 
 SMALL_SAVING = 2**19
-"""Weights: a CPU multiplies by so many more in about the time that a second bf16 product takes to
-begin (AMD EPYC, 2 threads; in fp32 factors are as fast as a dense weight on small layers too)."""
+"""Weights: a CPU multiplies by so many more in about the time that a second product takes to begin
+(AMD EPYC, 2 threads)."""
 
 
 class LowRankLinear(CompressedLinear):
@@ -76,11 +75,10 @@ class LowRankLinear(CompressedLinear):
         On a CPU by the dense weight, where that is kept and the factors would take longer.
         """
         saved = self.num_weights - self.A.numel() - self.B.numel()
-        if x.dtype == torch.bfloat16 and saved < SMALL_SAVING:
-            build = partial(self._unpack_weights, x.dtype)
-            dense = self.kept(x, DENSE, self.changing(), build, 2 * self.num_weights)
-            if dense is not None:
-                return functional.linear(x, *dense)
+        if saved < SMALL_SAVING:
+            unpack, numel = self._unpack_weights, self.num_weights
+            if (dense := self.kept(x, DENSE, self.changing(), unpack, numel)) is not None:
+                return linear(x, *dense)
         return self.by_factors(x)
 
     def by_factors(self, x: Tensor) -> Tensor:
@@ -88,4 +86,14 @@ class LowRankLinear(CompressedLinear):
         if uses_triton(x):
             y: Tensor = low_rank_matmul(as_rows(x), self.A, self.B)
             return y.view(*x.shape[:-1], self.out_features)
-        return functional.linear(functional.linear(x, self.B.to(x.dtype)), self.A.to(x.dtype))
+        A, B = self._kept_factors(x)
+        return linear(linear(x, B), A)
+
+    def _kept_factors(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return ``A`` and ``B`` for `linear`."""
+        numel = self.A.numel() + self.B.numel()
+        kept = self.kept(x, "factors", self.changing(), self._factors_as, numel)
+        return self._factors_as(x.dtype) if kept is None else kept
+
+    def _factors_as(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return self.A.to(dtype), self.B.to(dtype)

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from llmpress.kernels.delta_matmul import PackedVectors, RowDeltas, TripletGroup, delta_matmul
 from llmpress.kernels.dispatch import uses_triton
 from llmpress.kernels.quantized_matmul.reference import dequantize_groups
 from llmpress.layers.base import CompressedLinear, as_rows, frozen
+from llmpress.layers.blocked import linear
 from llmpress.layers.dense_store import State
 from llmpress.packing import pack, packed_size, unpack
 
@@ -178,7 +178,7 @@ class MixedLowRankLinear(CompressedLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """Return ``x Wᵀ``, ``[..., out]``, through the two thin factors."""
-        return through_factors(x, *self.unpacked(x.dtype))
+        return through_factors(x, *self.unpacked(x))
 
     def added_to(self, y: Tensor, x: Tensor) -> Tensor:
         """Return ``y + self(x)``; on a GPU from the packed vectors, for few rows."""
@@ -212,6 +212,9 @@ class MixedLowRankLinear(CompressedLinear):
         A, V = self.factors()
         return A.to(dtype), V.to(dtype)
 
+    def _num_unpacked(self) -> int:
+        return self.rank * (self.in_features + self.out_features)
+
     def triplet_groups(self) -> list[TripletGroup] | None:
         """Return what a kernel needs of each group; None where one is not quantized."""
         if any(num_bits == UNQUANTIZED for _, num_bits in self.groups):
@@ -233,7 +236,7 @@ class MixedLowRankLinear(CompressedLinear):
 
 def through_factors(x: Tensor, A: Tensor, V: Tensor) -> Tensor:
     """Return ``(x Vᵀ) Aᵀ`` for ``x [..., in]``, ``A [out, rank]``, ``V [rank, in]``."""
-    return functional.linear(functional.linear(x, V), A)
+    return linear(linear(x, V), A)
 
 
 def dequantize_vectors(vectors: Vectors, group_size: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from llmpress.layers.base import frozen
+from llmpress.layers.blocked import linear
 from llmpress.layers.low_rank import LowRankLinear
 
 
@@ -85,8 +86,9 @@ class PivotedLowRankLinear(LowRankLinear):
 
         Either outputs or the rows of the left factor are put in their places: whichever is less.
         """
-        z = functional.linear(x, self.B.to(x.dtype))
+        A, B = self._kept_factors(x)
+        z = linear(x, B)
         if z.numel() >= self.rank**2:
             return functional.linear(z, self._left().to(z.dtype))
-        y = torch.cat([z, functional.linear(z, self.A.to(z.dtype))], dim=-1)
+        y = torch.cat([z, linear(z, A)], dim=-1)
         return y.gather(-1, self.place.long().expand_as(y))  # half the time of an index, on a CPU

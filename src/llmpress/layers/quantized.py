@@ -4,7 +4,6 @@ Shapes: ``G = ceil(in / group_size)`` groups per output row, the last one shorte
 size does not divide ``in``.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from llmpress.kernels.quantized_matmul.cpu import (
     repacked_for_cpu,
 )
 from llmpress.kernels.quantized_matmul.reference import quantized_weight
-from llmpress.layers.base import CompressedLinear, as_rows, frozen
+from llmpress.layers.base import CompressedLinear, as_rows, frozen, product_dtype
 from llmpress.packing import pack, packed_size
 
 
@@ -102,12 +101,14 @@ class QuantizedLinear(CompressedLinear):
         """Return what torch's own product with packed weights takes, where it serves ``x``."""
         shape = self.num_bits, self.group_size, self.in_features, self.out_features
         if (
-            x.dtype != torch.bfloat16
+            product_dtype(x) != torch.bfloat16
             or x.numel() > MOST_ROWS * self.in_features
             or not has_cpu_product(*shape)
         ):
             return None
+        numel = self.num_weights // 4 + 2 * self.scales.numel()
+        return self.kept(x, "packed", self.changing(), self._repack, numel)
+
+    def _repack(self, _: torch.dtype) -> tuple[Tensor, ...]:
         packed = self.codes, self.scales, self.zero_points
-        build = partial(repacked_for_cpu, *packed, self.num_bits, self.group_size)
-        nbytes = self.num_weights // 2 + 4 * self.scales.numel()
-        return self.kept(x, "packed", self.changing(), build, nbytes)
+        return repacked_for_cpu(*packed, self.num_bits, self.group_size)

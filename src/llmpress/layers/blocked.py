@@ -1,0 +1,58 @@
+"""Products on a CPU by weights in the order that oneDNN multiplies in.
+
+`functional.linear` brings a weight into that order anew for every call, which for a few rows takes
+about as long as the product.
+"""
+
+from collections.abc import Iterable
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_product = torch.ops.mkldnn._linear_pointwise.default
+
+
+def in_blocks(weights: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Return weights ``[out, in]`` in oneDNN's order, and contiguous what it has no order for.
+
+    `linear` takes them, and nothing else does: they have no strides, and no gradients.
+    """
+    return tuple(
+        torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+        if weight.dim() == 2 and weight.numel() and _has_blocks(weight.dtype)
+        else weight.contiguous()
+        for weight in weights
+    )
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x Wᵀ``, ``[..., out]``, for ``x [..., in]``.
+
+    Args:
+        x: Any dtype; where the weight is in blocks, in that of the weight afterwards.
+        weight: ``[out, in]``, plain or from `in_blocks`.
+    """
+    if not weight.is_mkldnn:
+        return functional.linear(x, weight)
+    if x.dtype != weight.dtype:
+        x = x.to(weight.dtype)
+    product: Tensor = _product(x, weight, None, "none", [], "")
+    return product
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Return the bytes of a tensor, with what blocks at its ends are filled up with."""
+    if tensor.is_mkldnn:
+        return int(torch.ops.mkldnn._nbytes(tensor))
+    return tensor.nbytes
+
+
+@cache
+def _has_blocks(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
