@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kept_weights import kept_bytes
 
 from llmpress.kernels.dispatch import use_backend
 from llmpress.kernels.quantized_matmul.cpu import MOST_ROWS, has_cpu_product
@@ -49,7 +50,7 @@ def test_what_torch_does_not_take_is_unpacked(
     quantized = layer(num_bits, group_size, shape)
     with torch.no_grad():
         quantized(torch.randn(1, shape[1]).bfloat16())
-    assert quantized.dense_store.held == 2 * shape[0] * shape[1]
+    assert quantized.dense_store.held == kept_bytes(shape, torch.bfloat16)
 
 
 @needs_product
@@ -58,7 +59,7 @@ def test_many_rows_gradients_and_other_dtypes_take_dense_weights() -> None:
         quantized = layer(4, 64)
         with torch.no_grad():
             quantized(x)
-        assert quantized.dense_store.held == OUT * IN * x.element_size()
+        assert quantized.dense_store.held == kept_bytes((OUT, IN), x.dtype)
     x = torch.randn(1, IN, dtype=torch.bfloat16, requires_grad=True)
     layer(4, 64)(x).sum().backward()
     assert x.grad is not None

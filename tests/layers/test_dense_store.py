@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from kept_weights import kept_bytes
 from tiny_artifacts import Make
 
 from llmpress.errors import ConfigError
@@ -18,7 +19,6 @@ from llmpress.layers import (
     dense_bytes,
     keep_dense,
 )
-from llmpress.layers.blocked import in_blocks, stored_bytes
 from llmpress.layers.dense_store import LIMIT
 
 
@@ -27,11 +27,6 @@ def layer() -> CodebookLinear:
     layer = CodebookLinear.from_codes(torch.randint(0, 8, (30,)), torch.randn(8, 2), 6, 10)
     layer.dense_store = DenseStore(10**6)
     return layer.requires_grad_(requires_grad=False)
-
-
-def kept_bytes(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> int:
-    """Return what a weight ``[out, in]`` takes in the order that it is kept in."""
-    return sum(map(stored_bytes, in_blocks([torch.zeros(shape, dtype=dtype)])))
 
 
 def calls(layer: CompressedLinear, monkeypatch: pytest.MonkeyPatch) -> list[int]:
