@@ -57,7 +57,7 @@ def draw_memory(axes: Axes, rows: pd.DataFrame) -> None:
     axes.set_yticks(range(len(table)), table.index)
     axes.invert_yaxis()
     axes.set_xlabel("MB held, bf16")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
 
 
 if __name__ == "__main__":

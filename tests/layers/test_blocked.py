@@ -1,5 +1,7 @@
 """Products on a CPU by weights in oneDNN's order, against torch's own."""
 
+import runpy
+
 import pytest
 import torch
 from torch.nn import functional
@@ -40,16 +42,22 @@ def test_inputs_are_brought_to_the_dtype_of_the_weight() -> None:
 def test_bytes_count_what_blocks_are_filled_up_with() -> None:
     weight = torch.randn(577, 191)
     (kept,) = in_blocks([weight])
-    assert stored_bytes(weight) == weight.nbytes <= stored_bytes(kept) <= 1.2 * weight.nbytes
+    assert stored_bytes(weight) == weight.nbytes
+    if kept.is_mkldnn:  # 640 x 192 or so
+        assert weight.nbytes < stored_bytes(kept) <= 1.2 * weight.nbytes
 
 
-def test_what_has_no_blocks_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_no_blocks_stays() -> None:
     tensors = [torch.randn(2, 3, 4).bfloat16(), torch.ones(3, 4).byte(), torch.empty(0, 4)]
     for given, kept in zip(tensors, in_blocks(tensors), strict=True):
         assert kept.layout == torch.strided
         torch.testing.assert_close(kept, given, rtol=0, atol=0)
+
+
+def test_torch_without_onednn_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    blocked._has_blocks.cache_clear()
-    (kept,) = in_blocks([torch.randn(3, 4)])
-    blocked._has_blocks.cache_clear()
-    assert kept.layout == torch.strided
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    loaded = runpy.run_path(blocked.__file__)  # as at an import
+    x, weight = torch.randn(2, 4), torch.randn(3, 4)
+    (kept,) = loaded["in_blocks"]([weight])
+    torch.testing.assert_close(loaded["linear"](x, kept), x @ weight.t())

@@ -4,14 +4,12 @@
 about as long as the product.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-_product = torch.ops.mkldnn._linear_pointwise.default
 
 
 def in_blocks(weights: Iterable[Tensor]) -> tuple[Tensor, ...]:
@@ -38,7 +36,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         return functional.linear(x, weight)
     if x.dtype != weight.dtype:
         x = x.to(weight.dtype)
-    product: Tensor = _product(x, weight, None, "none", [], "")
+    product: Tensor = _product()(x, weight, None, "none", [], "")
     return product
 
 
@@ -47,6 +45,13 @@ def stored_bytes(tensor: Tensor) -> int:
     if tensor.is_mkldnn:
         return int(torch.ops.mkldnn._nbytes(tensor))
     return tensor.nbytes
+
+
+@cache
+def _product() -> Callable[..., Tensor]:
+    """Return torch's operation, looked up when needed: a build without oneDNN has none."""
+    operation: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
+    return operation
 
 
 @cache
