@@ -9,7 +9,7 @@ from torch import Tensor
 from llmpress.packing import unpack
 
 MOST_ROWS = 4
-"""Its time grows with the rows; above these a dense product is as fast, or faster on large layers."""
+"""Its time grows with the rows; above these a dense product is as fast, or faster if large."""
 _GROUP_SIZES = (32, 64, 128, 256)
 _OUTPUTS = 16
 _VECTORS = ("AVX2", "AVX512")
