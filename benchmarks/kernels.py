@@ -48,9 +48,11 @@ SHAPES = {
     "Llama-2-7B": ((4096, 4096), (11008, 4096), (4096, 11008)),
     "Llama-2-70B": ((8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)),
     "Mixtral-8x7B": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
+    "Llama-2-7B up": ((11008, 4096),),
+    "tiny": ((48, 64),),
 }
 """``[out, in]`` of the linears of a block."""
-CODEBOOKS = ((65536, 4), (4096, 4), (256, 2))
+CODEBOOKS = ((65536, 4), (4096, 4), (256, 2), (8192, 6), (16384, 5))
 GROUP = 128
 TENANTS = (1, 8, 32)
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
@@ -252,7 +254,7 @@ def quantized_cases(x: Tensor, outputs: int) -> Iterator[Case]:
     rows, inputs = x.shape
     groups = -(-inputs // GROUP)
     moved = x.nbytes + rows * outputs * x.element_size()
-    for bits in (1, 2, 3, 4, 8):
+    for bits in (4, 3, 2, 8, 1):
         stored = (
             random_codes(outputs * inputs, 1 << bits, x.device),
             torch.rand(outputs, groups, device=x.device).half(),

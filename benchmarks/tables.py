@@ -1,6 +1,7 @@
 """What all benchmarks do with a result: a row below those of earlier runs."""
 
 import csv
+import os
 import subprocess
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -40,7 +41,7 @@ def origin(*names: str) -> dict[str, Any]:
         "processor": machine["processor"],
         "gpu": machine["gpu"],
         **{name: versions[name] for name in ("torch", *names)},
-        "commit": commit,
+        "commit": commit or os.environ.get("COMMIT", ""),  # a copy without git is told
         "date": datetime.now(UTC).date().isoformat(),
     }
 

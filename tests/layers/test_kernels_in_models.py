@@ -18,17 +18,20 @@ from llmpress.layers import CompressedLinear, MixedLowRankLinear
 from llmpress.methods.delta_come import DeltaCoMe
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted")
+PLACE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where kernels run: on a GPU where there is one, else in Triton's interpreter."""
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 
 
 @pytest.mark.parametrize("method", ["rtn", "cluscomp", "svd", "bitdelta"])
 def test_packed_models_compute_through_kernels(
     method: str, compressed: Make, tiny_windows: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load_model(compressed(method))
-    tokens = tiny_windows[:2, :3]
+    model = load_model(compressed(method), device=PLACE)
+    tokens = tiny_windows[:2, :3].to(PLACE)
     with torch.no_grad():
-        expected = model(tokens).logits
+        with use_backend("reference"):
+            expected = model(tokens).logits
         monkeypatch.setattr(CompressedLinear, "unpacked", None)  # nothing dense is rebuilt
         with use_backend("triton"):
             found = model(tokens).logits
@@ -39,10 +42,11 @@ def test_packed_models_compute_through_kernels(
 def test_compiled_models_compute_through_kernels(
     method: str, compressed: Make, tiny_windows: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load_model(compressed(method))
-    tokens = tiny_windows[:2, :3]
+    model = load_model(compressed(method), device=PLACE)
+    tokens = tiny_windows[:2, :3].to(PLACE)
     with torch.no_grad():
-        expected = model(tokens, use_cache=False).logits
+        with use_backend("reference"):
+            expected = model(tokens, use_cache=False).logits
         monkeypatch.setattr(CompressedLinear, "unpacked", None)
         with use_backend("triton"):
             traced = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -51,9 +55,9 @@ def test_compiled_models_compute_through_kernels(
 
 
 def test_codebooks_are_finetuned_through_kernels(compressed: Make, tiny_windows: Tensor) -> None:
-    tokens, gradients = tiny_windows[:1, :4], []
+    tokens, gradients = tiny_windows[:1, :4].to(PLACE), []
     for backend in ("reference", "triton"):
-        model = load_model(compressed("cluscomp"))
+        model = load_model(compressed("cluscomp"), device=PLACE)
         parameters = compressed_parameters(model, norms=False)
         with use_backend(backend), training(model, parameters):
             model(tokens, labels=tokens).loss.backward()
@@ -85,10 +89,13 @@ def test_one_delta_for_all_rows_stays_packed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = load_delta(load_model(tiny_model_folder), delta_of(tiny_delta, 2.0, tmp_path))
-    tokens = tiny_windows[:3, :2]
+    model = load_delta(
+        load_model(tiny_model_folder, device=PLACE), delta_of(tiny_delta, 2.0, tmp_path)
+    )
+    tokens = tiny_windows[:3, :2].to(PLACE)
     with torch.no_grad():
-        expected = [model(tokens[:rows]).logits for rows in (1, 3, 1)]
+        with use_backend("reference"):
+            expected = [model(tokens[:rows]).logits for rows in (1, 3, 1)]
         monkeypatch.setattr(CompressedLinear, "unpacked", None)
         with use_backend("triton"):
             found = [model(tokens[:rows]).logits for rows in (1, 3, 1)]
@@ -98,9 +105,11 @@ def test_one_delta_for_all_rows_stays_packed(
 def test_a_delta_that_has_moved_is_found_again(
     tiny_model_folder: Path, tiny_delta: Path, tmp_path: Path
 ) -> None:
-    model = load_delta(load_model(tiny_model_folder), delta_of(tiny_delta, 2.0, tmp_path))
+    model = load_delta(
+        load_model(tiny_model_folder, device=PLACE), delta_of(tiny_delta, 2.0, tmp_path)
+    )
     delta = next(m for m in model.modules() if isinstance(m, MixedLowRankLinear))
-    x, y = torch.randn(2, delta.in_features), torch.randn(2, delta.out_features)
+    x, y = (torch.randn(2, n, device=PLACE) for n in (delta.in_features, delta.out_features))
     with torch.no_grad(), use_backend("triton"):
         delta.added_to(y, x)
         delta.load_state_dict(
@@ -114,13 +123,14 @@ def test_rows_of_several_tenants_go_through_one_kernel(
     tiny_model_folder: Path, tiny_delta: Path, tiny_windows: Tensor, tmp_path: Path
 ) -> None:
     folders = [delta_of(tiny_delta, bits, tmp_path) for bits in (4.0, 2.0)]
-    tokens = tiny_windows[:3, :2]
-    with DeltaBank(load_model(tiny_model_folder)) as bank, torch.no_grad():
+    tokens = tiny_windows[:3, :2].to(PLACE)
+    with DeltaBank(load_model(tiny_model_folder, device=PLACE)) as bank, torch.no_grad():
         for folder in folders:
             bank.add(folder.name, folder)
         plain = bank.model(tokens).logits
         bank.use([folders[1].name, None, folders[0].name])
-        expected = bank.model(tokens).logits
+        with use_backend("reference"):
+            expected = bank.model(tokens).logits
         with use_backend("triton"):
             found = bank.model(tokens).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -128,6 +138,7 @@ def test_rows_of_several_tenants_go_through_one_kernel(
     assert float((found - plain)[[0, 2]].abs().max()) > 1e-3
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_runs_in_triton() -> None:
     assert not dispatch.uses_triton(torch.zeros(1))
     with use_backend("triton"):
