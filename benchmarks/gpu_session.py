@@ -41,7 +41,7 @@ def steps(out: Path, dry: bool) -> dict[str, Step]:
     ops = (python, kernels, "--out", str(out / "gpu_kernels.csv"))
     tiny = ("--model", "tiny", "--rows", "1", "--rows", "64")
     real = ("--model", "Llama-2-7B up")
-    rows = ("--rows", "1", "--rows", "8", "--rows", "64", "--rows", "2048")
+    rows = [part for count in (1, 4, 16, 64, 2048) for part in ("--rows", str(count))]
     sizes = tiny if dry else (*real, *rows)
 
     def op(name: str, seconds: int) -> Step:
@@ -50,11 +50,10 @@ def steps(out: Path, dry: bool) -> dict[str, Step]:
     return {
         "kernel_tests": Step((*tests, "tests/kernels"), 100),
         "model_tests": Step((*tests, "tests/layers", "tests/gpu"), 100),
-        "quantized": op("quantized_matmul", 60),
-        "codebook": op("codebook_matmul", 60),
-        "low_rank": op("low_rank_matmul", 20),
+        "quantized": op("quantized_matmul", 40),
+        "codebook": op("codebook_matmul", 45),
         "decode": Step((*own, "decode", *to, *small), 60),
-        "loops": Step((*own, "loops", *to, *small), 90),
+        "loops": Step((*own, "loops", *to, *small), 50),
         "backward": Step((*own, "backward", *to, *small), 30),
         "syncs": Step((*own, "syncs", *to, *small), 60),
         "delta": op("delta_matmul", 50),

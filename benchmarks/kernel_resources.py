@@ -31,11 +31,12 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from llmpress.kernels.codebook_grad.triton import codebook_grad_triton
+from llmpress.kernels.codebook_matmul.dequantize import codebook_weight_triton
 from llmpress.kernels.codebook_matmul.triton import codebook_matmul_triton
 from llmpress.kernels.delta_matmul.reference import PackedVectors, TripletGroup
 from llmpress.kernels.delta_matmul.triton import delta_matmul_triton, work_tables
 from llmpress.kernels.kmeans.triton import nearest_centroid_triton
-from llmpress.kernels.low_rank_matmul.triton import low_rank_matmul_triton
+from llmpress.kernels.quantized_matmul.dequantize import quantized_weight_triton
 from llmpress.kernels.quantized_matmul.triton import quantized_matmul_triton
 from llmpress.packing import packed_size
 
@@ -52,7 +53,16 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-CODEBOOKS = ((65536, 4), (4096, 4), (65536, 8), (256, 2), (1000, 3), (16, 1))
+CODEBOOKS = (
+    (65536, 4),
+    (4096, 4),
+    (65536, 8),
+    (256, 2),
+    (1000, 3),
+    (16, 1),
+    (8192, 6),
+    (16384, 5),
+)
 Launch = Callable[[], Any]
 
 
@@ -83,7 +93,7 @@ def main(
 def launches() -> dict[str, Launch]:
     """Return calls that launch every variant, by name; tensors have shapes and no content."""
     found: dict[str, Launch] = {}
-    for dtype, rows in ((t, r) for t in TYPES if t.is_floating_point for r in (1, 8, 64)):
+    for dtype, rows in ((t, r) for t in TYPES if t.is_floating_point for r in (1, 8, 32)):
         key, x = f"{TYPES[dtype]} rows={rows}", empty(rows, IN, dtype=dtype)
         every = dtype == torch.bfloat16
         for number, (K, d) in enumerate(CODEBOOKS if every else CODEBOOKS[:1]):
@@ -92,12 +102,16 @@ def launches() -> dict[str, Launch]:
             found[name] = codebook_launch(x, K, d, stored)
         for bits in range(1, 9) if every and rows != 8 else (4,):
             found[f"quantized_matmul {key} bits={bits} group=128"] = quantized_launch(x, bits, 128)
-        found[f"low_rank_matmul {key}"] = low_rank_launch(x)
         if every or rows > 1:
             found[f"delta_matmul {key}"] = delta_launch(x)
     found["quantized_matmul bf16 rows=8 bits=4 group=100"] = quantized_launch(
         empty(8, IN, dtype=torch.bfloat16), 4, 100
     )
+    for K, d in CODEBOOKS:
+        found[f"codebook_matmul bf16 written out K={K} d={d}"] = codebook_weight_launch(K, d)
+    for bits in range(1, 9):
+        name = f"quantized_matmul bf16 written out bits={bits} group=128"
+        found[name] = quantized_weight_launch(bits, 128)
     for number, (K, d) in enumerate(CODEBOOKS):
         dtype = (torch.bfloat16, torch.float16, torch.float32)[number % 3]
         name = f"codebook_grad {TYPES[dtype]} rows=2048 K={K} d={d}"
@@ -119,6 +133,20 @@ def codebook_launch(x: Tensor, K: int, d: int, stored: torch.dtype) -> Launch:
     return lambda: codebook_matmul_triton(x, codes, codebook, scales, OUT)
 
 
+def codebook_weight_launch(K: int, d: int) -> Launch:
+    """Return a weight of one codebook written out."""
+    stored = codes_of(K, d), empty(K, d, dtype=torch.float16), empty(OUT, dtype=torch.float16)
+    return lambda: codebook_weight_triton(*stored, IN, OUT, torch.bfloat16)
+
+
+def quantized_weight_launch(bits: int, group: int) -> Launch:
+    """Return a group-quantized weight written out."""
+    groups = -(-IN // group)
+    codes, zeros = empty(packed_size(OUT * IN, bits)), empty(packed_size(OUT * groups, bits))
+    scales = empty(OUT, groups, dtype=torch.float16)
+    return lambda: quantized_weight_triton(codes, scales, zeros, bits, group, IN, torch.bfloat16)
+
+
 def grad_launch(x: Tensor, K: int, d: int) -> Launch:
     """Return the gradient of one codebook."""
     gradient = empty(x.shape[0], OUT, dtype=x.dtype)
@@ -136,12 +164,6 @@ def quantized_launch(x: Tensor, bits: int, group: int) -> Launch:
     codes, zeros = empty(packed_size(OUT * IN, bits)), empty(packed_size(OUT * groups, bits))
     scales = empty(OUT, groups, dtype=torch.float16)
     return lambda: quantized_matmul_triton(x, codes, scales, zeros, bits, group)
-
-
-def low_rank_launch(x: Tensor) -> Launch:
-    """Return a product with two factors."""
-    A, B = empty(OUT, 1024, dtype=torch.bfloat16), empty(1024, IN, dtype=torch.bfloat16)
-    return lambda: low_rank_matmul_triton(x, A, B)
 
 
 def delta_launch(x: Tensor) -> Launch:

@@ -26,12 +26,11 @@ from tqdm import tqdm
 
 from llmpress.devices import pick_device
 from llmpress.kernels.codebook_grad import codebook_grad
-from llmpress.kernels.codebook_matmul import codebook_matmul
+from llmpress.kernels.codebook_matmul import codebook_matmul, transposed_weight
 from llmpress.kernels.codebook_matmul.reference import codebook_weight
 from llmpress.kernels.delta_matmul import PackedVectors, RowDeltas, TripletGroup, delta_matmul
 from llmpress.kernels.kmeans import kmeans
 from llmpress.kernels.kmeans.reference import draw_start, kmeans_reference
-from llmpress.kernels.low_rank_matmul import low_rank_matmul
 from llmpress.kernels.quantized_matmul import quantized_matmul
 from llmpress.kernels.quantized_matmul.cpu import (
     MOST_ROWS,
@@ -57,7 +56,7 @@ GROUP = 128
 TENANTS = (1, 8, 32)
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 """Largest relative error, in the norm, of a result that is timed."""
-OTHERS = ("dense", "naive", "base", "loop", "batched", "bitsandbytes")
+OTHERS = ("dense", "naive", "written_out", "base", "loop", "batched", "bitsandbytes")
 """What operations are compared with."""
 MOST_ENTRIES_ON_CPU = 4096
 """Of a table, that the reference of k-means is timed with there."""
@@ -217,6 +216,9 @@ def codebook_cases(x: Tensor, outputs: int) -> Iterator[Case]:
                 "naive": lambda c=codes, b=codebook: (
                     x @ codebook_weight(c, b, None, inputs, outputs).to(x.dtype).t()
                 ),
+                "written_out": lambda c=codes, b=codebook: (
+                    x @ transposed_weight(x, c, b, None, outputs)
+                ),
             },
             codes.nbytes + codebook.nbytes + x.nbytes + rows * outputs * x.element_size(),
             2 * rows * inputs * outputs,
@@ -254,7 +256,7 @@ def quantized_cases(x: Tensor, outputs: int) -> Iterator[Case]:
     rows, inputs = x.shape
     groups = -(-inputs // GROUP)
     moved = x.nbytes + rows * outputs * x.element_size()
-    for bits in (4, 3, 2, 8, 1):
+    for bits in (4, 3, 2):
         stored = (
             random_codes(outputs * inputs, 1 << bits, x.device),
             torch.rand(outputs, groups, device=x.device).half(),
@@ -271,7 +273,8 @@ def quantized_cases(x: Tensor, outputs: int) -> Iterator[Case]:
                     x @ quantized_weight(*s, b, GROUP, inputs).to(x.dtype).t()
                 ),
             }
-            | (bitsandbytes_product(x, weight) if bits == 4 else {}),
+            | (bitsandbytes_product(x, weight) if bits == 4 else {})
+            | written_out_product(x, stored, bits),
             sum(t.nbytes for t in stored) + moved,
             2 * rows * inputs * outputs,
         )
@@ -286,23 +289,14 @@ def quantized_cases(x: Tensor, outputs: int) -> Iterator[Case]:
             )
 
 
-def low_rank_cases(x: Tensor, outputs: int) -> Iterator[Case]:
-    """Products with two factors of half the weight's size; ``naive`` is two plain products."""
-    rows, inputs = x.shape
-    rank = max(16, outputs * inputs // (outputs + inputs) // 2 // 16 * 16)
-    A = torch.randn(outputs, rank, device=x.device).to(x.dtype)
-    B = torch.randn(rank, inputs, device=x.device).to(x.dtype)
-    yield Case(
-        f"rank={rank}",
-        lambda: low_rank_matmul(x, A, B),
-        lambda: x.double() @ B.double().t() @ A.double().t(),
-        {
-            "dense": products(x, A.float() @ B.float()),
-            "naive": lambda: functional.linear(functional.linear(x, B), A),
-        },
-        A.nbytes + B.nbytes + x.nbytes + rows * outputs * x.element_size(),
-        2 * rows * rank * (inputs + outputs),
-    )
+def written_out_product(x: Tensor, stored: tuple[Tensor, ...], bits: int) -> dict[str, Call]:
+    """Return the product with a weight that a kernel writes out for each call, on a GPU."""
+    if not x.is_cuda:
+        return {}
+    from llmpress.kernels.quantized_matmul.dequantize import quantized_weight_triton
+
+    widths = bits, GROUP, x.shape[1], x.dtype
+    return {"written_out": lambda: x @ quantized_weight_triton(*stored, *widths).t()}
 
 
 def delta_cases(x: Tensor, outputs: int) -> Iterator[Case]:
@@ -416,7 +410,6 @@ OPERATIONS = {
     "codebook_matmul": Operation(codebook_cases),
     "codebook_grad": Operation(gradient_cases, fewest_rows=64),
     "quantized_matmul": Operation(quantized_cases),
-    "low_rank_matmul": Operation(low_rank_cases),
     "delta_matmul": Operation(delta_cases),
     "kmeans": Operation(kmeans_cases, any_rows=False),
 }

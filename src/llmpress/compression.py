@@ -199,14 +199,16 @@ def _compress_one(
     layer = None
     if method is not None:
         try:
-            layer = method.compress(weight, known, seed=seed + zlib.crc32(name.encode())).cpu()
+            layer = method.compress(weight, known, seed=seed + zlib.crc32(name.encode()))
         except ValueError as error:
             raise NumericalError(f"{name}: {error}") from error
     seconds = time.perf_counter() - started
     moment = (
         statistics[name].second_moment if statistics is not None and name in statistics else None
     )
-    return layer, layer_record(name, weight.cpu(), layer, moment, seconds)
+    moment = None if moment is None else moment.to(device)
+    record = layer_record(name, weight, layer, moment, seconds)
+    return None if layer is None else layer.cpu(), record
 
 
 def _follow(

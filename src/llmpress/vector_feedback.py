@@ -12,6 +12,8 @@ Dimensions: ``columns [in, G·d]`` the transposed weight, padded; ``codebook [K,
 import torch
 from torch import Tensor
 
+from llmpress.kernels.kmeans.sums import ClusterSums
+
 BLOCK_CHANNELS = 128
 
 
@@ -132,9 +134,14 @@ def refit_codebook(
     """
     count, index = columns.shape[0], codes.view(-1)
 
+    # on a GPU index_add_ has no order, so that sums would differ between runs
+    sums = ClusterSums(index, len(codebook)) if index.is_cuda else None
+
     def gathered(weights: Tensor) -> Tensor:
         """Sum over the vectors of each entry, ``[in, G·d]`` to ``[K, d]``."""
         vectors = weights.reshape(-1, codebook.shape[1])
+        if sums is not None:
+            return sums(vectors)
         return torch.zeros_like(codebook).index_add_(0, index, vectors)
 
     def product(entries: Tensor) -> Tensor:

@@ -11,10 +11,13 @@ import pytest
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).parents[2] / "benchmarks/kernel_resources.py"
 OPERATIONS = {
-    "codebook_matmul": ["_codebook_matmul_kernel"],
+    "codebook_matmul": ["_codebook_matmul_kernel", "_codebook_dequantize_kernel"],
     "codebook_grad": ["_codebook_grad_kernel"],
-    "quantized_matmul": ["_quantized_matmul_kernel", "_quantized_runs_kernel"],
-    "low_rank_matmul": ["_low_rank_matmul_kernel"],
+    "quantized_matmul": [
+        "_quantized_matmul_kernel",
+        "_quantized_runs_kernel",
+        "_quantized_dequantize_kernel",
+    ],
     "delta_matmul": [
         "_delta_left_kernel",
         "_delta_right_kernel",

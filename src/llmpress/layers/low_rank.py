@@ -5,9 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmpress.kernels.dispatch import uses_triton
-from llmpress.kernels.low_rank_matmul import low_rank_matmul
-from llmpress.layers.base import CompressedLinear, as_rows, frozen
+from llmpress.layers.base import CompressedLinear, frozen
 from llmpress.layers.blocked import linear
 from llmpress.layers.dense_store import DENSE
 
@@ -83,9 +81,6 @@ class LowRankLinear(CompressedLinear):
 
     def by_factors(self, x: Tensor) -> Tensor:
         """Return ``x Wᵀ``, ``[..., out]``, without forming the dense weight."""
-        if uses_triton(x):
-            y: Tensor = low_rank_matmul(as_rows(x), self.A, self.B)
-            return y.view(*x.shape[:-1], self.out_features)
         A, B = self._kept_factors(x)
         return linear(linear(x, B), A)
 

@@ -12,6 +12,20 @@ from llmpress.kernels.codebook_matmul.reference import (
 )
 from llmpress.kernels.dispatch import uses_triton
 
+MOST_ROWS_PACKED = 16
+"""Inputs with more rows are multiplied by the weight written out, on a GPU."""
+
+
+def transposed_weight(
+    x: Tensor, codes: Tensor, codebook: Tensor, scales: Tensor | None, out_features: int
+) -> Tensor:
+    """Return ``Wᵀ [in, out]`` in the dtype and on the device of ``x [M, in]``."""
+    if uses_triton(x):
+        from llmpress.kernels.codebook_matmul.dequantize import codebook_weight_triton
+
+        return codebook_weight_triton(codes, codebook, scales, x.shape[1], out_features, x.dtype)
+    return codebook_weight(codes, codebook, scales, x.shape[1], out_features).t().to(x.dtype)
+
 
 @torch.library.custom_op("llmpress::codebook_matmul", mutates_args=())
 def codebook_matmul(
@@ -30,6 +44,8 @@ def codebook_matmul(
         ``x Wᵀ``, ``[M, out]`` in the dtype of ``x``; sums are fp32.
     """
     if uses_triton(x):
+        if x.shape[0] > MOST_ROWS_PACKED:
+            return x @ transposed_weight(x, codes, codebook, scales, out_features)
         from llmpress.kernels.codebook_matmul.triton import codebook_matmul_triton
 
         return codebook_matmul_triton(x, codes, codebook, scales, out_features)
@@ -55,8 +71,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     to_x = to_codebook = to_scales = None
     gradient = gradient.contiguous()
     if needs_x:
-        weight = codebook_weight(codes, codebook, scales, x.shape[1], ctx.out_features)
-        to_x = gradient @ weight.to(gradient.dtype)
+        to_x = gradient @ transposed_weight(x, codes, codebook, scales, ctx.out_features).t()
     if needs_codebook:
         scaled = gradient if scales is None else gradient * scales.to(gradient.dtype)
         found = codebook_grad(x, scaled.contiguous(), codes, *codebook.shape)

@@ -26,12 +26,15 @@ def kmeans_reference(
 
 
 def draw_start(points: Tensor, num_clusters: int, weights: Tensor, seed: int) -> Tensor:
-    """Return ``num_clusters`` distinct points ``[K, d]``, drawn in proportion to ``w ‖x‖²``."""
-    generator = torch.Generator().manual_seed(seed % (1 << 63))
-    size = (weights * points.square().sum(dim=1)).cpu().double()
+    """Return ``num_clusters`` distinct points ``[K, d]``, drawn in proportion to ``w ‖x‖²``.
+
+    A GPU draws others than a CPU.
+    """
+    generator = torch.Generator(points.device).manual_seed(seed % (1 << 63))
+    size = (weights * points.square().sum(dim=1)).double()
     race = torch.empty_like(size).exponential_(generator=generator)
     keys = size.clamp(min=1e-30) / race  # the K largest keys are a draw without replacement
-    return points[keys.topk(num_clusters).indices.to(points.device)]
+    return points[keys.topk(num_clusters).indices]
 
 
 def nearest_centroid(points: Tensor, centroids: Tensor, chunk: int = 16384) -> Tensor:

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmpress.kernels.kmeans.sums import ClusterSums
+
 
 @triton.jit
 def _assign_kernel(
@@ -78,10 +80,7 @@ def kmeans_triton(
     points, centroids = points.contiguous(), start.contiguous().clone()
     weighted = torch.cat([weights.unsqueeze(1), weights.unsqueeze(1) * points], dim=1)  # [N, 1 + d]
     for _ in range(iterations):
-        codes, order = nearest_centroid_triton(points, centroids).sort(stable=True)
-        sums = torch.segment_reduce(
-            weighted[order], "sum", lengths=codes.bincount(minlength=K), axis=0, initial=0
-        )
+        sums = ClusterSums(nearest_centroid_triton(points, centroids), K)(weighted)
         filled = sums[:, 0] > 0
         centroids[filled] = sums[filled, 1:] / sums[filled, :1]
     return centroids, nearest_centroid_triton(points, centroids)

@@ -11,6 +11,9 @@ from llmpress.kernels.quantized_matmul.reference import (
     quantized_weight,
 )
 
+MOST_ROWS_PACKED = 16
+"""Inputs with more rows are multiplied by the weight written out, on a GPU."""
+
 
 @torch.library.custom_op("llmpress::quantized_matmul", mutates_args=())
 def quantized_matmul(
@@ -35,6 +38,11 @@ def quantized_matmul(
         ``x Wᵀ``, ``[M, out]`` in the dtype of ``x``; sums are fp32.
     """
     if uses_triton(x):
+        if x.shape[0] > MOST_ROWS_PACKED:
+            from llmpress.kernels.quantized_matmul.dequantize import quantized_weight_triton
+
+            stored = codes, scales, zero_points, num_bits, group_size
+            return x @ quantized_weight_triton(*stored, x.shape[1], x.dtype).t()
         from llmpress.kernels.quantized_matmul.triton import quantized_matmul_triton
 
         return quantized_matmul_triton(x, codes, scales, zero_points, num_bits, group_size)
