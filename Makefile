@@ -1,16 +1,17 @@
-# make report | test | test-gpu | bench | quality | removal | deltas | peers | check | docs | lock | clean: each makes .venv first when it is missing or out of date.
+# make report | test | test-gpu | gpu-session | bench | quality | removal | deltas | peers | check | docs | lock | clean: each makes .venv first when it is missing or out of date.
 
 PYTHON ?= python3.11
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help report test test-gpu bench quality removal deltas peers check docs lock clean
+.PHONY: help report test test-gpu gpu-session bench quality removal deltas peers check docs lock clean
 
 help:
 	@echo "make report    run the pipeline up to results/report.html"
 	@echo "make test      run the tests that need no GPU"
 	@echo "make test-gpu  run the tests that need one"
+	@echo "make gpu-session  test and measure on a GPU within ten minutes; DRY=1 on tiny shapes without one"
 	@echo "make bench     time loading, decoding and each operation, on the artifacts of make report -> benchmarks/results/"
 	@echo "make quality   cluscomp and gptq at several true bits, hours on two cores -> benchmarks/results/quality.csv"
 	@echo "make removal   low rank against removed blocks at several sizes, hours on two cores -> benchmarks/results/removal.csv"
@@ -30,6 +31,10 @@ test: $(INSTALLED)
 
 test-gpu: $(INSTALLED)
 	pytest -m gpu
+
+# What a GPU can tell within ten minutes; steps=loops for one of them.
+gpu-session: $(INSTALLED)
+	python benchmarks/gpu_session.py $(if $(DRY),--dry --out build/gpu-session) $(steps)
 
 ARTIFACTS := compressed/rtn-3bit compressed/gptq-3bit compressed/svd-80 compressed/lillama-80 compressed/cluscomp-2p6bit
 DELTAS := delta-come delta-svd delta-bitdelta delta-magnitude

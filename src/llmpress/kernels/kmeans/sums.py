@@ -1,4 +1,4 @@
-"""Sums over the members of each cluster, in a fixed order and in parallel where clusters are few."""
+"""Sums over the members of each cluster: in a fixed order, and parallel where clusters are few."""
 
 import torch
 from torch import Tensor
