@@ -41,7 +41,7 @@ DELTAS := delta-come delta-svd delta-bitdelta delta-magnitude
 
 # Nothing is timed before it is right.
 bench: $(INSTALLED)
-	pytest -q tests/kernels
+	pytest -q tests/nn/kernels
 	python benchmarks/loading.py --base data/models/smollm2 \
 	  $(addprefix data/,models/smollm2 $(ARTIFACTS) $(addprefix compressed/,$(DELTAS)))
 	python benchmarks/low_rank_speed.py data/models/smollm2 data/compressed/lillama-80 data/compressed/svd-80

@@ -28,16 +28,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmpress.artifacts import write_json
-from llmpress.blocks import BlockWalk
-from llmpress.checkpoints import Checkpoint, CheckpointWriter
-from llmpress.compressed_checkpoints import write_model_config
-from llmpress.hf import skeleton
-from llmpress.layers import CodebookLinear
+from llmpress.compression.writing import write_model_config
+from llmpress.core.artifacts import write_json
+from llmpress.core.resume import BlockStore
 from llmpress.methods.cluscomp import ClusComp
-from llmpress.packing import pack
-from llmpress.resume import BlockStore
-from llmpress.tuning import TuningSettings, tune_blocks
+from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter
+from llmpress.models.loading import skeleton
+from llmpress.models.walk import BlockWalk
+from llmpress.nn.layers import CodebookLinear
+from llmpress.nn.packing import pack
+from llmpress.tuning.blocks import TuningSettings, tune_blocks
 
 LLAMA_2_70B = {
     "hidden_size": 8192,

@@ -10,12 +10,12 @@ from pathlib import Path
 import typer
 from tables import is_done
 
-from llmpress.devices import pick_device
-from llmpress.failures import script_errors
+from llmpress.compression.stage import compress_model
+from llmpress.core.devices import pick_device
+from llmpress.core.failures import script_errors
 from llmpress.methods.cluscomp import ClusComp
-from llmpress.model_compression import compress_model
-from llmpress.model_tuning import tune_model
-from llmpress.tuning import TuningSettings
+from llmpress.tuning.blocks import TuningSettings
+from llmpress.tuning.stage import tune_model
 
 
 def main(

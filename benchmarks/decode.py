@@ -22,8 +22,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import llmpress
-from llmpress.layers import CompressedLinear, DenseStore
-from llmpress.layers.blocked import in_blocks, linear
+from llmpress.nn.layers import CompressedLinear, DenseStore
+from llmpress.nn.layers.blocked import in_blocks, linear
 
 BATCHES = (1, 8)
 SENTENCE = "The history of the city begins in the twelfth century, when a small settlement was"

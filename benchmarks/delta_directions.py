@@ -18,8 +18,8 @@ import typer
 from tables import append_rows, origin
 from torch import Tensor
 
-from llmpress.environment import hardware
-from llmpress.low_rank_factors import output_directions
+from llmpress.core.environment import hardware
+from llmpress.numerics.low_rank import output_directions
 
 
 def whole_svd(delta: Tensor, rank: int) -> Tensor:

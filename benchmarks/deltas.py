@@ -21,22 +21,22 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from llmpress.artifacts import folder_bytes, read_json, read_provenance
-from llmpress.calibration import CalibrationSettings
-from llmpress.checkpoints import Checkpoint
-from llmpress.corpora import load_text, token_windows
-from llmpress.delta_compression import compress_delta_artifact
-from llmpress.delta_extraction import extract_delta_artifact
-from llmpress.deltas import load_delta
+from llmpress.calibration.files import CalibrationSettings
+from llmpress.calibration.stage import calibrate_model, corpus_text, task_text
+from llmpress.compression.settings import build_method
+from llmpress.core.artifacts import folder_bytes, read_json, read_provenance
+from llmpress.data.corpora import load_text, token_windows
+from llmpress.data.tasks.files import read_items
+from llmpress.deltas.applying import load_delta
+from llmpress.deltas.compression import compress_delta_artifact
+from llmpress.deltas.extraction import extract_delta_artifact
 from llmpress.evaluation.likelihood import likelihood
 from llmpress.evaluation.tasks import evaluate_tasks
-from llmpress.finetuning.data import text_data
-from llmpress.finetuning.finetune import finetune_artifact
-from llmpress.finetuning.settings import FinetuningSettings
-from llmpress.hf import dequantized, load_model, load_tokenizer
-from llmpress.model_calibration import calibrate_model, corpus_text, task_text
-from llmpress.runs import build_method
-from llmpress.tasks.files import read_items
+from llmpress.models.checkpoints.files import Checkpoint
+from llmpress.models.loading import dequantized, load_model, load_tokenizer
+from llmpress.training.data import text_data
+from llmpress.training.settings import FinetuningSettings
+from llmpress.training.stage import finetune_artifact
 
 PAPER = {
     "precisions": [8, 3, 2],

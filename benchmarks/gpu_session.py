@@ -48,8 +48,8 @@ def steps(out: Path, dry: bool) -> dict[str, Step]:
         return Step((*ops, *sizes, "--op", name), seconds)
 
     return {
-        "kernel_tests": Step((*tests, "tests/kernels"), 100),
-        "model_tests": Step((*tests, "tests/layers", "tests/gpu"), 100),
+        "kernel_tests": Step((*tests, "tests/nn/kernels"), 100),
+        "model_tests": Step((*tests, "tests/nn/layers", "tests/gpu"), 100),
         "quantized": op("quantized_matmul", 40),
         "codebook": op("codebook_matmul", 45),
         "decode": Step((*own, "decode", *to, *small), 60),

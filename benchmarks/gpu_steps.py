@@ -17,21 +17,21 @@ from tables import append_rows, origin
 from torch import Tensor
 from torch.nn import functional
 
-from llmpress.devices import pick_device
-from llmpress.error_feedback import feed_errors_back
-from llmpress.kernels.codebook_grad import codebook_grad
-from llmpress.kernels.codebook_matmul import codebook_matmul
-from llmpress.kernels.codebook_matmul.reference import codebook_weight
-from llmpress.kernels.kmeans import kmeans
-from llmpress.layers import CodebookLinear, QuantizedLinear
-from llmpress.linalg import (
+from llmpress.core.devices import pick_device
+from llmpress.methods.cluscomp.feedback import assign_with_feedback, improve_codes, refit_codebook
+from llmpress.nn.kernels.codebook_grad import codebook_grad
+from llmpress.nn.kernels.codebook_matmul import codebook_matmul
+from llmpress.nn.kernels.codebook_matmul.reference import codebook_weight
+from llmpress.nn.kernels.kmeans import kmeans
+from llmpress.nn.layers import CodebookLinear, QuantizedLinear
+from llmpress.nn.packing import code_width, pack
+from llmpress.numerics.error_feedback import feed_errors_back
+from llmpress.numerics.linalg import (
     damped_inverse_cholesky,
     relative_output_error,
     relative_weight_error,
     truncated_svd,
 )
-from llmpress.packing import code_width, pack
-from llmpress.vector_feedback import assign_with_feedback, improve_codes, refit_codebook
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 OUT = typer.Option(Path("benchmarks/results"), help="Folder of the rows.")
@@ -212,7 +212,7 @@ def backward(out: Path = OUT, dry: bool = DRY) -> None:
 
 
 def _dense_gradient(x: Tensor, gradient: Tensor, codes: Tensor, K: int, d: int) -> Tensor:
-    from llmpress.packing import unpack
+    from llmpress.nn.packing import unpack
 
     whole = x.t() @ functional.pad(gradient, (0, -gradient.shape[1] % d))
     vectors = whole.float().reshape(-1, d)
@@ -330,11 +330,11 @@ def syncs(out: Path = OUT, dry: bool = DRY) -> None:
     from tiny_artifacts import WEIGHT_METHODS, calibrate_tiny
     from tiny_models import build_tiny_model
 
-    from llmpress.hf import load_model
-    from llmpress.model_compression import compress_model
-    from llmpress.model_tuning import tune_model
-    from llmpress.runs import build_method
-    from llmpress.tuning import TuningSettings
+    from llmpress.compression.settings import build_method
+    from llmpress.compression.stage import compress_model
+    from llmpress.models.loading import load_model
+    from llmpress.tuning.blocks import TuningSettings
+    from llmpress.tuning.stage import tune_model
 
     device = pick_device()
     tiny_artifacts.CPU = device  # what calibrate_tiny computes on

@@ -30,15 +30,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from llmpress.kernels.codebook_grad.triton import codebook_grad_triton
-from llmpress.kernels.codebook_matmul.dequantize import codebook_weight_triton
-from llmpress.kernels.codebook_matmul.triton import codebook_matmul_triton
-from llmpress.kernels.delta_matmul.reference import PackedVectors, TripletGroup
-from llmpress.kernels.delta_matmul.triton import delta_matmul_triton, work_tables
-from llmpress.kernels.kmeans.triton import nearest_centroid_triton
-from llmpress.kernels.quantized_matmul.dequantize import quantized_weight_triton
-from llmpress.kernels.quantized_matmul.triton import quantized_matmul_triton
-from llmpress.packing import packed_size
+from llmpress.nn.kernels.codebook_grad.triton import codebook_grad_triton
+from llmpress.nn.kernels.codebook_matmul.dequantize import codebook_weight_triton
+from llmpress.nn.kernels.codebook_matmul.triton import codebook_matmul_triton
+from llmpress.nn.kernels.delta_matmul.reference import PackedVectors, TripletGroup
+from llmpress.nn.kernels.delta_matmul.triton import delta_matmul_triton, work_tables
+from llmpress.nn.kernels.kmeans.triton import nearest_centroid_triton
+from llmpress.nn.kernels.quantized_matmul.dequantize import quantized_weight_triton
+from llmpress.nn.kernels.quantized_matmul.triton import quantized_matmul_triton
+from llmpress.nn.packing import packed_size
 
 TARGETS = {"sm_80": 80, "sm_90": 90}
 REGISTERS, SHARED = 65536, {"sm_80": 164 * 1024, "sm_90": 228 * 1024}

@@ -24,23 +24,23 @@ from torch.nn import functional
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-from llmpress.devices import pick_device
-from llmpress.kernels.codebook_grad import codebook_grad
-from llmpress.kernels.codebook_matmul import codebook_matmul, transposed_weight
-from llmpress.kernels.codebook_matmul.reference import codebook_weight
-from llmpress.kernels.delta_matmul import PackedVectors, RowDeltas, TripletGroup, delta_matmul
-from llmpress.kernels.kmeans import kmeans
-from llmpress.kernels.kmeans.reference import draw_start, kmeans_reference
-from llmpress.kernels.quantized_matmul import quantized_matmul
-from llmpress.kernels.quantized_matmul.cpu import (
+from llmpress.core.devices import pick_device
+from llmpress.methods.delta_come import DeltaCoMe
+from llmpress.nn.kernels.codebook_grad import codebook_grad
+from llmpress.nn.kernels.codebook_matmul import codebook_matmul, transposed_weight
+from llmpress.nn.kernels.codebook_matmul.reference import codebook_weight
+from llmpress.nn.kernels.delta_matmul import PackedVectors, RowDeltas, TripletGroup, delta_matmul
+from llmpress.nn.kernels.kmeans import kmeans
+from llmpress.nn.kernels.kmeans.reference import draw_start, kmeans_reference
+from llmpress.nn.kernels.quantized_matmul import quantized_matmul
+from llmpress.nn.kernels.quantized_matmul.cpu import (
     MOST_ROWS,
     cpu_product,
     has_cpu_product,
     repacked_for_cpu,
 )
-from llmpress.kernels.quantized_matmul.reference import quantized_weight
-from llmpress.methods.delta_come import DeltaCoMe
-from llmpress.packing import code_width, pack
+from llmpress.nn.kernels.quantized_matmul.reference import quantized_weight
+from llmpress.nn.packing import code_width, pack
 
 SHAPES = {
     "SmolLM2-135M": ((576, 576), (192, 576), (1536, 576), (576, 1536)),
@@ -293,7 +293,7 @@ def written_out_product(x: Tensor, stored: tuple[Tensor, ...], bits: int) -> dic
     """Return the product with a weight that a kernel writes out for each call, on a GPU."""
     if not x.is_cuda:
         return {}
-    from llmpress.kernels.quantized_matmul.dequantize import quantized_weight_triton
+    from llmpress.nn.kernels.quantized_matmul.dequantize import quantized_weight_triton
 
     widths = bits, GROUP, x.shape[1], x.dtype
     return {"written_out": lambda: x @ quantized_weight_triton(*stored, *widths).t()}

@@ -20,8 +20,8 @@ import json, resource, sys, time
 import torch, transformers
 from pathlib import Path
 from transformers import AutoModelForCausalLM
-import llmpress, llmpress.deltas, llmpress.hf
-from llmpress.artifacts import verify
+import llmpress, llmpress.deltas.applying, llmpress.models.loading
+from llmpress.core.artifacts import verify
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -21,10 +21,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, MambaConfig, MixtralConfig, PretrainedConfig
 from transformers import PreTrainedModel as Model
 
-from llmpress.devices import pick_device
-from llmpress.hf import load_model
+from llmpress.compression.stage import compress_model
+from llmpress.core.devices import pick_device
 from llmpress.methods.lillama import Lillama
-from llmpress.model_compression import compress_model
+from llmpress.models.loading import load_model
 
 BATCHES = (1, 16)
 SIZES = {"vocab_size": 4096, "hidden_size": 512, "num_hidden_layers": 4}

@@ -22,19 +22,19 @@ import typer
 from tables import append_rows, origin
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmpress.artifacts import write_json
-from llmpress.blocks import BlockWalk
-from llmpress.calibration import load_windows, save_calibration
-from llmpress.checkpoints import Checkpoint, CheckpointWriter
-from llmpress.compressed_checkpoints import rewrite_model
-from llmpress.delta_compression import compress_delta_artifact
-from llmpress.delta_extraction import extract_delta_artifact
-from llmpress.hf import skeleton
+from llmpress.calibration.files import load_windows, save_calibration
+from llmpress.compression.stage import compress_model
+from llmpress.compression.writing import rewrite_model
+from llmpress.core.artifacts import write_json
+from llmpress.core.resume import BlockStore
+from llmpress.deltas.compression import compress_delta_artifact
+from llmpress.deltas.extraction import extract_delta_artifact
 from llmpress.methods.cluscomp import ClusComp
 from llmpress.methods.delta_come import DeltaCoMe
-from llmpress.model_compression import compress_model
-from llmpress.resume import BlockStore
-from llmpress.tuning import TuningSettings, tune_blocks
+from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter
+from llmpress.models.loading import skeleton
+from llmpress.models.walk import BlockWalk
+from llmpress.tuning.blocks import TuningSettings, tune_blocks
 
 STAGES = ("calibrate", "compress", "finetune", "extract-delta", "compress-delta")
 SHARDS = 4

@@ -23,21 +23,21 @@ from safetensors.torch import load_file, save_file
 from tables import append_rows, origin
 from tqdm import tqdm
 
-from llmpress.artifacts import (
+from llmpress.calibration.files import INDEX
+from llmpress.core.artifacts import (
     PROVENANCE,
     fingerprint,
     folder_bytes,
     read_json,
     read_provenance,
 )
-from llmpress.calibration import INDEX
-from llmpress.corpora import load_text, token_windows
-from llmpress.environment import hardware
+from llmpress.core.environment import hardware
+from llmpress.data.corpora import load_text, token_windows
 from llmpress.evaluation.comparison import folder_size
 from llmpress.evaluation.likelihood import likelihood
 from llmpress.evaluation.sizes import cost
 from llmpress.evaluation.tasks import TaskScore, evaluate_tasks
-from llmpress.hf import dequantized, load_model, load_tokenizer
+from llmpress.models.loading import dequantized, load_model, load_tokenizer
 
 PEER = "peer.json"
 

@@ -19,19 +19,19 @@ from tables import is_done
 from torch import Tensor
 from torch.nn import functional
 
-from llmpress.artifacts import artifact_folder, write_json
-from llmpress.blocks import BlockWalk, progress
-from llmpress.calibration import load_windows
-from llmpress.checkpoints import Checkpoint, CheckpointWriter, copy_companions
-from llmpress.devices import pick_device
-from llmpress.failures import script_errors
-from llmpress.hf import skeleton
+from llmpress.calibration.files import load_windows
+from llmpress.compression.stage import compress_model, model_shapes
+from llmpress.core.artifacts import artifact_folder, write_json
+from llmpress.core.devices import pick_device
+from llmpress.core.failures import script_errors
 from llmpress.methods.base import Method
 from llmpress.methods.lillama import Lillama
 from llmpress.methods.svd import SVD
-from llmpress.model_compression import compress_model, model_shapes
-from llmpress.model_tuning import tune_model
-from llmpress.tuning import TuningSettings
+from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter, copy_companions
+from llmpress.models.loading import skeleton
+from llmpress.models.walk import BlockWalk, progress
+from llmpress.tuning.blocks import TuningSettings
+from llmpress.tuning.stage import tune_model
 
 
 class Mode(StrEnum):

@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llmpress.artifacts import read_provenance
-from llmpress.environment import hardware, packages
-from llmpress.errors import ArtifactError
+from llmpress.core.artifacts import read_provenance
+from llmpress.core.environment import hardware, packages
+from llmpress.core.errors import ArtifactError
 
 
 def append_rows(out: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 import llmpress
-from llmpress.model_compression import compress_model
-from llmpress.runs import build_method
+from llmpress.compression.settings import build_method
+from llmpress.compression.stage import compress_model
 
 
 def main() -> None:

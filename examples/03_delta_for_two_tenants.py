@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 import llmpress
-from llmpress.delta_compression import compress_delta_artifact
-from llmpress.delta_extraction import extract_delta_artifact
-from llmpress.runs import build_method
+from llmpress.compression.settings import build_method
+from llmpress.deltas.compression import compress_delta_artifact
+from llmpress.deltas.extraction import extract_delta_artifact
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmpress.layers import QuantizedLinear
 from llmpress.methods.base import InputStatistics, Method, checked_weight
+from llmpress.nn.layers import QuantizedLinear
 
 
 @dataclass(frozen=True)

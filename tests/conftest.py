@@ -26,7 +26,7 @@ from tiny_models import (
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-pytest_plugins = ["tiny_artifacts"]
+pytest_plugins = ["hub_fixtures", "tiny_artifacts"]
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 import torch
 
-from llmpress.layers.blocked import in_blocks, stored_bytes
+from llmpress.nn.layers.blocked import in_blocks, stored_bytes
 
 
 def kept_bytes(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> int:

@@ -21,15 +21,15 @@ from transformers import LlamaForCausalLM
 
 import llmpress
 from llmpress import methods
-from llmpress.artifacts import read_json
 from llmpress.cli import app
-from llmpress.compression import LayerRecord
-from llmpress.finetuning.settings import FinetuningSettings
-from llmpress.layers import KINDS, build_layer
+from llmpress.compression.layers import LayerRecord
+from llmpress.compression.settings import build_method
+from llmpress.compression.stage import compress_model
+from llmpress.core.artifacts import read_json
 from llmpress.methods import known_methods, method_class
-from llmpress.model_compression import compress_model
-from llmpress.runs import build_method
-from llmpress.tuning import BlockRecord, TuningSettings
+from llmpress.nn.layers import KINDS, build_layer
+from llmpress.training.settings import FinetuningSettings
+from llmpress.tuning.blocks import BlockRecord, TuningSettings
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES, DOCS = ROOT / "examples", ROOT / "docs"
@@ -110,7 +110,7 @@ def test_own_method(run: Run) -> None:
     assert "bits per weight" in run("05_own_method")
 
 
-def test_own_method_is_found_by_its_file(
+def test_own_method_is_found_by_its_name(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "own").mkdir()

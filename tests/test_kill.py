@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from llmpress.artifacts import artifact_folder, read_json, write_json
+from llmpress.core.artifacts import artifact_folder, read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 METHODS = {  # settings of the method and rate of its finetuning
@@ -67,9 +67,10 @@ SERVER = """
 import json, os, runpy, signal, sys, traceback
 from pathlib import Path
 import torch, faiss, transformers.models.llama.modeling_llama
-import llmpress.methods.cluscomp, llmpress.tuning, llmpress.model_compression, llmpress.runs
-import llmpress.finetuning.loop
-import llmpress.artifacts, llmpress.compressed_checkpoints, llmpress.resume, llmpress.shards
+import llmpress.methods.cluscomp, llmpress.tuning.blocks
+import llmpress.compression.stage, llmpress.compression.settings, llmpress.compression.writing
+import llmpress.training.loop
+import llmpress.core.artifacts, llmpress.core.resume, llmpress.core.shards
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -126,8 +127,8 @@ def before_the_second_seal(original, path, value):
         die()
     original(path, value)
 
-loop = llmpress.finetuning.loop
-artifacts, resume, shards = llmpress.artifacts, llmpress.resume, llmpress.shards
+loop = llmpress.training.loop
+artifacts, resume, shards = llmpress.core.artifacts, llmpress.core.resume, llmpress.core.shards
 
 # a point has the name of the function above that kills there
 PLACES = {
@@ -374,7 +375,7 @@ def test_blocks_of_other_settings_are_refused_and_named(
 def locker(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that is writing an artifact and does not come to an end."""
     code = (
-        "import sys, time; from pathlib import Path; from llmpress.artifacts import *\n"
+        "import sys, time; from pathlib import Path; from llmpress.core.artifacts import *\n"
         "with artifact_folder(Path(sys.argv[1]), stage='x', settings={}, inputs={}) as folder:\n"
         "    (folder / 'part').write_text('half'); print('ready', flush=True); time.sleep(600)"
     )

@@ -3,8 +3,8 @@
 A stage depends on its script and on the modules of ``llmpress`` that the script imports, directly
 or through others, at the top of a file or inside a function, with the ``__init__`` of every package
 on the way and the packages' data files. Imports for type checking alone do not count. A stage that
-loads the method named in params.yaml depends on ``methods/${item.method}.py`` and on what any of
-the methods imports.
+loads the method named in params.yaml depends on the folder ``methods/${item.method}`` and on what
+any of the methods imports.
 
     python workflow/code_deps.py --check    # exit status 1 when dvc.yaml differs
     python workflow/code_deps.py --write    # correct dvc.yaml
@@ -23,7 +23,7 @@ from ruamel.yaml import YAML
 
 SOURCE = Path("src")
 METHODS = SOURCE / "llmpress" / "methods"
-METHOD_TEMPLATE = "src/llmpress/methods/${item.method}.py"
+METHOD_TEMPLATE = "src/llmpress/methods/${item.method}"
 CODE_FOLDERS = ("src/", "workflow/")
 NOT_DATA = {".py", ".pyc", ".typed"}
 
@@ -71,16 +71,18 @@ def code_dependencies(template: dict[str, Any], root: Path = Path()) -> list[str
     script = next(word for word in template["cmd"].split() if word.endswith(".py"))
     files = closure(Path(script), root)
     if METHOD_TEMPLATE in template["deps"]:
-        names = {m.relative_to(root).as_posix() for m in (root / METHODS).glob("[!_]*.py")}
-        names.discard((METHODS / "base.py").as_posix())
+        packages = {m.parent for m in (root / METHODS).glob("*/__init__.py")}
+        names = [f.relative_to(root) for package in packages for f in package.rglob("*.py")]
         for name in sorted(names):
-            imported = closure(Path(name), root)
-            if others := imported & names:
+            own = name.relative_to(METHODS).parts[0]
+            imported = {Path(file) for file in closure(name, root)}
+            inside = {f for f in imported if METHODS in f.parents and f.parent != METHODS}
+            if others := {f for f in inside if f.relative_to(METHODS).parts[0] != own}:
                 raise ValueError(
-                    f"{name} imports {', '.join(sorted(others))}: a run depends on the file of its "
-                    "own method alone, so move what they share into a module outside methods/"
+                    f"{name} imports {', '.join(sorted(map(str, others)))}: a run depends on the "
+                    "package of its own method alone, so move what they share out of methods/"
                 )
-            files |= imported
+            files |= {file.as_posix() for file in imported - inside}
         files.add(METHOD_TEMPLATE)
     return [script, *sorted(files)]
 

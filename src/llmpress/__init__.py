@@ -14,35 +14,35 @@ it stays small and names its parts as text; see docs/decisions/0006-import-llmpr
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from llmpress.registration import register
+from llmpress.models.registration import register
 
 if TYPE_CHECKING:
-    from llmpress.delta_bank import DeltaBank
-    from llmpress.deltas import load_delta, load_finetuned, remove_delta
-    from llmpress.errors import LLMPressError
-    from llmpress.export import export_dense, export_factors
-    from llmpress.hf import dequantized, load_model, load_tokenizer
-    from llmpress.hub_artifacts import fetch_artifact, push_artifact
-    from llmpress.layers import dense_bytes
-    from llmpress.model_compression import compress_model
-    from llmpress.runs import build_method
+    from llmpress.compression.settings import build_method
+    from llmpress.compression.stage import compress_model
+    from llmpress.core.errors import LLMPressError
+    from llmpress.deltas.applying import load_delta, load_finetuned, remove_delta
+    from llmpress.deltas.bank import DeltaBank
+    from llmpress.export.dense import export_dense, export_factors
+    from llmpress.export.hub import fetch_artifact, push_artifact
+    from llmpress.models.loading import dequantized, load_model, load_tokenizer
+    from llmpress.nn.layers import dense_bytes
 
 _WHERE = {
-    "DeltaBank": "llmpress.delta_bank",
-    "LLMPressError": "llmpress.errors",
-    "build_method": "llmpress.runs",
-    "compress_model": "llmpress.model_compression",
-    "dense_bytes": "llmpress.layers",
-    "dequantized": "llmpress.hf",
-    "export_dense": "llmpress.export",
-    "export_factors": "llmpress.export",
-    "fetch_artifact": "llmpress.hub_artifacts",
-    "load_delta": "llmpress.deltas",
-    "load_finetuned": "llmpress.deltas",
-    "load_model": "llmpress.hf",
-    "load_tokenizer": "llmpress.hf",
-    "push_artifact": "llmpress.hub_artifacts",
-    "remove_delta": "llmpress.deltas",
+    "DeltaBank": "llmpress.deltas.bank",
+    "LLMPressError": "llmpress.core.errors",
+    "build_method": "llmpress.compression.settings",
+    "compress_model": "llmpress.compression.stage",
+    "dense_bytes": "llmpress.nn.layers",
+    "dequantized": "llmpress.models.loading",
+    "export_dense": "llmpress.export.dense",
+    "export_factors": "llmpress.export.dense",
+    "fetch_artifact": "llmpress.export.hub",
+    "load_delta": "llmpress.deltas.applying",
+    "load_finetuned": "llmpress.deltas.applying",
+    "load_model": "llmpress.models.loading",
+    "load_tokenizer": "llmpress.models.loading",
+    "push_artifact": "llmpress.export.hub",
+    "remove_delta": "llmpress.deltas.applying",
 }
 
 __all__ = [

@@ -9,12 +9,12 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from tiny_artifacts import Make
 from transformers import AutoModelForCausalLM
 
-from llmpress.artifacts import read_json, sha256
 from llmpress.cli.options import quiet
-from llmpress.deltas import load_delta
-from llmpress.hf import load_model, load_tokenizer
-from llmpress.layers import CodebookLinear
+from llmpress.core.artifacts import read_json, sha256
+from llmpress.deltas.applying import load_delta
 from llmpress.methods import known_methods
+from llmpress.models.loading import load_model, load_tokenizer
+from llmpress.nn.layers import CodebookLinear
 
 COMMANDS = [
     [],
@@ -61,7 +61,7 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_pat
     def interrupted(_: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llmpress.inspection.describe", interrupted)
+    monkeypatch.setattr("llmpress.evaluation.inspection.describe", interrupted)
     done = llmpress("inspect", tmp_path)
     assert done.code == 130
     assert done.err.endswith("error: interrupted; the same command continues after the last "

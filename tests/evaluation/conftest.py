@@ -7,7 +7,7 @@ import torch
 from tiny_project import write_project
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmpress.hf import load_tokenizer
+from llmpress.models.loading import load_tokenizer
 
 
 @pytest.fixture(scope="session")

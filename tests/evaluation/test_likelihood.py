@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from llmpress.errors import ArtifactError, NumericalError
+from llmpress.core.errors import ArtifactError, NumericalError
 from llmpress.evaluation import likelihood as module
 from llmpress.evaluation.likelihood import likelihood, score
 

@@ -3,8 +3,8 @@ from typing import Any
 import pytest
 from tiny_project import PARAMS
 
-from llmpress.config import build
-from llmpress.errors import ConfigError
+from llmpress.core.errors import ConfigError
+from llmpress.core.params import build
 from llmpress.evaluation.settings import EvaluationSettings
 
 VALUES = {key: value for key, value in PARAMS["evaluation"].items() if key != "models"}

@@ -7,10 +7,10 @@ from tiny_project import PARAMS
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmpress.errors import ArtifactError, ConfigError
+from llmpress.core.errors import ArtifactError, ConfigError
 from llmpress.evaluation.subjects import Subject, find_subject
-from llmpress.hf import dequantized
-from llmpress.layers import AdaptedLinear, CompressedLinear
+from llmpress.models.loading import dequantized
+from llmpress.nn.layers import AdaptedLinear, CompressedLinear
 
 BASE = Path("data/models/tiny")
 

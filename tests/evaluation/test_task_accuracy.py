@@ -7,7 +7,7 @@ import yaml
 from tiny_project import CHOICE_TASK, QUERIES, WRITE_TASK, choice_rows, write_task
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmpress.errors import ArtifactError
+from llmpress.core.errors import ArtifactError
 from llmpress.evaluation.tasks import evaluate_tasks, read_task
 
 

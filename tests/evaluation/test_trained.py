@@ -6,15 +6,15 @@ import pytest
 import torch
 from tiny_project import PARAMS
 
-from llmpress.config import build
-from llmpress.evaluation.evaluate import evaluate
+from llmpress.core.params import build
+from llmpress.data.tasks.arithmetic import generate
 from llmpress.evaluation.settings import EvaluationSettings
 from llmpress.evaluation.sizes import delta_size
+from llmpress.evaluation.stage import evaluate
 from llmpress.evaluation.subjects import find_subject
-from llmpress.finetuning.data import task_data
-from llmpress.finetuning.finetune import finetune_artifact
-from llmpress.finetuning.settings import FinetuningSettings, Trains
-from llmpress.tasks.arithmetic import generate
+from llmpress.training.data import task_data
+from llmpress.training.settings import FinetuningSettings, Trains
+from llmpress.training.stage import finetune_artifact
 
 ITEMS = generate(12, 1, 0)["train"]
 

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 import yaml
 
-from llmpress.artifacts import artifact_folder
-from llmpress.checkpoints import Checkpoint
-from llmpress.compressed_checkpoints import write_compressed_model
-from llmpress.compression import compress_layers, model_shapes
-from llmpress.delta_compression import compress_delta
-from llmpress.delta_extraction import extract_delta
-from llmpress.delta_files import DeltaFolder
-from llmpress.hf import skeleton
+from llmpress.compression.layers import compress_layers, model_shapes
+from llmpress.compression.writing import write_compressed_model
+from llmpress.core.artifacts import artifact_folder
+from llmpress.core.resume import BlockStore
+from llmpress.deltas.compression import compress_delta
+from llmpress.deltas.extraction import extract_delta
 from llmpress.methods.rtn import RTN
 from llmpress.methods.svd import SVD
-from llmpress.resume import BlockStore
+from llmpress.models.checkpoints.delta_files import DeltaFolder
+from llmpress.models.checkpoints.files import Checkpoint
+from llmpress.models.loading import skeleton
 
 PARAMS: dict[str, Any] = {
     "runs": {"rtn": {"model": "tiny", "method": "rtn", "settings": {"num_bits": 4}}},

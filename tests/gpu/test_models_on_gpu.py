@@ -10,15 +10,15 @@ from tiny_artifacts import CPU, WEIGHT_METHODS, Make
 from tiny_models import library_text
 from torch import Tensor
 
-from llmpress.calibration import CalibrationSettings
-from llmpress.delta_bank import DeltaBank
-from llmpress.deltas import load_delta
-from llmpress.hf import load_model
-from llmpress.model_calibration import CalibrationText, calibrate_model
-from llmpress.model_compression import compress_model
-from llmpress.model_tuning import tune_model
-from llmpress.runs import build_method
-from llmpress.tuning import TuningSettings
+from llmpress.calibration.files import CalibrationSettings
+from llmpress.calibration.stage import CalibrationText, calibrate_model
+from llmpress.compression.settings import build_method
+from llmpress.compression.stage import compress_model
+from llmpress.deltas.applying import load_delta
+from llmpress.deltas.bank import DeltaBank
+from llmpress.models.loading import load_model
+from llmpress.tuning.blocks import TuningSettings
+from llmpress.tuning.stage import tune_model
 
 pytestmark = [
     pytest.mark.gpu,

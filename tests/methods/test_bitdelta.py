@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from llmpress.linalg import relative_output_error
 from llmpress.methods.base import InputStatistics
 from llmpress.methods.bitdelta import BitDelta
+from llmpress.numerics.linalg import relative_output_error
 
 
 def realistic(out_features: int, in_features: int) -> tuple[torch.Tensor, InputStatistics]:

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from llmpress.codebooks import CodebookSize, true_bits
-from llmpress.layers import CodebookLinear
-from llmpress.linalg import relative_output_error
 from llmpress.methods.base import InputStatistics, Shape, Term
 from llmpress.methods.cluscomp import ClusComp
+from llmpress.methods.cluscomp.budget import CodebookSize, true_bits
+from llmpress.nn.layers import CodebookLinear
+from llmpress.numerics.linalg import relative_output_error
 
 
 @pytest.mark.parametrize(

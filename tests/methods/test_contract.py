@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from llmpress.layers import CompressedLinear, build_layer
-from llmpress.linalg import relative_output_error, relative_weight_error
 from llmpress.methods import known_methods, method_class
 from llmpress.methods.base import InputStatistics, Method, Shape
+from llmpress.nn.layers import CompressedLinear, build_layer
+from llmpress.numerics.linalg import relative_output_error, relative_weight_error
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmpress.layers import MixedLowRankLinear
-from llmpress.layers.mixed_low_rank import SCALE_BITS, group_bits
-from llmpress.linalg import relative_output_error, relative_weight_error
 from llmpress.methods.base import InputStatistics, Method, Shape
 from llmpress.methods.bitdelta import BitDelta
 from llmpress.methods.delta_come import DeltaCoMe
+from llmpress.methods.delta_come.budget import expected_best_ranks
 from llmpress.methods.rtn import RTN
 from llmpress.methods.svd import SVD
-from llmpress.triplet_allocation import expected_best_ranks
+from llmpress.nn.layers import MixedLowRankLinear
+from llmpress.nn.layers.mixed_low_rank import SCALE_BITS, group_bits
+from llmpress.numerics.linalg import relative_output_error, relative_weight_error
 
 PAPER = {
     "precisions": (8, 3, 2),

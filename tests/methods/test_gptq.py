@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmpress.kernels.quantized_matmul.reference import dequantize_groups
-from llmpress.linalg import relative_output_error
 from llmpress.methods.base import InputStatistics
-from llmpress.methods.gptq import GPTQ, Quantized, quantize_gptq, round_with_feedback
+from llmpress.methods.gptq.method import GPTQ, Quantized, quantize_gptq, round_with_feedback
 from llmpress.methods.rtn import RTN
-from llmpress.uniform import fit_grid, nearest_codes
+from llmpress.nn.kernels.quantized_matmul.reference import dequantize_groups
+from llmpress.numerics.grids import fit_grid, nearest_codes
+from llmpress.numerics.linalg import relative_output_error
 
 
 def correlated_moment(size: int, tokens: int = 400) -> Tensor:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmpress.linalg import relative_output_error
-from llmpress.low_rank_factors import output_directions, output_factors, weight_factors
 from llmpress.methods.base import InputStatistics, Shape, Term
 from llmpress.methods.lillama import Lillama
-from llmpress.ranks import candidate_ranks, num_stored
+from llmpress.methods.lillama.budget import candidate_ranks, num_stored
+from llmpress.numerics.linalg import relative_output_error
+from llmpress.numerics.low_rank import output_directions, output_factors, weight_factors
 
 SHAPES = {
     f"layers.{i}.{name}": shape

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from llmpress.layers.sparse import sparse_bits
 from llmpress.methods.magnitude import Magnitude
+from llmpress.nn.layers.sparse import sparse_bits
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.9, 0.99])

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from llmpress.methods.rtn import RTN
-from llmpress.uniform import fit_grid, nearest_codes
+from llmpress.numerics.grids import fit_grid, nearest_codes
 
 
 @pytest.mark.parametrize("num_bits", range(1, 9))

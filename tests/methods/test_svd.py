@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from llmpress.linalg import relative_output_error, relative_weight_error
 from llmpress.methods.base import InputStatistics
 from llmpress.methods.svd import SVD
+from llmpress.numerics.linalg import relative_output_error, relative_weight_error
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (33, 33)], ids=str)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from planning_examples import CALIBRATION, REFERENCE_RATES, large_shapes, write_config
 
-from llmpress.model_calibration import CalibrationText, calibrate_model
+from llmpress.calibration.stage import CalibrationText, calibrate_model
 from llmpress.planning import Machine, ModelShapes, read_shapes
 
 

@@ -14,7 +14,7 @@ from planning_examples import write_config
 from typer.testing import CliRunner, Result
 
 from llmpress.cli.plan import duration_text, plan
-from llmpress.errors import ArtifactError, ConfigError
+from llmpress.core.errors import ArtifactError, ConfigError
 from llmpress.planning import Machine, ModelShapes, measure_machine, plan_project
 from llmpress.planning.plan import task_text
 

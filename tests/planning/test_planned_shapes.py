@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, MixtralConfig, OPTConfig, PretrainedConfig
 
-from llmpress.checkpoints import copy_companions
-from llmpress.errors import ArtifactError
+from llmpress.core.errors import ArtifactError
+from llmpress.models.checkpoints.files import copy_companions
 from llmpress.planning import ModelShapes, read_shapes
 
 

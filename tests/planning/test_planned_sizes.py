@@ -11,17 +11,17 @@ from planning_examples import CALIBRATION
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from llmpress.adapters import add_adapters, open_base, save_adapter, save_base
-from llmpress.artifacts import read_json
-from llmpress.checkpoints import CheckpointWriter, copy_companions
-from llmpress.delta_compression import compress_delta_artifact
-from llmpress.layers import CompressedLinear
+from llmpress.compression.settings import build_method
+from llmpress.compression.stage import compress_model
+from llmpress.core.artifacts import read_json
+from llmpress.deltas.compression import compress_delta_artifact
 from llmpress.methods import known_methods
-from llmpress.model_compression import compress_model
+from llmpress.models.adapters import add_adapters, open_base, save_adapter, save_base
+from llmpress.models.checkpoints.files import CheckpointWriter, copy_companions
+from llmpress.nn.layers import CompressedLinear
 from llmpress.planning import ModelShapes, sizes
 from llmpress.planning.costs import METHOD_COSTS, knows_layers
 from llmpress.planning.shapes import TensorSpec
-from llmpress.runs import build_method
 
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("bitdelta", {}),

@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 from planning_examples import REFERENCE_RATES, large_shapes
 
-from llmpress.calibration import CalibrationSettings
-from llmpress.errors import ConfigError
+from llmpress.calibration.files import CalibrationSettings
+from llmpress.compression.settings import build_method
+from llmpress.core.errors import ConfigError
 from llmpress.evaluation.settings import EvaluationSettings
-from llmpress.finetuning.objectives import CHUNK
-from llmpress.finetuning.settings import FinetuningSettings, Trains
 from llmpress.methods.base import Shape
 from llmpress.planning import ModelShapes, stages
 from llmpress.planning.costs import METHOD_COSTS, Work, dequantize_bytes, layer_work
 from llmpress.planning.plan import FASTER, SLOWER
 from llmpress.planning.sizes import planned_layers
 from llmpress.planning.stages import Estimate, TaskText
-from llmpress.runs import build_method
-from llmpress.tuning import TuningSettings
+from llmpress.training.objectives import CHUNK
+from llmpress.training.settings import FinetuningSettings, Trains
+from llmpress.tuning.blocks import TuningSettings
 
 CALIBRATION = CalibrationSettings(  # as it was in the run below
     corpora=("wikipedia", "code"), windows=8, length=512, sensitivity_windows=0

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import yaml
 
-from llmpress.artifacts import read_json
-from llmpress.codebooks import CodebookSize, true_bits
-from llmpress.config import build
+from llmpress.core.artifacts import read_json
+from llmpress.core.params import build
 from llmpress.evaluation import ablations
 from llmpress.evaluation.ablations import Ablation, measured
 from llmpress.methods.base import Shape
+from llmpress.methods.cluscomp.budget import CodebookSize, true_bits
 from llmpress.report.ablations import markdown, write_page
 
 ROOT = Path(__file__).parents[2]

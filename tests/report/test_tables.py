@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from report_project import CORPORA, DELTA_RUNS, TASKS, WEIGHT_RUNS, Project
 
-from llmpress.errors import ArtifactError
+from llmpress.core.errors import ArtifactError
 from llmpress.evaluation.metrics import Details, Metrics
 from llmpress.report.html import write_report
 from llmpress.report.tables import (

@@ -9,24 +9,24 @@ import code_deps
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "src/llmpress").rglob("*.py"))
-# From the bottom up; what is not named here lies between blocks and report.
+# From the bottom up; what is not named here lies between models and report.
 LEVELS = (
-    {"errors", "packing", "linalg", "uniform", "error_feedback", "vector_feedback"},
-    {"kernels"},
-    {"layers"},
-    {"methods", "codebooks", "ranks", "low_rank_factors", "triplet_allocation", "triplet_rounding"},
-    {"architectures", "artifacts", "blocks", "compression", "environment", "resume", "tuning"},
+    {"core"},
+    {"nn"},
+    {"numerics"},
+    {"methods"},
+    {"data", "models"},
     {"report", "cli"},
 )
-ABOVE_BLOCKS = len(LEVELS) - 1
-TENSORS_ONLY = ("kernels", "layers", "methods")
+ABOVE_MODELS = len(LEVELS) - 1
+TENSORS_ONLY = ("nn", "numerics", "methods")
 
 
 def level(part: str) -> int:
     """Return how high a module or package of llmpress stands."""
     known = [height for height, parts in enumerate(LEVELS) if part in parts]
-    height = known[0] if known else ABOVE_BLOCKS
-    return height + (height == ABOVE_BLOCKS and part in LEVELS[-1])
+    height = known[0] if known else ABOVE_MODELS
+    return height + (height == ABOVE_MODELS and part in LEVELS[-1])
 
 
 def part_of(file: Path) -> str:
@@ -105,8 +105,10 @@ def test_names_of_the_package_itself_are_refused(tmp_path: Path) -> None:
 METHODS = {
     "src/llmpress/methods/__init__.py": "",
     "src/llmpress/methods/base.py": "",
-    "src/llmpress/methods/one.py": "from llmpress import c\nfrom llmpress.methods import base\n",
-    "src/llmpress/methods/two.py": "from llmpress.methods.base import Method\n",
+    "src/llmpress/methods/one/__init__.py": (
+        "from llmpress import c\nfrom llmpress.methods import base\n"
+    ),
+    "src/llmpress/methods/two/__init__.py": "from llmpress.methods.base import Method\n",
 }
 
 
@@ -123,7 +125,7 @@ stages:
         - workflow/script.py
         - src/llmpress/gone.py
         - data/models/${item.model}
-        - src/llmpress/methods/${item.method}.py
+        - src/llmpress/methods/${item.method}
       params:
         - runs.${key}
 
@@ -135,9 +137,9 @@ stages:
       - data/y
 """
     expected = text.replace("        - src/llmpress/gone.py\n", "").replace(
-        "        - src/llmpress/methods/${item.method}.py\n",
+        "        - src/llmpress/methods/${item.method}\n",
         "        - src/llmpress/__init__.py\n        - src/llmpress/c.py\n"
-        "        - src/llmpress/methods/${item.method}.py\n"
+        "        - src/llmpress/methods/${item.method}\n"
         "        - src/llmpress/methods/__init__.py\n        - src/llmpress/methods/base.py\n",
     )
     expected = expected.replace(
@@ -150,9 +152,12 @@ stages:
 
 def test_a_method_that_imports_another_is_refused(tmp_path: Path) -> None:
     write(tmp_path, {**SMALL, **METHODS, "workflow/script.py": ""})
-    write(tmp_path, {"src/llmpress/methods/two.py": "from llmpress.methods.one import helper\n"})
+    write(
+        tmp_path,
+        {"src/llmpress/methods/two/__init__.py": "from llmpress.methods.one import helper\n"},
+    )
     template = {"cmd": "python workflow/script.py x", "deps": [code_deps.METHOD_TEMPLATE]}
-    with pytest.raises(ValueError, match=r"two\.py imports .*one\.py"):
+    with pytest.raises(ValueError, match=r"two/.* imports .*one/"):
         code_deps.code_dependencies(template, tmp_path)
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import typer
 import yaml
 
-from llmpress.config import build
+from llmpress.core.failures import script_errors
+from llmpress.core.params import build
 from llmpress.evaluation.ablations import Ablation, measured
-from llmpress.failures import script_errors
 from llmpress.report.ablations import markdown, write_page
 
 

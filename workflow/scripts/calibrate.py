@@ -4,11 +4,11 @@ from pathlib import Path
 
 import typer
 
-from llmpress.calibration import CalibrationSettings
-from llmpress.config import build, read_params, section
-from llmpress.devices import pick_device
-from llmpress.failures import script_errors
-from llmpress.model_calibration import calibrate_model, corpus_text, task_text
+from llmpress.calibration.files import CalibrationSettings
+from llmpress.calibration.stage import calibrate_model, corpus_text, task_text
+from llmpress.core.devices import pick_device
+from llmpress.core.failures import script_errors
+from llmpress.core.params import build, read_params, section
 
 
 def main(

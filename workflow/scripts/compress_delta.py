@@ -4,11 +4,11 @@ from pathlib import Path
 
 import typer
 
-from llmpress.config import read_params, section
-from llmpress.delta_compression import compress_delta_artifact
-from llmpress.devices import pick_device
-from llmpress.failures import script_errors
-from llmpress.runs import build_method, read_delta_run
+from llmpress.compression.settings import build_method, read_delta_run
+from llmpress.core.devices import pick_device
+from llmpress.core.failures import script_errors
+from llmpress.core.params import read_params, section
+from llmpress.deltas.compression import compress_delta_artifact
 
 
 def main(

@@ -10,13 +10,13 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 import transformers
 import typer
 
-from llmpress.artifacts import write_json
-from llmpress.config import build, read_params, section
-from llmpress.devices import pick_device
-from llmpress.evaluation.evaluate import evaluate
+from llmpress.core.artifacts import write_json
+from llmpress.core.devices import pick_device
+from llmpress.core.failures import script_errors
+from llmpress.core.params import build, read_params, section
 from llmpress.evaluation.settings import EvaluationSettings
+from llmpress.evaluation.stage import evaluate
 from llmpress.evaluation.subjects import find_subject
-from llmpress.failures import script_errors
 
 METRICS, DETAILS = Path("results/metrics"), Path("results/details")
 

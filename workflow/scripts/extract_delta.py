@@ -4,9 +4,9 @@ from pathlib import Path
 
 import typer
 
-from llmpress.config import read_params, section
-from llmpress.delta_extraction import extract_delta_artifact
-from llmpress.failures import script_errors
+from llmpress.core.failures import script_errors
+from llmpress.core.params import read_params, section
+from llmpress.deltas.extraction import extract_delta_artifact
 
 
 def main(

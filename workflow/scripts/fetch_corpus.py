@@ -4,12 +4,12 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from llmpress.artifacts import artifact_folder, write_json
-from llmpress.config import build, read_params, section
-from llmpress.corpora import split_documents, write_text
-from llmpress.documents import CorpusSource, read_documents, stdlib_documents
-from llmpress.failures import script_errors
-from llmpress.sources import opened
+from llmpress.core.artifacts import artifact_folder, write_json
+from llmpress.core.failures import script_errors
+from llmpress.core.params import build, read_params, section
+from llmpress.data.corpora import split_documents, write_text
+from llmpress.data.documents import CorpusSource, read_documents, stdlib_documents
+from llmpress.data.sources.location import opened
 
 
 def main() -> None:

@@ -13,11 +13,11 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from llmpress.artifacts import artifact_folder, write_json
-from llmpress.config import build, read_params, section
-from llmpress.failures import script_errors
-from llmpress.pretrained import ModelSource, refuse_early, write_model
-from llmpress.sources import opened
+from llmpress.core.artifacts import artifact_folder, write_json
+from llmpress.core.failures import script_errors
+from llmpress.core.params import build, read_params, section
+from llmpress.data.sources.location import opened
+from llmpress.models.pretrained import ModelSource, refuse_early, write_model
 
 
 def main() -> None:

@@ -5,15 +5,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llmpress.artifacts import artifact_folder, write_json
-from llmpress.config import build, read_params, section
-from llmpress.documents import read_rows
-from llmpress.failures import script_errors
-from llmpress.sources import opened
-from llmpress.tasks import arithmetic, calls, multiple_choice
-from llmpress.tasks.configs import choice_config
-from llmpress.tasks.files import write_task
-from llmpress.tasks.source import TaskSource
+from llmpress.core.artifacts import artifact_folder, write_json
+from llmpress.core.failures import script_errors
+from llmpress.core.params import build, read_params, section
+from llmpress.data.documents import read_rows
+from llmpress.data.sources.location import opened
+from llmpress.data.tasks import arithmetic, calls, multiple_choice
+from llmpress.data.tasks.configs import choice_config
+from llmpress.data.tasks.files import write_task
+from llmpress.data.tasks.source import TaskSource
 
 
 def main() -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import typer
 
-from llmpress.config import read_params
-from llmpress.failures import script_errors
+from llmpress.core.failures import script_errors
+from llmpress.core.params import read_params
 from llmpress.report.html import write_report
 from llmpress.report.tables import read_results
 

@@ -5,14 +5,14 @@ from pathlib import Path
 import transformers
 import typer
 
-from llmpress.config import read_params, section
-from llmpress.devices import pick_device
-from llmpress.failures import script_errors
-from llmpress.finetuning.data import task_data, text_data
-from llmpress.finetuning.finetune import finetune_artifact
-from llmpress.finetuning.settings import base_folder, read_training, start_folder
-from llmpress.model_calibration import corpus_text
-from llmpress.tasks.files import read_items
+from llmpress.calibration.stage import corpus_text
+from llmpress.core.devices import pick_device
+from llmpress.core.failures import script_errors
+from llmpress.core.params import read_params, section
+from llmpress.data.tasks.files import read_items
+from llmpress.training.data import task_data, text_data
+from llmpress.training.settings import base_folder, read_training, start_folder
+from llmpress.training.stage import finetune_artifact
 
 
 def main(

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmpress.artifacts import artifact_folder, write_json
-from llmpress.config import build, read_params, section
-from llmpress.corpora import load_text, token_windows
-from llmpress.devices import pick_device
-from llmpress.failures import script_errors
-from llmpress.tasks.files import read_items
-from llmpress.training import (
+from llmpress.core.artifacts import artifact_folder, write_json
+from llmpress.core.devices import pick_device
+from llmpress.core.failures import script_errors
+from llmpress.core.params import build, read_params, section
+from llmpress.data.corpora import load_text, token_windows
+from llmpress.data.tasks.files import read_items
+from llmpress.training.full import (
     TrainingSettings,
     add_tokens,
     encode,

@@ -1,6 +1,8 @@
 """The command ``llmpress``: the library without the workflow, one file per command.
 
 Commands import what they need when they run, so that ``llmpress --help`` answers at once.
+
+May import from core up to report.
 """
 
 from importlib.metadata import version
@@ -21,7 +23,7 @@ from llmpress.cli import (
 )
 from llmpress.cli import methods as methods_command
 from llmpress.cli import plan as plan_command
-from llmpress.failures import INTERRUPTED, script_errors
+from llmpress.core.failures import INTERRUPTED, script_errors
 
 app = typer.Typer(
     name="llmpress",

@@ -20,10 +20,10 @@ def calibrate(
 
     One calibration serves every method: `llmpress compress --calibration FOLDER`.
     """
-    from llmpress.artifacts import folder_bytes
-    from llmpress.calibration import load_windows
+    from llmpress.calibration.files import load_windows
     from llmpress.cli.options import check_out, model_folder, quiet
     from llmpress.cli.output import bytes_text, print_facts, print_json
+    from llmpress.core.artifacts import folder_bytes
 
     quiet()
     check_out(out, force=force)
@@ -53,11 +53,11 @@ def run_calibration(
     Raises:
         ConfigError: No text was named.
     """
-    from llmpress.calibration import CalibrationSettings
+    from llmpress.calibration.files import CalibrationSettings
+    from llmpress.calibration.stage import calibrate_model
     from llmpress.cli.texts import calibration_texts, corpus_inputs
-    from llmpress.devices import pick_device
-    from llmpress.errors import ConfigError
-    from llmpress.model_calibration import calibrate_model
+    from llmpress.core.devices import pick_device
+    from llmpress.core.errors import ConfigError
 
     if not text:
         raise ConfigError("--text: name a text file or a corpus folder to calibrate on")

@@ -33,10 +33,10 @@ def compare(
     from llmpress.cli.options import model_folder, quiet
     from llmpress.cli.output import bytes_text, print_json, print_table
     from llmpress.cli.texts import evaluation_text
-    from llmpress.delta_files import HEADER
-    from llmpress.devices import pick_device
-    from llmpress.errors import ConfigError
+    from llmpress.core.devices import pick_device
+    from llmpress.core.errors import ConfigError
     from llmpress.evaluation.comparison import compare_models
+    from llmpress.models.checkpoints.delta_files import HEADER
 
     quiet()
     texts = {path.name: evaluation_text(path) for path in text}

@@ -61,8 +61,8 @@ def compress(
         quiet,
         scratch_folder,
     )
-    from llmpress.devices import pick_device
-    from llmpress.model_compression import compress_model
+    from llmpress.compression.stage import compress_model
+    from llmpress.core.devices import pick_device
 
     quiet()
     check_out(out, force=force)
@@ -102,7 +102,7 @@ def statistics(
     Raises:
         ConfigError: Text and a calibration, or neither for a method that needs one.
     """
-    from llmpress.errors import ConfigError
+    from llmpress.core.errors import ConfigError
 
     if text and calibration:
         raise ConfigError("--text and --calibration exclude each other: give one of them")

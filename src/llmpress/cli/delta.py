@@ -39,10 +39,10 @@ def extract(
     as_json: AsJson = False,
 ) -> None:
     """Subtract a base model from its fine-tuned version, tensor by tensor."""
-    from llmpress.adapters import is_adapter
     from llmpress.cli.inspect import print_made
     from llmpress.cli.options import check_out, model_folder
-    from llmpress.delta_extraction import extract_delta_artifact
+    from llmpress.deltas.extraction import extract_delta_artifact
+    from llmpress.models.adapters import is_adapter
 
     check_out(out, force=force)
     adapter = Path(finetuned)
@@ -89,9 +89,9 @@ def compress(
         quiet,
         scratch_folder,
     )
-    from llmpress.delta_compression import compress_delta_artifact
-    from llmpress.devices import pick_device
-    from llmpress.errors import ConfigError
+    from llmpress.core.devices import pick_device
+    from llmpress.core.errors import ConfigError
+    from llmpress.deltas.compression import compress_delta_artifact
 
     quiet()
     check_out(out, force=force)
@@ -155,10 +155,10 @@ def export(
     """
     import torch
 
-    from llmpress.adapter_export import export_adapter
-    from llmpress.artifacts import folder_bytes
     from llmpress.cli.options import check_out, quiet
     from llmpress.cli.output import bytes_text, print_facts, print_json
+    from llmpress.core.artifacts import folder_bytes
+    from llmpress.export.adapter import export_adapter
 
     quiet()
     check_out(out, force=force)

@@ -42,8 +42,8 @@ def export(
     low-rank matrix, to be loaded where NAME has become nn.Sequential of two nn.Linear.
     """
     from llmpress.cli.options import check_out, model_folder, quiet
-    from llmpress.errors import ConfigError
-    from llmpress.export import export_factors
+    from llmpress.core.errors import ConfigError
+    from llmpress.export.dense import export_factors
 
     if dense == factors:
         raise ConfigError(
@@ -71,7 +71,7 @@ def write_dense(
 ) -> None:
     """Export and say what was written."""
     from llmpress.cli.options import check_out, quiet
-    from llmpress.export import export_dense
+    from llmpress.export.dense import export_dense
 
     quiet()
     check_out(out, force=force)
@@ -87,8 +87,8 @@ def _torch_dtype(dtype: Dtype) -> "torch.dtype":
 
 
 def _say(out: Path, dtype: Dtype, *, as_json: bool) -> None:
-    from llmpress.artifacts import folder_bytes
     from llmpress.cli.output import bytes_text, print_facts, print_json
+    from llmpress.core.artifacts import folder_bytes
 
     size = folder_bytes(out)
     if as_json:

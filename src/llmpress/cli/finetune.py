@@ -10,8 +10,8 @@ from llmpress.cli.options import AsJson, Device, Force, Length, Model, Out, Seed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llmpress.finetuning.data import TrainingData
-    from llmpress.finetuning.settings import FinetuningSettings
+    from llmpress.training.data import TrainingData
+    from llmpress.training.settings import FinetuningSettings
 
 
 def finetune(
@@ -56,10 +56,10 @@ def finetune(
     --distill --steps 60 --lr 5e-3 --out recovered
     """
     from llmpress.cli.options import check_out, model_folder, quiet, scratch_folder
-    from llmpress.devices import pick_device
-    from llmpress.errors import ConfigError
-    from llmpress.finetuning.finetune import finetune_artifact
-    from llmpress.finetuning.settings import TRAINS
+    from llmpress.core.devices import pick_device
+    from llmpress.core.errors import ConfigError
+    from llmpress.training.settings import TRAINS
+    from llmpress.training.stage import finetune_artifact
 
     quiet()
     check_out(out, force=force)
@@ -106,8 +106,8 @@ def _settings(
     distill: bool,
 ) -> "FinetuningSettings":
     from llmpress.cli.options import assignment
-    from llmpress.config import build
-    from llmpress.finetuning.settings import FinetuningSettings
+    from llmpress.core.params import build
+    from llmpress.training.settings import FinetuningSettings
 
     given: dict[str, Any] = {
         "steps": steps,
@@ -134,8 +134,8 @@ def _data(
     seed: int,
 ) -> "TrainingData":
     from llmpress.cli.texts import calibration_texts
-    from llmpress.finetuning.data import task_data, text_data
-    from llmpress.tasks.files import read_items
+    from llmpress.data.tasks.files import read_items
+    from llmpress.training.data import task_data, text_data
 
     if items is None:
         return text_data(calibration_texts(text or []), tokenizer, settings, seed)
@@ -144,9 +144,9 @@ def _data(
 
 
 def _print(out: Path, *, as_json: bool) -> None:
-    from llmpress.artifacts import read_json, read_provenance
     from llmpress.cli.output import print_facts, print_json
-    from llmpress.finetuning.finetune import RECORD
+    from llmpress.core.artifacts import read_json, read_provenance
+    from llmpress.training.stage import RECORD
 
     record, made = read_json(out / RECORD), read_provenance(out)
     if as_json:

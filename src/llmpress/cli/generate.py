@@ -46,11 +46,11 @@ def generate(
 
     from llmpress.cli.options import model_folder, quiet
     from llmpress.cli.output import print_json
-    from llmpress.delta_files import HEADER
-    from llmpress.deltas import load_delta
-    from llmpress.devices import pick_device
-    from llmpress.errors import ConfigError
-    from llmpress.hf import load_model, load_tokenizer
+    from llmpress.core.devices import pick_device
+    from llmpress.core.errors import ConfigError
+    from llmpress.deltas.applying import load_delta
+    from llmpress.models.checkpoints.delta_files import HEADER
+    from llmpress.models.loading import load_model, load_tokenizer
 
     quiet()
     text = _prompt(prompt)
@@ -96,7 +96,7 @@ def generate(
 
 
 def _prompt(prompt: str | None) -> str:
-    from llmpress.errors import ConfigError
+    from llmpress.core.errors import ConfigError
 
     if prompt is None and sys.stdin.isatty():
         raise ConfigError("generate: give a prompt, or pipe one in")
@@ -109,7 +109,7 @@ def _prompt(prompt: str | None) -> str:
 def _encode(
     tokenizer: "PreTrainedTokenizerBase", text: str, chat: bool | None, system: str | None
 ) -> list[int]:
-    from llmpress.errors import ConfigError
+    from llmpress.core.errors import ConfigError
 
     has_template = tokenizer.chat_template is not None
     if chat and not has_template:
@@ -130,7 +130,7 @@ def _encode(
 
 
 def _check_length(config: Any, prompt_tokens: int, max_tokens: int) -> None:
-    from llmpress.errors import ConfigError
+    from llmpress.core.errors import ConfigError
 
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is not None and prompt_tokens + max_tokens > context:
@@ -145,7 +145,7 @@ def _check_length(config: Any, prompt_tokens: int, max_tokens: int) -> None:
 def _dtype(name: str) -> Any:
     import torch
 
-    from llmpress.errors import ConfigError
+    from llmpress.core.errors import ConfigError
 
     if name not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype {name!r}: write float32, bfloat16 or float16")

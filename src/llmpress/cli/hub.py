@@ -20,7 +20,7 @@ def push(
 ) -> None:
     """Upload an artifact after verifying it. The token comes from HF_TOKEN or `hf auth login`."""
     from llmpress.cli.output import print_facts, print_json
-    from llmpress.hub_artifacts import push_artifact
+    from llmpress.export.hub import push_artifact
 
     commit = push_artifact(folder, repository, revision=revision, private=not public)
     if as_json:
@@ -40,10 +40,10 @@ def fetch(
     import shutil
     import tempfile
 
-    from llmpress.artifacts import PROVENANCE, read_provenance
     from llmpress.cli.options import check_out
     from llmpress.cli.output import print_facts, print_json
-    from llmpress.hub_artifacts import fetch_artifact
+    from llmpress.core.artifacts import PROVENANCE, read_provenance
+    from llmpress.export.hub import fetch_artifact
 
     check_out(out, force=force)
     cached = fetch_artifact(repository)

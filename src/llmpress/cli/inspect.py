@@ -24,7 +24,7 @@ def inspect(
     the calibration text.
     """
     from llmpress.cli.output import print_facts, print_json, print_table
-    from llmpress.inspection import describe
+    from llmpress.evaluation.inspection import describe
 
     description = describe(folder)
     if as_json:
@@ -59,7 +59,7 @@ def inspect(
 def print_made(out: Path, keys: Sequence[str], *, as_json: bool) -> None:
     """Print what a command has just made: these keys of its description, or the summary."""
     from llmpress.cli.output import print_json
-    from llmpress.inspection import describe
+    from llmpress.evaluation.inspection import describe
 
     description = describe(out)
     if as_json:

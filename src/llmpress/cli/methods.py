@@ -33,7 +33,7 @@ def methods(
 def _describe(name: str) -> dict[str, Any]:
     import inspect
 
-    from llmpress.runs import known_method
+    from llmpress.compression.settings import known_method
 
     cls = known_method(name, "methods")
     meanings = _attributes(inspect.getdoc(cls) or "")

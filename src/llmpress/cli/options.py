@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmpress.errors import ArtifactError, ConfigError
+from llmpress.core.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
     from llmpress.methods.base import Method
@@ -56,8 +56,8 @@ def model_folder(model: str) -> Path:
         ArtifactError: No such folder, and no hub name either.
         SourceError: The download failed, or the repository holds no safetensors.
     """
-    from llmpress.delta_files import HEADER
-    from llmpress.sources import PINNED_REPOSITORY
+    from llmpress.data.sources.location import PINNED_REPOSITORY
+    from llmpress.models.checkpoints.delta_files import HEADER
 
     folder = Path(model)
     if (folder / HEADER).is_file():
@@ -67,7 +67,7 @@ def model_folder(model: str) -> Path:
     if folder.is_dir():
         return folder
     if "@" in model and PINNED_REPOSITORY.fullmatch(model):
-        from llmpress.pretrained import fetch_repository
+        from llmpress.models.pretrained import fetch_repository
 
         return fetch_repository(model)
     hint = f"; for the hub write {model}@main or another revision" if model.count("/") == 1 else ""
@@ -95,7 +95,7 @@ def method_settings(name: str, bits: float | None, assignments: Sequence[str] | 
     Raises:
         ConfigError: An unknown method or setting, or bits for a method that is not told bits.
     """
-    from llmpress.runs import build_method
+    from llmpress.compression.settings import build_method
 
     values: dict[str, Any] = dict(map(assignment, assignments or ()))
     if bits is not None:
@@ -133,7 +133,7 @@ def assignment(text: str) -> tuple[str, Any]:
 
 
 def _bits_setting(name: str) -> str:
-    from llmpress.runs import known_method
+    from llmpress.compression.settings import known_method
 
     fields = [field.name for field in dataclasses.fields(known_method(name, "--method"))]
     for setting in ("bits", "num_bits"):

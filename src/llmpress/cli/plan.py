@@ -53,8 +53,8 @@ def plan(
     """
     from llmpress.cli.options import method_settings, quiet
     from llmpress.cli.output import print_json
-    from llmpress.config import read_params
-    from llmpress.errors import ConfigError
+    from llmpress.core.errors import ConfigError
+    from llmpress.core.params import read_params
     from llmpress.planning import measure_machine, plan_compression, plan_project, read_shapes
 
     quiet()

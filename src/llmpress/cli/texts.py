@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmpress.errors import ArtifactError, SourceError
-from llmpress.model_calibration import HELD_OUT, CalibrationText, corpus_text, task_text
-from llmpress.tasks.files import TRAIN_FILE
+from llmpress.calibration.stage import HELD_OUT, CalibrationText, corpus_text, task_text
+from llmpress.core.errors import ArtifactError, SourceError
+from llmpress.data.tasks.files import TRAIN_FILE
 
 
 def calibration_texts(paths: Sequence[Path]) -> dict[str, CalibrationText]:
@@ -34,7 +34,7 @@ def corpus_inputs(paths: Sequence[Path]) -> dict[str, Path]:
 def evaluation_text(path: Path) -> list[str]:
     """Return the test documents of a corpus, or the whole of a plain file."""
     if path.is_dir():
-        from llmpress.corpora import load_text
+        from llmpress.data.corpora import load_text
 
         return load_text(path, "test")
     return [_read(path)]

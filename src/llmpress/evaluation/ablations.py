@@ -18,16 +18,16 @@ from typing import Any, Literal
 import torch
 from tqdm.auto import tqdm
 
-from llmpress.artifacts import fingerprint, read_json, write_json
-from llmpress.calibration import load_statistics, load_windows
-from llmpress.checkpoints import Checkpoint
-from llmpress.codebooks import CodebookSize, true_bits
-from llmpress.corpora import load_text, token_windows
+from llmpress.calibration.files import load_statistics, load_windows
+from llmpress.compression.settings import build_method
+from llmpress.core.artifacts import fingerprint, read_json, write_json
+from llmpress.data.corpora import load_text, token_windows
 from llmpress.evaluation.likelihood import likelihood
-from llmpress.hf import load_model, load_tokenizer
-from llmpress.linalg import relative_output_error
 from llmpress.methods.base import Shape
-from llmpress.runs import build_method
+from llmpress.methods.cluscomp.budget import CodebookSize, true_bits
+from llmpress.models.checkpoints.files import Checkpoint
+from llmpress.models.loading import load_model, load_tokenizer
+from llmpress.numerics.linalg import relative_output_error
 
 Row = dict[str, Any]
 

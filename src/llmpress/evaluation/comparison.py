@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmpress.corpora import token_windows
-from llmpress.deltas import load_delta
+from llmpress.data.corpora import token_windows
+from llmpress.deltas.applying import load_delta
 from llmpress.evaluation.likelihood import likelihood
 from llmpress.evaluation.metrics import Size
 from llmpress.evaluation.sizes import LAYERS, compressed_size, delta_size, model_size
-from llmpress.hf import dequantized, load_model, load_tokenizer
+from llmpress.models.loading import dequantized, load_model, load_tokenizer
 
 
 @dataclass(frozen=True)

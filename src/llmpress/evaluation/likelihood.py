@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from llmpress.errors import ArtifactError, NumericalError
+from llmpress.core.errors import ArtifactError, NumericalError
 
 CHUNK = 128  # positions whose distributions are in memory at once, in fp32
 

@@ -4,11 +4,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from llmpress.adapters import adapter_sizes, is_adapter
-from llmpress.artifacts import folder_bytes, read_json, read_provenance
-from llmpress.checkpoints import Checkpoint, block_linears, stored_dtype
-from llmpress.delta_files import HEADER, DeltaFolder
+from llmpress.core.artifacts import folder_bytes, read_json, read_provenance
 from llmpress.evaluation.metrics import Cost, Size
+from llmpress.models.adapters import adapter_sizes, is_adapter
+from llmpress.models.checkpoints.delta_files import HEADER, DeltaFolder
+from llmpress.models.checkpoints.files import Checkpoint, block_linears, stored_dtype
 
 LAYERS = "layers.json"
 TRAINING = "training.json"

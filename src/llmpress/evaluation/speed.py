@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from llmpress.environment import peak_memory_bytes
+from llmpress.core.environment import peak_memory_bytes
 
 MIN_STEPS = 2
 MAX_SECONDS = 2.0  # packed layers can take seconds per token on a CPU

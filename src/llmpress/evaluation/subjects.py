@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmpress.adapters import is_adapter, load_adapted, merged
-from llmpress.artifacts import read_provenance
-from llmpress.config import section, suggestion
-from llmpress.deltas import load_finetuned
-from llmpress.errors import ConfigError
-from llmpress.hf import dequantized, load_model, load_tokenizer
+from llmpress.core.artifacts import read_provenance
+from llmpress.core.errors import ConfigError
+from llmpress.core.params import section, suggestion
+from llmpress.deltas.applying import load_finetuned
+from llmpress.models.adapters import is_adapter, load_adapted, merged
+from llmpress.models.loading import dequantized, load_model, load_tokenizer
 
 Kind = Literal["model", "compressed", "delta", "finetuned", "trained"]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmpress.errors import ArtifactError
+from llmpress.core.errors import ArtifactError
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task

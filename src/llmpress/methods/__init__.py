@@ -1,4 +1,7 @@
-"""Compression methods, one file each; the file's name is the method's name in params.yaml."""
+"""Compression methods, a package each; its name is the method's name in params.yaml.
+
+May import from core up to numerics.
+"""
 
 import difflib
 import importlib
@@ -9,7 +12,7 @@ from llmpress.methods.base import Method
 
 
 def known_methods() -> list[str]:
-    """Return the names of all methods, that is of all files here but ``base``."""
+    """Return the names of all methods, that is of all packages here."""
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "base")
 
 
@@ -31,7 +34,7 @@ def method_class(name: str) -> type[Method]:
         if inspect.isclass(member)
         and issubclass(member, Method)
         and not inspect.isabstract(member)
-        and member.__module__ == module.__name__
+        and f"{member.__module__}.".startswith(f"{module.__name__}.")
     ]
     if len(found) != 1:
         raise TypeError(f"llmpress.methods.{name} defines {len(found)} methods instead of one")

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from llmpress.layers import CompressedLinear
+from llmpress.nn.layers import CompressedLinear
 
 Chain = Literal["teacher", "student"]
 """Whose hidden states enter a block: the original model's or the compressed model's."""
@@ -41,7 +41,7 @@ class InputStatistics:
         second_moment: ``E[x xᵀ]``, fp32 ``[in, in]``, symmetric, positive semi-definite.
         num_tokens: Tokens the mean was taken over.
         output_sensitivity: How much the loss feels a squared error of each output, fp32 ``[out]``,
-            see `llmpress.sensitivity`; None where it was not measured.
+            see `llmpress.calibration.sensitivity`; None where it was not measured.
     """
 
     second_moment: Tensor

@@ -3,6 +3,8 @@
 ``shapes`` reads a model's layout, ``costs`` holds the one table of what each method costs,
 ``sizes`` counts the bytes of every artifact, ``stages`` estimates one stage, ``machine`` says what
 there is, and ``plan`` walks params.yaml.
+
+May import from core up to export.
 """
 
 from llmpress.planning.machine import Machine, measure_machine

@@ -18,17 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llmpress.layers import (
-    CodebookLinear,
-    CompressedLinear,
-    LowRankLinear,
-    MixedLowRankLinear,
-    PivotedLowRankLinear,
-    QuantizedLinear,
-    SignLinear,
-    SparseLinear,
-)
-from llmpress.layers.sparse import smaller_index
 from llmpress.methods.base import Method, Shape
 from llmpress.methods.bitdelta import BitDelta
 from llmpress.methods.cluscomp import ClusComp
@@ -38,6 +27,17 @@ from llmpress.methods.lillama import Lillama
 from llmpress.methods.magnitude import Magnitude
 from llmpress.methods.rtn import RTN
 from llmpress.methods.svd import SVD
+from llmpress.nn.layers import (
+    CodebookLinear,
+    CompressedLinear,
+    LowRankLinear,
+    MixedLowRankLinear,
+    PivotedLowRankLinear,
+    QuantizedLinear,
+    SignLinear,
+    SparseLinear,
+)
+from llmpress.nn.layers.sparse import smaller_index
 from llmpress.planning.machine import Rates
 
 EFFICIENCY: Mapping[str, float] = {
@@ -196,7 +196,7 @@ def _codebook(settings: ClusComp, shape: Shape) -> CompressedLinear:
 
 
 def _codebook_copies(num_vectors: int, num_entries: int) -> int:
-    """Return how often few points are repeated, see `llmpress.kernels.kmeans`."""
+    """Return how often few points are repeated, see `llmpress.nn.kernels.kmeans`."""
     return -(-33_000 // num_vectors) if num_vectors * num_entries > 33_000 else 1
 
 

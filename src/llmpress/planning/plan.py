@@ -12,21 +12,27 @@ from typing import Any
 
 import yaml
 
-from llmpress.artifacts import read_json
-from llmpress.calibration import CalibrationSettings
-from llmpress.config import build, section, suggestion
-from llmpress.errors import ArtifactError, ConfigError
+from llmpress.calibration.files import CalibrationSettings
+from llmpress.compression.settings import (
+    build_method,
+    read_delta,
+    read_delta_run,
+    read_finetune,
+    read_run,
+)
+from llmpress.core.artifacts import read_json
+from llmpress.core.errors import ArtifactError, ConfigError
+from llmpress.core.params import build, section, suggestion
 from llmpress.evaluation.settings import EvaluationSettings
-from llmpress.finetuning.settings import Training, read_training
-from llmpress.layers import CompressedLinear
 from llmpress.methods.base import Method
+from llmpress.nn.layers import CompressedLinear
 from llmpress.planning import stages
 from llmpress.planning.machine import Machine
 from llmpress.planning.shapes import ModelShapes, read_shapes
 from llmpress.planning.sizes import planned_layers
 from llmpress.planning.stages import Estimate, TaskText
-from llmpress.runs import build_method, read_delta, read_delta_run, read_finetune, read_run
-from llmpress.training import TrainingSettings
+from llmpress.training.full import TrainingSettings
+from llmpress.training.settings import Training, read_training
 
 Layers = Mapping[str, CompressedLinear | None]
 
@@ -136,7 +142,7 @@ def plan_compression(
     Args:
         model: What is compressed.
         name: What the row is called.
-        method_name: Name of a file in ``llmpress.methods``.
+        method_name: Name of a package in ``llmpress.methods``.
         method: Its settings.
         machine: What the plan is compared with.
 

@@ -12,11 +12,11 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from llmpress.architectures import block_linears, decoder_blocks
-from llmpress.checkpoints import WEIGHTS, WEIGHTS_INDEX, Checkpoint
-from llmpress.errors import ArtifactError
-from llmpress.experts import SeparateExperts, separate_experts
+from llmpress.core.errors import ArtifactError
 from llmpress.methods.base import Shape
+from llmpress.models.architectures import block_linears, decoder_blocks
+from llmpress.models.checkpoints.files import WEIGHTS, WEIGHTS_INDEX, Checkpoint
+from llmpress.models.experts import SeparateExperts, separate_experts
 
 TRACE_TOKENS = 8
 COMPANIONS = (
@@ -27,7 +27,7 @@ COMPANIONS = (
     "*.jinja",
     "generation_config*",
 )
-"""What `llmpress.checkpoints.copy_companions` takes over; tests hold the two together."""
+"""What `copy_companions` of checkpoints takes over; tests hold the two together."""
 
 
 class TensorSpec(NamedTuple):

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from llmpress.compression import LayerRecord
-from llmpress.layers import CompressedLinear
+from llmpress.compression.layers import LayerRecord
 from llmpress.methods.base import Method
+from llmpress.nn.layers import CompressedLinear
 from llmpress.planning.costs import compressed_layer
 from llmpress.planning.shapes import ModelShapes, TensorSpec
 
@@ -146,7 +146,7 @@ def compressed_model_size(
     exact: bool,
     blocks: int = 0,
 ) -> ArtifactSize:
-    """Count a folder of `llmpress.compressed_checkpoints`.
+    """Count a folder of `llmpress.compression.writing`.
 
     Args:
         model: What is compressed.
@@ -193,7 +193,7 @@ def nf4_bytes(model: ModelShapes) -> int:
 
 
 def adapter_size(model: ModelShapes, rank: int, *, quantized: bool) -> ArtifactSize:
-    """Count an adapter folder of `llmpress.adapters`.
+    """Count an adapter folder of `llmpress.models.adapters`.
 
     Args:
         model: What it lies beside.

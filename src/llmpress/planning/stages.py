@@ -13,13 +13,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from llmpress.calibration import CalibrationSettings
-from llmpress.errors import ConfigError
+from llmpress.calibration.files import CalibrationSettings
+from llmpress.core.errors import ConfigError
 from llmpress.evaluation.settings import EvaluationSettings
-from llmpress.finetuning.objectives import CHUNK
-from llmpress.finetuning.settings import ADAPTERS, FinetuningSettings, Trains, with_precision
-from llmpress.layers import CodebookLinear, CompressedLinear, LowRankLinear
 from llmpress.methods.base import Method, Tunable
+from llmpress.nn.layers import CodebookLinear, CompressedLinear, LowRankLinear
 from llmpress.planning import sizes
 from llmpress.planning.costs import (
     METHOD_COSTS,
@@ -30,7 +28,9 @@ from llmpress.planning.costs import (
     total,
 )
 from llmpress.planning.shapes import ModelShapes
-from llmpress.tuning import TuningSettings
+from llmpress.training.objectives import CHUNK
+from llmpress.training.settings import ADAPTERS, FinetuningSettings, Trains, with_precision
+from llmpress.tuning.blocks import TuningSettings
 
 PACKAGES_BYTES = 440_000_000
 """Resident after importing Python, torch, transformers and llmpress and opening a tokenizer:

@@ -1,1 +1,4 @@
-"""Metrics and details of all runs -> tables, figures and one self-contained HTML file."""
+"""Metrics and details of all runs -> tables, figures and one self-contained HTML file.
+
+May import from core up to planning.
+"""

@@ -13,8 +13,8 @@ from typing import Any
 
 import pandas as pd
 
-from llmpress.artifacts import read_json
-from llmpress.errors import ArtifactError
+from llmpress.core.artifacts import read_json
+from llmpress.core.errors import ArtifactError
 
 KIND_OF_SECTION = {
     "runs": "compressed",

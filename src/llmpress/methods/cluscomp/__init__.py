@@ -1,0 +1,5 @@
+"""ClusComp."""
+
+from llmpress.methods.cluscomp.method import ClusComp
+
+__all__ = ["ClusComp"]

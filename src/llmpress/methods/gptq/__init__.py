@@ -1,0 +1,5 @@
+"""GPTQ."""
+
+from llmpress.methods.gptq.method import GPTQ
+
+__all__ = ["GPTQ"]

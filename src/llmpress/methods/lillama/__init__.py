@@ -1,0 +1,5 @@
+"""Lillama."""
+
+from llmpress.methods.lillama.method import Lillama
+
+__all__ = ["Lillama"]

@@ -1,0 +1,5 @@
+"""Unstructured pruning."""
+
+from llmpress.methods.magnitude.method import Magnitude
+
+__all__ = ["Magnitude"]

@@ -1,0 +1,5 @@
+"""Truncated SVD."""
+
+from llmpress.methods.svd.method import SVD
+
+__all__ = ["SVD"]

@@ -1,0 +1,97 @@
+"""Where a model keeps its decoder blocks, and which layers of a block are compressed.
+
+The rule: the blocks are the longest ``ModuleList`` that is not itself inside another one, and every
+``nn.Linear`` inside a block is compressible. Embeddings and the language-model head lie outside the
+blocks and stay as they are. Of a mixture of experts each matrix of each expert is a linear, see
+`llmpress.models.experts`. What the rule does not know of an architecture stands in the tables here.
+"""
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
+
+from torch import nn
+
+ROUTERS = ("*.router", "*.router.layer", "*.mlp.gate", "*.shared_expert_gate")
+"""Linears that choose experts: tiny, and an error in them sends tokens to another expert."""
+
+LEFT_MULTIPLIED = ("*.dt_proj",)
+"""Linears whose module multiplies by their weight instead of calling them: Mamba's time steps."""
+
+_MIXTRAL = {
+    ".block_sparse_moe.": ".mlp.",
+    ".w1.": ".gate_proj.",
+    ".w3.": ".up_proj.",
+    ".w2.": ".down_proj.",
+}
+
+STORED_NAMES: Mapping[str, Mapping[str, str]] = {
+    "gpt_neox": {"embed_out.": "lm_head."},
+    "mixtral": _MIXTRAL,
+    "phimoe": {**_MIXTRAL, ".mlp.gate.": ".mlp.router."},
+}
+"""By model type, parts of names in published checkpoints and what they are called in the model,
+replaced in this order."""
+
+
+def module_name(model_type: str, stored: str) -> str:
+    """Return what a tensor of a published checkpoint is called in the model."""
+    for part, name in STORED_NAMES.get(model_type, {}).items():
+        stored = stored.replace(part, name)
+    return stored
+
+
+def stored_name(model_type: str, name: str) -> str:
+    """Return what a tensor of the model is called in a published checkpoint."""
+    for part, new in reversed(list(STORED_NAMES.get(model_type, {}).items())):
+        name = name.replace(new, part)
+    return name
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return the name and the list of a model's decoder blocks.
+
+    Raises:
+        ValueError: The model has no list of blocks, so it cannot be walked block by block.
+    """
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    ]
+    outer = [
+        (name, module)
+        for name, module in lists
+        if not any(name.startswith(f"{other}.") for other, _ in lists)
+    ]
+    if not outer:
+        raise ValueError(f"{type(model).__name__} has no list of decoder blocks")
+    return max(outer, key=lambda item: len(item[1]))
+
+
+def block_linears(model: nn.Module) -> list[dict[str, nn.Linear]]:
+    """Return, for each decoder block from the bottom up, its linear layers by full name."""
+    prefix, blocks = decoder_blocks(model)
+    return [
+        {f"{prefix}.{index}.{name}": linear for name, linear in compressible(block).items()}
+        for index, block in enumerate(blocks)
+    ]
+
+
+def compressible(block: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linears of one decoder block that are compressed, by their name in it."""
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and not matches(name, ROUTERS)
+    }
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a module's name fits one of the patterns."""
+    return any(fnmatch(f".{name}", pattern) for pattern in patterns)
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place of the submodule called ``name``."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

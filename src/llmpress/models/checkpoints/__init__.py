@@ -1,0 +1,1 @@
+"""Checkpoint and delta folders, and views of one as another, tensor by tensor."""

@@ -1,0 +1,146 @@
+"""Compressed models read as the dense ones they stand for, one layer in memory at a time."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from llmpress.core.errors import ArtifactError
+from llmpress.models.checkpoints.delta_files import DeltaFolder
+from llmpress.models.checkpoints.files import Checkpoint
+from llmpress.models.loading import compressed_layers, is_compressed
+from llmpress.nn.layers import CompressedLinear, filled_layer
+
+
+class CheckpointView(Checkpoint):
+    """A checkpoint whose tensors are computed from another one's when they are read.
+
+    Args:
+        base: Where tensors come from; what a subclass does not change is the base's.
+        folder: What the view is named after, and identified by.
+
+    Attributes:
+        base: As given.
+    """
+
+    def __init__(self, base: Checkpoint, folder: Path) -> None:
+        self.base = base
+        self.folder = folder
+        self.config = copy.deepcopy(base.config)
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors, sorted."""
+        return self.base.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading it."""
+        return self.base.shape(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """Read or compute one tensor."""
+        return self.base.tensor(name)
+
+
+class DenseCheckpoint(CheckpointView):
+    """The dense model that a compressed one stands for: its layers' weights in fp32.
+
+    Args:
+        packed: A folder that ``compress`` or ``finetune`` wrote.
+
+    Raises:
+        ArtifactError: It lists a layer that the model does not have.
+    """
+
+    def __init__(self, packed: Checkpoint) -> None:
+        super().__init__(packed, packed.folder)
+        del self.config.quantization_config
+        self._entries = compressed_layers(packed)
+        model = self.skeleton()
+        self._linears = {name: compressed_linear(name, model) for name in self._entries}
+
+    def names(self) -> list[str]:
+        """Return the names of the dense model's tensors, sorted."""
+        packed = {n for n in self.base.names() if n.rpartition(".")[0] in self._entries}
+        biases = {name for name in packed if name.endswith(".bias")}
+        weights = {f"{name}.weight" for name in self._entries}
+        return sorted((set(self.base.names()) - packed) | biases | weights)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading it."""
+        linear = self._linears.get(name.removesuffix(".weight"))
+        return tuple(linear.weight.shape) if linear is not None else self.base.shape(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor: a compressed layer's weight as fp32 ``[out, in]``, others as stored.
+
+        Raises:
+            ArtifactError: No such tensor, or a damaged layer.
+        """
+        layer = name.removesuffix(".weight")
+        if layer not in self._entries:
+            return self.base.tensor(name)
+        return stored_layer(
+            layer, self._entries[layer], self._linears[layer], self.base
+        ).dequantize()
+
+
+def dense_checkpoint(folder: Path) -> Checkpoint:
+    """Open a plain model, or a compressed one as the dense model it stands for.
+
+    Raises:
+        ArtifactError: No model there, or a damaged one.
+        SourceError: A model that transformers cannot read.
+    """
+    checkpoint = Checkpoint(folder)
+    return DenseCheckpoint(checkpoint) if is_compressed(checkpoint) else checkpoint
+
+
+def compressed_linear(name: str, model: nn.Module) -> nn.Linear:
+    """Return the linear layer of a plain model that an artifact stores compressed.
+
+    Raises:
+        ArtifactError: The model has no such linear.
+    """
+    try:
+        linear = model.get_submodule(name)
+    except AttributeError:
+        linear = None
+    if not isinstance(linear, nn.Linear):
+        raise ArtifactError(f"{name}: compressed in the artifact, but the model has no such linear")
+    return linear
+
+
+def stored_layer(
+    name: str, entry: Mapping[str, Any], linear: nn.Linear, source: Checkpoint | DeltaFolder
+) -> CompressedLinear:
+    """Return a compressed layer of a model or of a delta.
+
+    Args:
+        name: Its full name.
+        entry: Its ``kind`` and ``spec``.
+        linear: Tells its shape and whether it has a bias.
+        source: Where its tensors are.
+
+    Raises:
+        ArtifactError: It is damaged.
+    """
+    tensors = source.tensors(f"{name}.")
+    shape = (linear.in_features, linear.out_features)
+    try:
+        return filled_layer(entry, *shape, tensors, bias=linear.bias is not None)
+    except ValueError as error:
+        raise ArtifactError(f"{source.folder}: layer {name} is damaged: {error}") from None
+
+
+def delta_layer(name: str, delta: DeltaFolder) -> CompressedLinear:
+    """Return one compressed layer of a compressed delta.
+
+    Raises:
+        ArtifactError: It is damaged.
+    """
+    entry = delta.header["layers"][name]
+    out_features, in_features = entry["shape"]
+    like = nn.Linear(in_features, out_features, bias=False, device="meta")
+    return stored_layer(name, entry, like, delta)

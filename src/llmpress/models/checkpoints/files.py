@@ -1,0 +1,208 @@
+"""Hugging Face checkpoint folders, read tensor by tensor and never loaded whole."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from llmpress.core.artifacts import fingerprint, read_json, write_json
+from llmpress.core.errors import ArtifactError, SourceError
+from llmpress.core.shards import ShardWriter
+from llmpress.models.architectures import block_linears, module_name
+from llmpress.models.experts import separate_experts
+
+__all__ = ["Checkpoint", "CheckpointWriter", "block_linears", "copy_companions", "stored_dtype"]
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """A folder with config.json and safetensors weights, in one file or in shards.
+
+    A tensor is read when it is asked for and has a file mapping of its own, so that its pages are
+    let go with it: a walk over all tensors never holds more than those in use. Tensors go by the
+    names they have in the model, which for some architectures are not those in the file.
+
+    Attributes:
+        folder: Where it lies.
+        config: The model's configuration.
+
+    Raises:
+        ArtifactError: No checkpoint in this folder, or a shard missing or truncated.
+        SourceError: Only pickle weights, which are never opened.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / "config.json").is_file():
+            raise ArtifactError(f"{self.folder}: no model here (config.json is missing)")
+        self.config = _read_config(self.folder)
+        self._where: dict[str, tuple[Path, str]] = {}  # file, and name in it
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for path in self._files():
+            with self._open(path) as shard:
+                for stored in shard.keys():  # noqa: SIM118 - no dictionary
+                    name = module_name(self.config.model_type, stored)
+                    self._where[name] = path, stored
+                    self._shapes[name] = tuple(shard.get_slice(stored).get_shape())
+
+    def _files(self) -> list[Path]:
+        if (self.folder / WEIGHTS_INDEX).is_file():
+            index = read_json(self.folder / WEIGHTS_INDEX)
+            where = index.get("weight_map") if isinstance(index, dict) else None
+            if not isinstance(where, dict) or not all(isinstance(n, str) for n in where.values()):
+                raise ArtifactError(
+                    f"{self.folder / WEIGHTS_INDEX}: damaged; fetch the model again"
+                )
+            names = sorted(set(where.values()))
+        elif (self.folder / WEIGHTS).is_file():
+            names = [WEIGHTS]
+        elif any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt")):
+            raise SourceError(
+                f"{self.folder}: only pickle weights, which are not opened; "
+                "save the model with safe_serialization=True first"
+            )
+        else:
+            raise ArtifactError(f"{self.folder}: no weights here ({WEIGHTS} is missing)")
+        return [self.folder / name for name in names]
+
+    @staticmethod
+    def _open(path: Path) -> Any:
+        try:
+            return safe_open(path, framework="pt")
+        except FileNotFoundError:
+            raise ArtifactError(f"{path}: shard is missing; fetch the model again") from None
+        except SafetensorError as error:
+            raise ArtifactError(f"{path}: damaged ({error}); fetch the model again") from None
+
+    def plain_config(self) -> dict[str, Any]:
+        """Return the configuration as config.json holds it, infinite numbers as transformers does.
+
+        A compressed model's holds the list of its layers, too.
+        """
+        valid = json.loads(self.config.to_json_string(use_diff=True))  # JSON, but sorted
+        config = {key: valid[key] for key in self.config.to_diff_dict()}
+        return config | {"architectures": self.config.architectures}
+
+    @property
+    def fingerprint(self) -> str:
+        """What identifies the model: see `llmpress.core.artifacts.fingerprint`."""
+        return fingerprint(self.folder)
+
+    def names(self) -> list[str]:
+        """Return the names of all stored tensors, sorted."""
+        return sorted(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading it."""
+        self._check(name)
+        return self._shapes[name]
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor."""
+        self._check(name)
+        path, stored = self._where[name]
+        with self._open(path) as shard:
+            tensor: Tensor = shard.get_tensor(stored)
+        return tensor
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Read all tensors whose name starts with ``prefix``, which is cut off."""
+        return {
+            n.removeprefix(prefix): self.tensor(n) for n in self.names() if n.startswith(prefix)
+        }
+
+    def _check(self, name: str) -> None:
+        if name not in self._where:
+            raise ArtifactError(f"{self.folder}: holds no tensor {name!r}")
+
+    def skeleton(self) -> PreTrainedModel:
+        """Build the model with parameters on the meta device and buffers in memory.
+
+        Raises:
+            SourceError: A mixture of experts of another form than those llmpress takes apart.
+        """
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                self.config, trust_remote_code=False
+            )
+        separate_experts(model)
+        model.eval()
+        return model
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Return the dtype of the checkpoint's largest tensor."""
+    largest = max(checkpoint.names(), key=lambda n: torch.Size(checkpoint.shape(n)).numel())
+    return checkpoint.tensor(largest).dtype
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    read_json(folder / "config.json")  # a damaged file is named before transformers reads it
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+        raise SourceError(
+            f"{folder}: transformers cannot read its config.json, and code that comes with a model "
+            f"is never run ({reason})"
+        ) from None
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    classes = {n for v in known.values() for n in ((v,) if isinstance(v, str) else v)}
+    stated = config.architectures or [known.get(config.model_type, config.model_type)]
+    if config.model_type not in known or not classes.intersection(stated):
+        raise SourceError(
+            f"{folder}: {stated[0]} is no causal language model; llmpress compresses decoders that "
+            "predict the next token"
+        )
+    return config
+
+
+class CheckpointWriter:
+    """Writes named tensors into safetensors shards of bounded size, then an index where needed.
+
+    Args:
+        folder: Where to write.
+        max_shard_bytes: A shard is closed before it would exceed this.
+    """
+
+    def __init__(self, folder: Path, max_shard_bytes: int = 2 << 30) -> None:
+        self.folder = folder
+        self._shards = ShardWriter(folder, "model", max_shard_bytes)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Add one tensor; it is written when its shard is full."""
+        self._shards.add(name, tensor)
+
+    def close(self) -> None:
+        """Write what is left, name the shards, and write the index if there are several."""
+        files = self._shards.close()
+        if len(files) > 1:
+            weight_map = {name: file for file, names in files.items() for name in names}
+            metadata = {"total_size": self._shards.total_bytes}
+            index = {"metadata": metadata, "weight_map": weight_map}
+            write_json(self.folder / WEIGHTS_INDEX, index)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer, generation and chat-template files from one model folder to another."""
+    for pattern in (
+        "tokenizer*",
+        "vocab*",
+        "merges*",
+        "special_tokens*",
+        "*.jinja",
+        "generation_config*",
+    ):
+        for file in source.glob(pattern):
+            shutil.copyfile(file, target / file.name)

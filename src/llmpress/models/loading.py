@@ -1,0 +1,140 @@
+"""Open plain and compressed models and their tokenizers through transformers."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from llmpress.core.artifacts import PROVENANCE, verify
+from llmpress.core.devices import pick_device
+from llmpress.core.errors import ArtifactError
+from llmpress.models.architectures import replace_module
+from llmpress.models.checkpoints.files import Checkpoint
+from llmpress.models.quantizer import QUANT_METHOD, check_format, insert_layers
+from llmpress.nn.layers import AdaptedLinear, CompressedLinear
+
+
+def is_compressed(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint was written by llmpress."""
+    return bool(compressed_layers(checkpoint))
+
+
+def compressed_layers(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Return kind and spec of each compressed layer of a checkpoint, none for a plain one."""
+    quantization = getattr(checkpoint.config, "quantization_config", None) or {}
+    if not isinstance(quantization, dict):
+        quantization = quantization.to_dict()
+    if quantization.get("quant_method") != QUANT_METHOD:
+        return {}
+    check_format(quantization.get("format_version", 0))
+    return dict(quantization["layers"])
+
+
+def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Build a plain or compressed model with parameters on the meta device, nothing read."""
+    model = checkpoint.skeleton()
+    insert_layers(model, compressed_layers(checkpoint))
+    return model
+
+
+def load_model(
+    folder: Path | str, *, dtype: torch.dtype | str = torch.float32, device: str = "cpu"
+) -> PreTrainedModel:
+    """Load a plain or a compressed model, verified against its provenance where it has one.
+
+    Args:
+        folder: A Hugging Face folder, or one that ``compress`` or ``finetune`` wrote.
+        dtype: Of everything that is not compressed, ``auto`` for what it is stored in; compressed
+            layers keep the dtype they are stored in and compute in that of their input.
+        device: Where the model goes: ``cpu``, ``cuda`` or ``cuda:1``.
+
+    Raises:
+        ArtifactError: The folder holds no model, or a damaged one.
+        ConfigError: No such device here.
+    """
+    place = pick_device(device)
+    if (Path(folder) / PROVENANCE).is_file():
+        verify(Path(folder))
+    Checkpoint(Path(folder))  # names what is missing or damaged before transformers does
+    opened: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        trust_remote_code=False,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,  # named below, as missing tensors are
+        output_loading_info=True,
+    )
+    model: PreTrainedModel = opened[0]
+    loaded: dict[str, Any] = opened[1]
+    for name, found, needed in sorted(loaded["mismatched_keys"]):
+        raise ArtifactError(
+            f"{folder}: {name} is {list(found)}, its configuration needs {list(needed)}; "
+            "fetch the model again"
+        )
+    if loaded["missing_keys"]:
+        name = min(loaded["missing_keys"])
+        raise ArtifactError(f"{folder}: holds no tensor {name!r}; fetch the model again")
+    model.to(place)  # type: ignore[arg-type]  # a decorator hides the signature
+    model.eval()
+    return model
+
+
+def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder.
+
+    Raises:
+        ArtifactError: The folder holds none, or a damaged one.
+    """
+    folder = Path(folder)
+    if (folder / PROVENANCE).is_file():
+        verify(folder)
+    if not any(folder.glob("tokenizer*")):
+        raise ArtifactError(f"{folder}: no tokenizer here; fetch or compress the model again")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+        raise ArtifactError(f"{folder}: its tokenizer cannot be read ({reason})") from None
+    return tokenizer
+
+
+@torch.no_grad()
+def dequantized(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace every compressed layer, in place, by a dense one with the weight it stands for.
+
+    An adapted layer (base and delta) becomes one dense layer with the sum of both.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AdaptedLinear):
+            replace_module(model, name, _dense_sum(module))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, CompressedLinear):
+            replace_module(model, name, _dense(module.dequantize(), module.bias, model.dtype))
+    return model
+
+
+def _dense(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.to(dtype).contiguous(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    return linear
+
+
+def _dense_sum(adapted: AdaptedLinear) -> nn.Linear:
+    base = adapted.base
+    try:
+        weight = adapted.dequantize()
+    except TypeError as error:
+        raise ArtifactError(str(error)) from None
+    dtype = base.weight.dtype if isinstance(base, nn.Linear) else weight.dtype
+    return _dense(weight, adapted.bias, dtype)

@@ -1,0 +1,265 @@
+"""A weight stored as thin factors whose leading singular triplets have more bits than the others.
+
+``W ≈ c · Σ_g U_g diag(σ_g) V_g`` with ``V_g [r_g, in]``, ``U_g [out, r_g]``, ``σ_g [r_g]`` and one
+power of two ``c``. Both factors are stored vector by vector: ``V_g`` as it is, ``U_g`` transposed,
+so that a scale group is a run of consecutive channels of *one* singular vector, however small
+``r_g`` is.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmpress.nn.kernels.delta_matmul import PackedVectors, RowDeltas, TripletGroup, delta_matmul
+from llmpress.nn.kernels.dispatch import uses_triton
+from llmpress.nn.kernels.quantized_matmul.reference import dequantize_groups
+from llmpress.nn.layers.base import CompressedLinear, as_rows, frozen
+from llmpress.nn.layers.blocked import linear
+from llmpress.nn.layers.dense_store import State
+from llmpress.nn.packing import pack, packed_size, unpack
+
+UNQUANTIZED = 16
+SCALE_BITS = 32
+MOST_ROWS = 64
+"""That a kernel multiplies by packed vectors; for more of them unpacking does not count."""
+MOST_SHAPES = 8
+"""Numbers of rows whose work items are kept."""
+
+
+class Vectors(NamedTuple):
+    """Quantized vectors, one per row: ``scale · (code - zero_point)``.
+
+    Attributes:
+        codes: Integers ``[r, n]``; at 16 bits the vectors themselves, float ``[r, n]``.
+        scales: ``[r, ceil(n / group_size)]``, None at 16 bits.
+        zero_points: Integers like ``scales``, None at 16 bits.
+    """
+
+    codes: Tensor
+    scales: Tensor | None = None
+    zero_points: Tensor | None = None
+
+
+class MixedLowRankLinear(CompressedLinear):
+    """Two thin linears in a row per group of singular triplets; the dense weight is never formed.
+
+    What may train are the scales of the vectors; unquantized vectors train themselves. ``σ`` stays:
+    it would only repeat what they do, and its entries differ by orders of magnitude.
+
+    Args:
+        groups: ``{"rank": r_g, "num_bits": b_g}`` per group, ``b_g`` 1 to 8, or 16 for plain fp16.
+        group_size: Consecutive channels of a singular vector that share a scale and a zero point.
+    """
+
+    kind = "mixed_low_rank"
+    sigma: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        groups: Sequence[dict[str, int]],
+        group_size: int,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.groups = [(int(g["rank"]), int(g["num_bits"])) for g in groups]
+        if group_size < 1:
+            raise ValueError(f"group_size={group_size}: must be positive")
+        self.group_size = group_size
+        for index, (rank, num_bits) in enumerate(self.groups):
+            if rank < 1:
+                raise ValueError(f"groups[{index}]: rank={rank} must be positive")
+            if not (1 <= num_bits <= 8 or num_bits == UNQUANTIZED):
+                raise ValueError(
+                    f"groups[{index}]: num_bits={num_bits}: allowed are 1 to 8, and 16"
+                )
+            for side, length in (("V", in_features), ("U", out_features)):
+                self._register(f"{side}{index}", rank, length, num_bits)
+        self.trainable = tuple(
+            f"{side}{index}" if num_bits == UNQUANTIZED else f"{side}{index}_scales"
+            for index, (_, num_bits) in enumerate(self.groups)
+            for side in ("V", "U")
+        )
+        self.sigma = frozen(torch.empty(self.rank, dtype=torch.float16))
+        self.scale = frozen(torch.empty(1, dtype=torch.float32))
+        self._row_deltas: tuple[State | None, dict[int, RowDeltas]] = (None, {})
+
+    def _register(self, name: str, rank: int, length: int, num_bits: int) -> None:
+        if num_bits == UNQUANTIZED:
+            self.register_parameter(name, frozen(torch.empty(rank, length, dtype=torch.float16)))
+            return
+        num_scales = -(-length // self.group_size)
+        for part, count in (("codes", rank * length), ("zero_points", rank * num_scales)):
+            buffer = torch.empty(packed_size(count, num_bits), dtype=torch.uint8)
+            self.register_buffer(f"{name}_{part}", buffer)
+        scales = frozen(torch.empty(rank, num_scales, dtype=torch.float16))
+        self.register_parameter(f"{name}_scales", scales)
+
+    @classmethod
+    def from_vectors(
+        cls,
+        V: Sequence[Vectors],
+        U: Sequence[Vectors],
+        sigma: Tensor,
+        scale: float,
+        *,
+        num_bits: Sequence[int],
+        group_size: int,
+        shape: tuple[int, int],
+    ) -> "MixedLowRankLinear":
+        """Pack quantized singular vectors.
+
+        Args:
+            V: Per group the right vectors, ``[r_g, in]``.
+            U: Per group the left vectors, transposed: ``[r_g, out]``.
+            sigma: ``[Σ r_g]``, finite in fp16.
+            scale: The factor ``c`` that everything is multiplied with.
+            num_bits: Bits per group.
+            group_size: What the vectors were quantized with.
+            shape: ``(out, in)`` of the weight.
+        """
+        ranks = [vectors.codes.shape[0] for vectors in V]
+        groups = [{"rank": r, "num_bits": b} for r, b in zip(ranks, num_bits, strict=True)]
+        layer = cls(shape[1], shape[0], groups=groups, group_size=group_size)
+        for index in range(len(groups)):
+            layer._store(f"V{index}", V[index], num_bits[index])
+            layer._store(f"U{index}", U[index], num_bits[index])
+        layer.sigma.data = sigma.detach().to(torch.float16)
+        layer.scale.data = torch.full((1,), scale, dtype=torch.float32, device=sigma.device)
+        return layer
+
+    def _store(self, name: str, vectors: Vectors, num_bits: int) -> None:
+        if num_bits == UNQUANTIZED:
+            self.get_parameter(name).data = vectors.codes.detach().to(torch.float16).contiguous()
+            return
+        if vectors.scales is None or vectors.zero_points is None:
+            raise ValueError(f"{name}: vectors of {num_bits} bits need scales and zero points")
+        setattr(self, f"{name}_codes", pack(vectors.codes, num_bits))
+        setattr(self, f"{name}_zero_points", pack(vectors.zero_points, num_bits))
+        self.get_parameter(f"{name}_scales").data = vectors.scales.detach().to(torch.float16)
+
+    @property
+    def rank(self) -> int:
+        """Number of all stored singular triplets."""
+        return sum(rank for rank, _ in self.groups)
+
+    def spec(self) -> dict[str, Any]:
+        """Return rank and bits of every group, and the size of a scale group."""
+        groups = [{"rank": rank, "num_bits": num_bits} for rank, num_bits in self.groups]
+        return {"groups": groups, "group_size": self.group_size}
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return ``A = c · U diag(σ)``, ``[out, rank]``, and ``V``, ``[rank, in]``, in fp32."""
+        V = [self._vectors(f"V{i}", self.in_features, *g) for i, g in enumerate(self.groups)]
+        U = [self._vectors(f"U{i}", self.out_features, *g) for i, g in enumerate(self.groups)]
+        empty = self.scale.new_zeros(0, 1)
+        left = torch.cat(U or [empty.expand(0, self.out_features)])  # [rank, out]
+        right = torch.cat(V or [empty.expand(0, self.in_features)])  # [rank, in]
+        return (left * (self.sigma.float() * self.scale).unsqueeze(-1)).t(), right
+
+    def _vectors(self, name: str, length: int, rank: int, num_bits: int) -> Tensor:
+        if num_bits == UNQUANTIZED:
+            return self.get_parameter(name).float()
+        scales = self.get_parameter(f"{name}_scales")
+        codes = unpack(self.get_buffer(f"{name}_codes"), num_bits, rank * length)
+        zeros = unpack(self.get_buffer(f"{name}_zero_points"), num_bits, scales.numel())
+        stored = Vectors(codes.view(rank, length), scales, zeros.view(scales.shape))
+        return dequantize_vectors(stored, self.group_size)
+
+    def dequantize(self) -> Tensor:
+        """Return ``c · Σ_g U_g diag(σ_g) V_g`` as fp32 ``[out, in]``."""
+        A, V = self.factors()
+        return A @ V
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return ``x Wᵀ``, ``[..., out]``, through the two thin factors."""
+        return through_factors(x, *self.unpacked(x))
+
+    def added_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return ``y + self(x)``; on a GPU from the packed vectors, for few rows."""
+        count = x.numel() // self.in_features
+        if (
+            count > MOST_ROWS
+            or not uses_triton(x)
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or (rows := self._rows_of(count)) is None
+        ):
+            return super().added_to(y, x)
+        flat = y.reshape(-1, self.out_features)
+        return delta_matmul(as_rows(x), flat.to(x.dtype), rows).view_as(y)
+
+    def _rows_of(self, count: int) -> RowDeltas | None:
+        # The kernel reads codes and scales where they are; what it has copies of are these two, and
+        # when the layer moves they move with all others.
+        made_of = self.sigma, self.scale
+        state, kept = self._row_deltas
+        if state is None or not state.is_of(made_of) or len(kept) > MOST_SHAPES:
+            self._row_deltas = State(made_of), {}
+        if count not in self._row_deltas[1]:
+            groups = self.triplet_groups()
+            if groups is None or self.bias is not None:
+                return None
+            self._row_deltas[1][count] = RowDeltas([groups], [0] * count, self.group_size)
+        return self._row_deltas[1][count]
+
+    def _unpack_weights(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        A, V = self.factors()
+        return A.to(dtype), V.to(dtype)
+
+    def _num_unpacked(self) -> int:
+        return self.rank * (self.in_features + self.out_features)
+
+    def triplet_groups(self) -> list[TripletGroup] | None:
+        """Return what a kernel needs of each group; None where one is not quantized."""
+        if any(num_bits == UNQUANTIZED for _, num_bits in self.groups):
+            return None
+        ranks = [rank for rank, _ in self.groups]
+        sigma = (self.sigma.float() * self.scale).split(ranks) if ranks else ()
+        return [
+            TripletGroup(num_bits, self._packed(f"V{i}"), self._packed(f"U{i}"), sigma[i])
+            for i, (_, num_bits) in enumerate(self.groups)
+        ]
+
+    def _packed(self, name: str) -> PackedVectors:
+        return PackedVectors(
+            self.get_buffer(f"{name}_codes"),
+            self.get_parameter(f"{name}_scales"),
+            self.get_buffer(f"{name}_zero_points"),
+        )
+
+
+def through_factors(x: Tensor, A: Tensor, V: Tensor) -> Tensor:
+    """Return ``(x Vᵀ) Aᵀ`` for ``x [..., in]``, ``A [out, rank]``, ``V [rank, in]``."""
+    return linear(linear(x, V), A)
+
+
+def dequantize_vectors(vectors: Vectors, group_size: int) -> Tensor:
+    """Return what quantized vectors stand for, fp32 ``[r, n]``."""
+    if vectors.scales is None or vectors.zero_points is None:
+        return vectors.codes.float()
+    scales = vectors.scales.float()
+    return dequantize_groups(vectors.codes, scales, vectors.zero_points, group_size)
+
+
+def group_bits(
+    in_features: int, out_features: int, rank: int, num_bits: int, group_size: int
+) -> int:
+    """Return the stored bits of a group of ``rank`` triplets at ``num_bits``, σ included.
+
+    Codes, scales and zero points of both factors count, each tensor padded to whole bytes.
+    """
+    bits = 16 * rank
+    for length in (in_features, out_features):
+        if num_bits == UNQUANTIZED:
+            bits += 16 * rank * length
+            continue
+        num_scales = rank * -(-length // group_size)
+        bits += 8 * (packed_size(rank * length, num_bits) + packed_size(num_scales, num_bits))
+        bits += 16 * num_scales
+    return bits

@@ -1,0 +1,114 @@
+"""Group-wise uniform quantization: ``W ≈ scale · (code - zero_point)``.
+
+Shapes: ``G = ceil(in / group_size)`` groups per output row, the last one shorter where the group
+size does not divide ``in``.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmpress.nn.kernels.dispatch import uses_triton
+from llmpress.nn.kernels.quantized_matmul import quantized_matmul
+from llmpress.nn.kernels.quantized_matmul.cpu import (
+    MOST_ROWS,
+    cpu_product,
+    has_cpu_product,
+    repacked_for_cpu,
+)
+from llmpress.nn.kernels.quantized_matmul.reference import quantized_weight
+from llmpress.nn.layers.base import CompressedLinear, as_rows, frozen, product_dtype
+from llmpress.nn.packing import pack, packed_size
+
+
+class QuantizedLinear(CompressedLinear):
+    """A weight stored as packed n-bit codes with one scale and zero point per group.
+
+    Args:
+        num_bits: Bits of one code, 1 to 8.
+        group_size: Consecutive input channels that share a scale and a zero point.
+    """
+
+    kind = "quantized"
+    codes: Tensor
+    zero_points: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        num_bits: int,
+        group_size: int,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        if not 1 <= num_bits <= 8:
+            raise ValueError(f"num_bits={num_bits}: allowed are 1 to 8")
+        if group_size < 1:
+            raise ValueError(f"group_size={group_size}: must be positive")
+        self.num_bits = num_bits
+        self.group_size = group_size
+        self.num_groups = -(-in_features // group_size)
+        num_zeros = out_features * self.num_groups
+        code_bytes = packed_size(self.num_weights, num_bits)
+        self.register_buffer("codes", torch.empty(code_bytes, dtype=torch.uint8))
+        self.register_buffer(
+            "zero_points", torch.empty(packed_size(num_zeros, num_bits), dtype=torch.uint8)
+        )
+        self.scales = frozen(torch.empty(out_features, self.num_groups, dtype=torch.float16))
+
+    @classmethod
+    def from_codes(
+        cls, codes: Tensor, scales: Tensor, zero_points: Tensor, num_bits: int, group_size: int
+    ) -> "QuantizedLinear":
+        """Pack integer codes ``[out, in]`` with ``scales`` and ``zero_points`` ``[out, G]``."""
+        out_features, in_features = codes.shape
+        layer = cls(in_features, out_features, num_bits=num_bits, group_size=group_size)
+        layer.codes = pack(codes, num_bits)
+        layer.zero_points = pack(zero_points, num_bits)
+        layer.scales.data = scales.to(torch.float16)
+        return layer
+
+    def spec(self) -> dict[str, Any]:
+        """Return width and group size."""
+        return {"num_bits": self.num_bits, "group_size": self.group_size}
+
+    def dequantize(self) -> Tensor:
+        """Return ``scale · (code - zero_point)`` as fp32 ``[out, in]``."""
+        return quantized_weight(
+            self.codes,
+            self.scales,
+            self.zero_points,
+            self.num_bits,
+            self.group_size,
+            self.in_features,
+        )
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return ``x Wᵀ``, ``[..., out]``; packed on a GPU, and on a CPU where rows are few."""
+        if uses_triton(x):
+            stored = self.codes, self.scales, self.zero_points
+            y: Tensor = quantized_matmul(as_rows(x), *stored, self.num_bits, self.group_size)
+        elif (repacked := self._repacked_for_cpu(x)) is not None:
+            y = cpu_product(as_rows(x), repacked, self.group_size)
+        else:
+            return super().product(x)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _repacked_for_cpu(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        """Return what torch's own product with packed weights takes, where it serves ``x``."""
+        shape = self.num_bits, self.group_size, self.in_features, self.out_features
+        if (
+            product_dtype(x) != torch.bfloat16
+            or x.numel() > MOST_ROWS * self.in_features
+            or not has_cpu_product(*shape)
+        ):
+            return None
+        numel = self.num_weights // 4 + 2 * self.scales.numel()
+        return self.kept(x, "packed", self.changing(), self._repack, numel)
+
+    def _repack(self, _: torch.dtype) -> tuple[Tensor, ...]:
+        packed = self.codes, self.scales, self.zero_points
+        return repacked_for_cpu(*packed, self.num_bits, self.group_size)

@@ -1,0 +1,288 @@
+"""Fine-tune a causal language model on worked answers or text: how the fine-tuned models are made.
+
+Only the linear layers inside the decoder blocks train, so that the delta to the base is in exactly
+the weights that delta methods compress, and the rows of added tokens, which the base does not have.
+Weights stay fp32 under bf16 autocast: in bf16 a small fine-tuning step is lost to rounding.
+"""
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from llmpress.core.errors import ConfigError, NumericalError, SourceError
+from llmpress.models.architectures import block_linears
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """One entry of ``finetuned_models`` in params.yaml.
+
+    Attributes:
+        base: Name of the model to start from.
+        steps: Optimizer steps.
+        task: Name of a task with training items.
+        corpus: Name of a corpus whose calibration part is trained on, instead of a task.
+        added_tokens: What the vocabulary grows by.
+        length: Tokens of a window of the corpus.
+        windows: Windows of the corpus to train on.
+        batch_size: Items or windows per step.
+        learning_rate: Its peak; it rises over ``warmup`` steps and falls linearly to zero.
+        warmup: Steps.
+        max_grad_norm: Gradients are scaled down to this norm.
+        precision: Of the matrix products; weights and optimizer state are fp32.
+    """
+
+    base: str
+    steps: int
+    task: str | None = None
+    corpus: str | None = None
+    added_tokens: tuple[str, ...] = ()
+    length: int = 256
+    windows: int = 1024
+    batch_size: int = 16
+    learning_rate: float = 1e-4
+    warmup: int = 10
+    max_grad_norm: float = 1.0
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if bool(self.task) == bool(self.corpus):
+            raise ValueError("give either `task` or `corpus` to train on")
+        for name in ("steps", "windows", "batch_size", "learning_rate", "max_grad_norm"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.warmup < 0:
+            raise ValueError(f"warmup must not be negative, got {self.warmup}")
+        if self.length < 2:
+            raise ValueError(f"length must be at least 2, got {self.length}")
+        if len(set(self.added_tokens)) < len(self.added_tokens) or "" in self.added_tokens:
+            raise ValueError(f"added_tokens must be different texts, got {self.added_tokens}")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question and its worked answer as tokens, or a window of text.
+
+    Attributes:
+        tokens: Query, target and a line end; or the window's.
+        num_query_tokens: How many of them are the query, which is not learnt.
+    """
+
+    tokens: list[int]
+    num_query_tokens: int
+
+
+def encode(
+    records: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase"
+) -> list[Example]:
+    """Tokenize records with a ``query`` and a ``target``; a line end marks the answer's end.
+
+    Raises:
+        SourceError: A record lacks one of the two.
+    """
+    examples = []
+    for record in records:
+        if "query" not in record or "target" not in record:
+            raise SourceError("training items need `query` and `target`: use a generated task")
+        query = tokenizer(record["query"]).input_ids
+        target = tokenizer(record["target"] + "\n", add_special_tokens=False).input_ids
+        examples.append(Example(query + target, len(query)))
+    return examples
+
+
+def window_examples(windows: Tensor) -> list[Example]:
+    """Take every token of a window but the first for one to learn.
+
+    Args:
+        windows: Token ids, int64 ``[count, length]``.
+    """
+    return [Example(window, 1) for window in windows.tolist()]
+
+
+def add_tokens(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str]
+) -> list[int]:
+    """Grow a vocabulary, in place; the new rows of embeddings and head are the others' mean.
+
+    The tokens are plain ones: decoding keeps them.
+
+    Args:
+        model: Its embeddings have one row for each token of the tokenizer.
+        tokenizer: The model's own.
+        tokens: Different from each other.
+
+    Returns:
+        The ids of the new tokens, which are the numbers of their rows.
+
+    Raises:
+        ConfigError: A token that the vocabulary has already, or embeddings with spare rows.
+    """
+    from transformers import AddedToken
+
+    if not tokens:
+        return []
+    known = sorted(set(tokens) & set(tokenizer.get_vocab()))
+    if known:
+        raise ConfigError(f"added_tokens: the vocabulary has {known[0]!r} already; leave it out")
+    count = len(tokenizer)
+    rows = len(_vocabulary_weights(model)[0])
+    if rows != count:
+        raise ConfigError(
+            f"added_tokens: the model has {rows} rows for {count} tokens; use a base without spare "
+            "rows, or add no tokens"
+        )
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+    model.resize_token_embeddings(count + len(tokens), mean_resizing=False)
+    with torch.no_grad():
+        for weight in _vocabulary_weights(model):
+            weight[count:] = weight[:count].mean(dim=0)
+    return list(range(count, count + len(tokens)))
+
+
+def draw_batches(
+    examples: Sequence[Example], steps: int, batch_size: int, seed: int
+) -> Iterator[list[Example]]:
+    """Yield ``steps`` batches, going through all examples in a new random order each time."""
+    random_state = random.Random(seed)
+    waiting: list[Example] = []
+    for _ in range(steps):
+        while len(waiting) < batch_size:
+            waiting += random_state.sample(examples, len(examples))
+        yield waiting[:batch_size]
+        waiting = waiting[batch_size:]
+
+
+def collate(batch: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Pad a batch on the right.
+
+    Padding needs no attention mask: in a causal model no token looks to its right.
+
+    Returns:
+        Token ids, int64 ``[B, T]``, and labels of the same shape: the token itself where it is
+        part of an answer, -100 elsewhere.
+    """
+    length = max(len(example.tokens) for example in batch)
+    tokens = torch.zeros(len(batch), length, dtype=torch.int64)
+    labels = torch.full((len(batch), length), -100)
+    for row, example in enumerate(batch):
+        ids = torch.tensor(example.tokens)
+        tokens[row, : len(ids)] = ids
+        labels[row, example.num_query_tokens : len(ids)] = ids[example.num_query_tokens :]
+    return tokens, labels
+
+
+def answer_loss(model: "PreTrainedModel", tokens: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of the answers' tokens; logits are computed only there."""
+    hidden_states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    learnt = labels[:, 1:] != -100  # [B, T - 1]
+    head: nn.Module = model.get_output_embeddings()
+    logits = head(hidden_states[:, :-1][learnt])  # [answer tokens, V]
+    return functional.cross_entropy(logits.float(), labels[:, 1:][learnt])
+
+
+def finetune(
+    model: "PreTrainedModel",
+    examples: Sequence[Example],
+    settings: TrainingSettings,
+    seed: int,
+    *,
+    new_tokens: Sequence[int] = (),
+) -> list[float]:
+    """Train the linear layers of the decoder blocks in place.
+
+    Args:
+        model: In fp32, on its device.
+        examples: What `encode` or `window_examples` returns.
+        settings: Steps, batch size, learning rate.
+        seed: Of the order of the examples.
+        new_tokens: Ids whose rows of embeddings and head train too, what `add_tokens` returns.
+
+    Returns:
+        The loss of each step, in nats per answer token.
+
+    Raises:
+        NumericalError: The loss is no longer finite.
+    """
+    parameters = _only_block_linears(model)
+    masks = []
+    for weight in _vocabulary_weights(model) if new_tokens else ():
+        weight.requires_grad = True
+        masks.append(weight.register_hook(partial(_rows_only, new_tokens)))
+        parameters.append(weight)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_share(step, settings.steps, settings.warmup)
+    )
+    precision = torch.autocast(
+        model.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"
+    )
+    batches = draw_batches(examples, settings.steps, settings.batch_size, seed)
+    losses: list[float] = []
+    model.train()
+    with tqdm(batches, total=settings.steps, desc="fine-tuning", unit="step") as progress:
+        for batch in progress:
+            tokens, labels = (part.to(model.device) for part in collate(batch))
+            with precision:
+                loss = answer_loss(model, tokens, labels)
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise NumericalError(
+                    f"the loss is {losses[-1]} at step {len(losses)}: lower `learning_rate`"
+                )
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            progress.set_postfix(loss=f"{losses[-1]:.3f}")
+    for mask in masks:
+        mask.remove()
+    model.train(mode=False)
+    return losses
+
+
+def learning_rate_share(step: int, steps: int, warmup: int) -> float:
+    """Return the share of the peak learning rate at a step counted from zero."""
+    rising = (step + 1) / (warmup + 1)
+    falling = (steps - step) / max(1, steps - warmup)
+    return min(1.0, rising, falling)
+
+
+def _only_block_linears(model: "PreTrainedModel") -> list[nn.Parameter]:
+    model.requires_grad_(requires_grad=False)
+    parameters = []
+    for linears in block_linears(model):
+        for linear in linears.values():
+            linear.requires_grad_(requires_grad=True)
+            if linear.bias is not None:
+                linear.bias.requires_grad = False
+            parameters += [item for item in linear.parameters() if item.requires_grad]
+    return parameters
+
+
+def _vocabulary_weights(model: "PreTrainedModel") -> list[nn.Parameter]:
+    """Return the weights of embeddings and head: one when they are tied, otherwise two."""
+    layers: Any = model
+    embeddings, head = layers.get_input_embeddings(), layers.get_output_embeddings()
+    weights = {id(layer.weight): layer.weight for layer in (embeddings, head)}
+    return list(weights.values())
+
+
+def _rows_only(rows: Sequence[int], grad: Tensor) -> Tensor:
+    """Keep the gradient of some rows; without one AdamW leaves the others bit for bit."""
+    kept = torch.zeros_like(grad)
+    kept[list(rows)] = grad[list(rows)]
+    return kept

@@ -1,0 +1,101 @@
+"""Which of a compressed model's parameters train, and their way from stored values and back."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from llmpress.core.errors import ConfigError
+from llmpress.nn.layers import AdaptedLinear, CodebookLinear, CompressedLinear
+from llmpress.nn.layers.base import rounded_to
+from llmpress.training.rebuilt import rebuilding
+
+Parameters = Mapping[str, nn.Parameter]
+
+
+def compressed_parameters(model: nn.Module, *, norms: bool) -> dict[str, nn.Parameter]:
+    """Return what the compressed layers allow to train, by full name.
+
+    Args:
+        model: Holds compressed layers.
+        norms: Whether the weights of all norms train too.
+
+    Raises:
+        ConfigError: No layer holds anything that may train.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, CompressedLinear)}
+    found = _of_layers(layers, "its compressed layers", "a cluscomp or lillama run")
+    if norms:
+        found |= {
+            f"{name}.weight": module.weight
+            for name, module in model.named_modules()
+            if "Norm" in type(module).__name__ and isinstance(module.weight, nn.Parameter)
+        }
+    return found
+
+
+def delta_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what the layers of a delta allow to train, by the names that the delta stores.
+
+    Args:
+        model: The base with the delta on it.
+
+    Raises:
+        ConfigError: No layer holds anything that may train.
+    """
+    layers = {n: m.delta for n, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+    return _of_layers(layers, "the delta's layers", "a bitdelta or delta_come run")
+
+
+def _of_layers(
+    layers: Mapping[str, CompressedLinear], called: str, remedy: str
+) -> dict[str, nn.Parameter]:
+    found = {
+        f"{name}.{key}": getattr(layer, key)
+        for name, layer in layers.items()
+        for key in layer.trainable
+    }
+    if not found:
+        kinds = ", ".join(sorted({layer.kind for layer in layers.values()})) or "none"
+        raise ConfigError(
+            f"nothing here may train: {called} ({kinds}) hold integers only; start from {remedy}"
+        )
+    return found
+
+
+@contextmanager
+def training(model: nn.Module, parameters: Parameters) -> Iterator[None]:
+    """Let exactly these parameters train, in fp32, until the context ends."""
+    model.requires_grad_(requires_grad=False)
+    codebooks = [layer for layer in model.modules() if isinstance(layer, CodebookLinear)]
+    for layer in codebooks:
+        layer.keep_indices(True)
+    for parameter in parameters.values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad = True
+    try:
+        with rebuilding(model):
+            yield
+    finally:
+        model.requires_grad_(requires_grad=False)
+        for layer in codebooks:
+            layer.keep_indices(False)
+
+
+def rounded(parameters: Parameters, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """Return the parameters as they would be stored, on the CPU."""
+    return {name: rounded_to(p.detach(), dtypes[name]).cpu() for name, p in parameters.items()}
+
+
+@contextmanager
+def holding(parameters: Parameters, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give parameters other values until the context ends."""
+    masters = {name: parameter.data for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        parameter.data = values[name].to(parameter)
+    try:
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = masters[name]

@@ -1,0 +1,87 @@
+"""What stands on the terminal when something goes wrong."""
+
+import errno
+from collections.abc import Callable
+from typing import Never
+
+import pytest
+import torch
+
+from llmpress.core.errors import SourceError
+from llmpress.core.failures import script_errors
+
+
+def raising(error: BaseException) -> Callable[[], Never]:
+    def action() -> Never:
+        raise error
+
+    return action
+
+
+def too_much() -> None:
+    torch.empty(10**15)  # torch's own error for a CPU without memory, whatever it is today
+
+
+def no_package() -> None:
+    import a_package_that_nobody_has  # noqa: F401
+
+
+CASES: dict[str, tuple[Callable[[], None], str, int]] = {
+    "domain": (raising(SourceError("no such\n  model")), "error: no such model\n", 1),
+    "value": (raising(ValueError("rank must be positive")), "error: rank must be positive\n", 1),
+    "python's memory": (raising(MemoryError()), "error: out of memory: lower windows, length", 1),
+    "torch's memory": (too_much, "error: out of memory: lower windows, length or batch_size", 1),
+    "gpu memory": (
+        raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")),
+        "error: out of memory: lower windows, length or batch_size",
+        1,
+    ),
+    "disk": (
+        raising(OSError(errno.ENOSPC, "full", "data/x")),
+        "error: data/x: no space left on the device; free some",
+        1,
+    ),
+    "permission": (
+        raising(PermissionError(errno.EACCES, "no", "data/y")),
+        "error: data/y: permission denied; write to a folder that is yours",
+        1,
+    ),
+    "package": (
+        no_package,
+        "error: package a_package_that_nobody_has is not installed: pip install 'llmpress[work",
+        1,
+    ),
+    "interrupt": (raising(KeyboardInterrupt()), "error: interrupted; the same command", 130),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_line_and_an_exit_code(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    action, line, code = CASES[case]
+    with pytest.raises(SystemExit) as caught, script_errors():
+        action()
+    assert caught.value.code == code
+    captured = capsys.readouterr()
+    assert captured.err.startswith(line)
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+BUGS = [
+    KeyError("bug"),
+    FileNotFoundError(errno.ENOENT, "gone"),
+    RuntimeError("shapes do not match"),
+    ModuleNotFoundError("No module named 'llmpress.gone'", name="llmpress.gone"),
+]
+
+
+@pytest.mark.parametrize("error", BUGS, ids=lambda error: type(error).__name__)
+def test_bugs_keep_their_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)), script_errors():
+        raise error
+
+
+def test_success_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    with script_errors():
+        pass
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,188 @@
+"""What holds for every kind of compressed layer, whatever method made it."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from llmpress.nn.layers import KINDS, CompressedLinear, build_layer
+from llmpress.nn.layers.base import frozen
+from llmpress.nn.layers.codebook import CodebookLinear
+from llmpress.nn.layers.low_rank import LowRankLinear
+from llmpress.nn.layers.mixed_low_rank import MixedLowRankLinear, Vectors
+from llmpress.nn.layers.pivoted_low_rank import PivotedLowRankLinear
+from llmpress.nn.layers.quantized import QuantizedLinear
+from llmpress.nn.layers.sign import SignLinear
+from llmpress.nn.layers.sparse import SparseLinear
+
+OUT, IN = 11, 13
+
+
+def codebook() -> CompressedLinear:
+    return CodebookLinear.from_codes(torch.randint(5, (IN * 4,)), torch.randn(5, 3), IN, OUT)
+
+
+def low_rank() -> CompressedLinear:
+    return LowRankLinear.from_factors(torch.randn(OUT, 4), torch.randn(4, IN))
+
+
+def mixed_low_rank() -> CompressedLinear:
+    def vectors(rank: int, num_bits: int, length: int) -> Vectors:
+        shape = (rank, -(-length // 5))
+        codes = torch.randint(1 << num_bits, (rank, length))
+        return Vectors(codes, torch.rand(shape), torch.randint(1 << num_bits, shape))
+
+    return MixedLowRankLinear.from_vectors(
+        [vectors(1, 8, IN), vectors(3, 2, IN)],
+        [vectors(1, 8, OUT), vectors(3, 2, OUT)],
+        torch.rand(4),
+        0.5,
+        num_bits=[8, 2],
+        group_size=5,
+        shape=(OUT, IN),
+    )
+
+
+def pivoted_low_rank() -> CompressedLinear:
+    return PivotedLowRankLinear.from_factors(torch.randn(OUT, 4), torch.randn(4, IN))
+
+
+def quantized() -> CompressedLinear:
+    codes, zeros = torch.randint(8, (OUT, IN)), torch.randint(8, (OUT, 4))
+    return QuantizedLinear.from_codes(codes, torch.rand(OUT, 4), zeros, 3, 4)
+
+
+def sign() -> CompressedLinear:
+    return SignLinear.from_signs(torch.rand(OUT, IN) > 0.5, torch.tensor(0.3))
+
+
+def sparse() -> CompressedLinear:
+    return SparseLinear.from_dense(torch.randn(OUT, IN), torch.rand(OUT, IN) > 0.5)
+
+
+MAKERS: dict[str, Callable[[], CompressedLinear]] = {
+    "codebook": codebook,
+    "low_rank": low_rank,
+    "mixed_low_rank": mixed_low_rank,
+    "pivoted_low_rank": pivoted_low_rank,
+    "quantized": quantized,
+    "sign": sign,
+    "sparse": sparse,
+}
+
+
+@pytest.fixture(params=sorted(KINDS))
+def layer(request: pytest.FixtureRequest) -> CompressedLinear:
+    if request.param not in MAKERS:
+        pytest.fail(f"layer kind {request.param!r} has no maker in this file: add one")
+    return MAKERS[request.param]()
+
+
+def twin_of(layer: CompressedLinear, *, bias: bool = False) -> CompressedLinear:
+    spec = json.loads(json.dumps(layer.spec()))
+    with torch.device("meta"):
+        return build_layer(layer.kind, layer.in_features, layer.out_features, spec, bias=bias)
+
+
+def test_an_empty_twin_is_filled_from_a_file(layer: CompressedLinear) -> None:
+    twin = twin_of(layer)
+    twin.load_state_dict(load(save(layer.tensors())), assign=True)
+    assert twin.stored_bits() == layer.stored_bits()
+    torch.testing.assert_close(twin.dequantize(), layer.dequantize(), rtol=0, atol=0)
+
+
+def test_weight_and_output_have_the_shape_and_the_dtype_they_should(
+    layer: CompressedLinear,
+) -> None:
+    assert layer.dequantize().shape == (OUT, IN)
+    for dtype in (torch.float32, torch.bfloat16):
+        output = layer(torch.randn(2, 3, IN, dtype=dtype))
+        assert output.shape == (2, 3, OUT)
+        assert output.dtype == dtype
+
+
+def test_bias_is_added(layer: CompressedLinear) -> None:
+    twin = twin_of(layer, bias=True)
+    bias = torch.randn(OUT)
+    twin.load_state_dict({**layer.tensors(), "bias": bias}, assign=True)
+    x = torch.randn(4, IN)
+    torch.testing.assert_close(twin(x), layer(x) + bias)
+    assert twin.stored_bits() == layer.stored_bits() + 32 * OUT
+
+
+def test_only_named_tensors_train_and_they_get_the_gradient_of_the_weight(
+    layer: CompressedLinear,
+) -> None:
+    floats = {name for name, t in layer.tensors().items() if t.is_floating_point()}
+    assert set(layer.trainable) <= floats
+    assert not any(p.requires_grad for p in layer.parameters())
+    for name in layer.trainable:
+        # float32 twins, so that a finite step is not lost in half precision
+        parameter = layer.get_parameter(name)
+        setattr(layer, name, frozen(parameter.detach().float()).requires_grad_(True))
+    if not layer.trainable:
+        return
+    target = torch.randn(OUT, IN)
+    (layer.dequantize().float() * target).sum().backward()
+    for name in layer.trainable:
+        parameter = layer.get_parameter(name)
+        assert parameter.grad is not None
+        direction = torch.randn_like(parameter)
+        with torch.no_grad():
+            before = (layer.dequantize().float() * target).sum()
+            parameter += 1e-2 * direction
+            change = (layer.dequantize().float() * target).sum() - before
+            parameter -= 1e-2 * direction
+        expected = 1e-2 * (parameter.grad * direction).sum()
+        torch.testing.assert_close(change, expected, rtol=1e-2, atol=1e-3)
+
+
+def test_size_is_shown(layer: CompressedLinear) -> None:
+    assert f"bits/weight={layer.stored_bits() / (OUT * IN):.3f}" in repr(layer)
+
+
+def test_unknown_kinds_and_specs_are_refused() -> None:
+    with pytest.raises(ValueError, match="'cubic' is unknown; known are codebook"):
+        build_layer("cubic", 3, 3, {})
+    with pytest.raises(ValueError, match="does not take"):
+        build_layer("sign", 3, 3, {"rank": 2})
+    with pytest.raises(ValueError, match="empty side"):
+        build_layer("sign", 0, 3, {})
+
+
+@pytest.mark.parametrize("rank", [1, 4, OUT])
+def test_pivoted_rows_are_rows_of_the_product(rank: int) -> None:
+    A, B = torch.randn(OUT, rank), torch.randn(rank, IN)
+    layer = PivotedLowRankLinear.from_factors(A, B, dtype="float32")
+    torch.testing.assert_close(layer.dequantize(), A @ B, rtol=1e-4, atol=1e-5)
+    assert sorted(layer.place.tolist()) == list(range(OUT))
+    stored = layer.dequantize()[layer.place.long().argsort()[:rank]]
+    torch.testing.assert_close(stored, layer.B, rtol=0, atol=0)
+    assert layer.A.shape == (OUT - rank, rank)
+
+
+def test_factors_without_the_rank_they_claim_are_refused() -> None:
+    A = torch.randn(OUT, 1).expand(OUT, 3)
+    with pytest.raises(ValueError, match="span fewer directions"):
+        PivotedLowRankLinear.from_factors(A, torch.randn(3, IN))
+
+
+@pytest.mark.parametrize("tokens", [3, 64])  # fewer and more than the rank
+def test_pivoted_rows_get_the_same_outputs_and_gradients_at_any_number_of_tokens(
+    tokens: int,
+) -> None:
+    factors = torch.randn(24, 8), torch.randn(8, 16)
+    layer = PivotedLowRankLinear.from_factors(*factors, "float32")
+    layer.A.requires_grad_(True)
+    layer.B.requires_grad_(True)
+    x, given = torch.randn(tokens, 16), torch.randn(tokens, 24)
+    y = layer(x)
+    y.backward(given)
+    found = layer.A.grad.clone(), layer.B.grad.clone()
+    layer.zero_grad()
+    expected = x @ layer.dequantize().t()
+    expected.backward(given)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, (layer.A.grad, layer.B.grad), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,237 @@
+"""Fine-tuning on worked answers: what trains, what is learnt, and that it repeats."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from llmpress.core.errors import ConfigError, NumericalError, SourceError
+from llmpress.core.params import build
+from llmpress.data.tasks import calls
+from llmpress.data.tasks.arithmetic import generate
+from llmpress.models.architectures import block_linears
+from llmpress.training.full import (
+    Example,
+    TrainingSettings,
+    add_tokens,
+    answer_loss,
+    collate,
+    draw_batches,
+    encode,
+    finetune,
+    window_examples,
+)
+
+SETTINGS = TrainingSettings(
+    base="b", steps=12, task="t", batch_size=4, learning_rate=2e-3, warmup=2, precision="float32"
+)
+
+
+@pytest.fixture
+def tokenizer(tiny_model_folder: Path) -> Tokenizer:
+    return AutoTokenizer.from_pretrained(tiny_model_folder)
+
+
+@pytest.fixture
+def model(tiny_model_folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+
+
+@pytest.fixture
+def examples(tokenizer: Tokenizer) -> list[Example]:
+    return encode(generate(train=32, test=1, seed=0)["train"], tokenizer)
+
+
+def test_encode_marks_the_query_and_ends_the_answer(tokenizer: Tokenizer) -> None:
+    [example] = encode([{"query": "Q: 1\nA:", "target": " 2=2"}], tokenizer)
+    assert tokenizer.decode(example.tokens[: example.num_query_tokens]) == "Q: 1\nA:"
+    assert tokenizer.decode(example.tokens[example.num_query_tokens :]) == " 2=2\n"
+
+
+def test_items_without_worked_answers_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(SourceError, match="training items need `query` and `target`"):
+        encode([{"query": "Q", "gold": 1}], tokenizer)
+
+
+def test_batches_go_through_everything_before_repeating() -> None:
+    examples = [Example([number], 0) for number in range(7)]
+    batches = list(draw_batches(examples, steps=7, batch_size=3, seed=0))
+    order = [example.tokens[0] for batch in batches for example in batch]
+    assert [len(batch) for batch in batches] == [3] * 7
+    rounds = [order[start : start + 7] for start in (0, 7, 14)]
+    assert all(sorted(one) == list(range(7)) for one in rounds)
+    assert rounds[0] != rounds[1]
+    assert batches == list(draw_batches(examples, steps=7, batch_size=3, seed=0))
+    assert batches != list(draw_batches(examples, steps=7, batch_size=3, seed=1))
+
+
+def test_a_batch_larger_than_the_data_repeats_it() -> None:
+    examples = [Example([number], 0) for number in range(2)]
+    [batch] = draw_batches(examples, steps=1, batch_size=5, seed=0)
+    assert len(batch) == 5
+
+
+def test_collate_labels_answers_only() -> None:
+    tokens, labels = collate([Example([5, 6, 7], 1), Example([8, 9], 1)])
+    assert tokens.tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert labels.tolist() == [[-100, 6, 7], [-100, 9, -100]]
+
+
+def test_loss_is_that_of_the_whole_model_at_the_answers(
+    model: PreTrainedModel, examples: list[Example]
+) -> None:
+    tokens, labels = collate(examples[:5])
+    mask = (tokens != 0).long()
+    expected = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
+    torch.testing.assert_close(answer_loss(model, tokens, labels), expected)
+
+
+def test_finetuning_learns_and_changes_block_linears_only(
+    model: PreTrainedModel, examples: list[Example]
+) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    losses = finetune(model, examples, SETTINGS, seed=0)
+    assert len(losses) == 12
+    assert losses[-1] < 0.8 * losses[0]
+    changed = {
+        name for name, tensor in model.state_dict().items() if (tensor != before[name]).any()
+    }
+    assert changed == {f"{name}.weight" for block in block_linears(model) for name in block}
+    assert not model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_every_token_of_a_window_but_the_first_is_learnt() -> None:
+    tokens, labels = collate(window_examples(torch.tensor([[5, 6, 7], [8, 9, 4]])))
+    assert tokens.tolist() == [[5, 6, 7], [8, 9, 4]]
+    assert labels.tolist() == [[-100, 6, 7], [-100, 9, 4]]
+
+
+@pytest.fixture
+def untied(model: PreTrainedModel) -> PreTrainedModel:
+    model.config.tie_word_embeddings = False
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().flip(0).clone())
+    return model
+
+
+def test_added_tokens_are_plain_and_start_at_the_mean(
+    untied: PreTrainedModel, tokenizer: Tokenizer
+) -> None:
+    count = len(tokenizer)
+    embeddings, head = untied.get_input_embeddings(), untied.get_output_embeddings()
+    before = [layer.weight.detach().clone() for layer in (embeddings, head)]
+    assert add_tokens(untied, tokenizer, ("<call>", "</call>")) == [count, count + 1]
+    embeddings, head = untied.get_input_embeddings(), untied.get_output_embeddings()
+    for layer, old in zip((embeddings, head), before, strict=True):
+        assert layer.weight.shape == (count + 2, old.shape[1])
+        torch.testing.assert_close(layer.weight[:count], old, atol=0, rtol=0)
+        torch.testing.assert_close(layer.weight[count:], old.mean(dim=0).expand(2, -1))
+    assert untied.config.vocab_size == count + 2
+    ids = tokenizer(" <call>f</call>").input_ids
+    assert {count, count + 1} <= set(ids)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == " <call>f</call>"
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_of_the_vocabulary_only_the_new_rows_train(
+    request: pytest.FixtureRequest, tokenizer: Tokenizer, tied: bool
+) -> None:
+    model = request.getfixturevalue("model" if tied else "untied")
+    new = add_tokens(model, tokenizer, ("<call>", "</call>"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    items = encode(calls.generate(32, 1, 0)["train"], tokenizer)
+    finetune(model, items, SETTINGS, seed=0, new_tokens=new)
+    after = model.state_dict()
+    changed = {name for name, tensor in after.items() if (tensor != before[name]).any()}
+    vocabulary = {"model.embed_tokens.weight", "lm_head.weight"}
+    linears = {f"{name}.weight" for block in block_linears(model) for name in block}
+    assert changed == linears | vocabulary
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
+    for name in vocabulary:
+        rows = (after[name] != before[name]).any(dim=1).nonzero().flatten()
+        assert rows.tolist() == new
+    assert all(not parameter._backward_hooks for parameter in model.parameters())
+
+
+def test_added_tokens_that_do_not_fit_are_refused(
+    model: PreTrainedModel, tokenizer: Tokenizer
+) -> None:
+    with pytest.raises(ConfigError, match=r"the vocabulary has 'e' already; leave it out"):
+        add_tokens(model, tokenizer, ("<call>", "e"))
+    rows = len(tokenizer)
+    model.resize_token_embeddings(rows + 3, mean_resizing=False)
+    with pytest.raises(ConfigError, match=f"the model has {rows + 3} rows for {rows} tokens"):
+        add_tokens(model, tokenizer, ("<call>",))
+    assert len(tokenizer) == rows
+    assert add_tokens(model, tokenizer, ()) == []
+
+
+def test_finetuning_repeats_bit_for_bit(tiny_model_folder: Path, examples: list[Example]) -> None:
+    def run(seed: int) -> list[float]:
+        model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+        return finetune(model, examples, SETTINGS, seed)
+
+    first = run(0)
+    assert first == run(0)
+    assert first != run(1)
+
+
+def test_bfloat16_keeps_weights_in_fp32(model: PreTrainedModel, examples: list[Example]) -> None:
+    settings = TrainingSettings("b", 2, "t", batch_size=4, precision="bfloat16")
+    losses = finetune(model, examples, settings, seed=0)
+    assert all(math.isfinite(loss) for loss in losses)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_learning_rate_rises_then_falls(
+    model: PreTrainedModel, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def recorded(self: torch.optim.AdamW, *arguments: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    settings = TrainingSettings("b", 6, "t", batch_size=1, learning_rate=1.0, warmup=2)
+    finetune(model, examples, settings, seed=0)
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1.0, 3 / 4, 2 / 4, 1 / 4])
+
+
+def test_a_loss_that_is_not_finite_stops(model: PreTrainedModel, examples: list[Example]) -> None:
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+    with pytest.raises(NumericalError, match="the loss is nan at step 1: lower `learning_rate`"):
+        finetune(model, examples, SETTINGS, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"steps": 0}, "steps must be positive, got 0"),
+        ({"steps": 1, "learning_rate": -1.0}, "learning_rate must be positive"),
+        ({"steps": 1, "warmup": -1}, "warmup must not be negative"),
+        ({"steps": 1, "precision": "int8"}, "precision: .*got 'int8'"),
+        ({}, "finetuned_models.x.steps is missing"),
+        ({"steps": 1, "corpus": "c"}, "give either `task` or `corpus`"),
+        ({"steps": 1, "task": None}, "give either `task` or `corpus`"),
+        ({"steps": 1, "length": 1}, "length must be at least 2, got 1"),
+        ({"steps": 1, "windows": 0}, "windows must be positive, got 0"),
+        ({"steps": 1, "added_tokens": ["<a>", "<a>"]}, "added_tokens must be different texts"),
+        ({"steps": 1, "added_tokens": [""]}, "added_tokens must be different texts"),
+        ({"steps": 1, "add_tokens": ["<a>"]}, "add_tokens.*added_tokens"),
+    ],
+    ids=[
+        *("steps", "learning-rate", "warmup", "precision", "missing", "both", "neither", "length"),
+        *("windows", "twice", "empty", "unknown"),
+    ],
+)
+def test_settings_are_validated(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        build(TrainingSettings, {"base": "b", "task": "t", **values}, "finetuned_models.x")
