@@ -37,7 +37,8 @@ from llmpress.models.loading import skeleton
 from llmpress.models.walk import BlockWalk
 from llmpress.nn.layers import CodebookLinear
 from llmpress.nn.packing import pack
-from llmpress.tuning.blocks import TuningSettings, tune_blocks
+from llmpress.tuning.blocks import tune_blocks
+from llmpress.tuning.settings import TuningSettings
 
 LLAMA_2_70B = {
     "hidden_size": 8192,

@@ -14,7 +14,7 @@ from llmpress.compression.stage import compress_model
 from llmpress.core.devices import pick_device
 from llmpress.core.failures import script_errors
 from llmpress.methods.cluscomp import ClusComp
-from llmpress.tuning.blocks import TuningSettings
+from llmpress.tuning.settings import TuningSettings
 from llmpress.tuning.stage import tune_model
 
 

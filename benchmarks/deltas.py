@@ -21,9 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from llmpress.calibration.files import CalibrationSettings
+from llmpress.calibration.settings import CalibrationSettings
 from llmpress.calibration.stage import calibrate_model, corpus_text, task_text
-from llmpress.compression.settings import build_method
 from llmpress.core.artifacts import folder_bytes, read_json, read_provenance
 from llmpress.data.corpora import load_text, token_windows
 from llmpress.data.tasks.files import read_items
@@ -32,6 +31,7 @@ from llmpress.deltas.compression import compress_delta_artifact
 from llmpress.deltas.extraction import extract_delta_artifact
 from llmpress.evaluation.likelihood import likelihood
 from llmpress.evaluation.tasks import evaluate_tasks
+from llmpress.methods.registry import build_method
 from llmpress.models.checkpoints.files import Checkpoint
 from llmpress.models.loading import dequantized, load_model, load_tokenizer
 from llmpress.training.data import text_data

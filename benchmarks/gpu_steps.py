@@ -330,10 +330,10 @@ def syncs(out: Path = OUT, dry: bool = DRY) -> None:
     from tiny_artifacts import WEIGHT_METHODS, calibrate_tiny
     from tiny_models import build_tiny_model
 
-    from llmpress.compression.settings import build_method
     from llmpress.compression.stage import compress_model
+    from llmpress.methods.registry import build_method
     from llmpress.models.loading import load_model
-    from llmpress.tuning.blocks import TuningSettings
+    from llmpress.tuning.settings import TuningSettings
     from llmpress.tuning.stage import tune_model
 
     device = pick_device()

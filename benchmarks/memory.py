@@ -24,7 +24,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmpress.calibration.files import load_windows, save_calibration
 from llmpress.compression.stage import compress_model
-from llmpress.compression.writing import rewrite_model
 from llmpress.core.artifacts import write_json
 from llmpress.core.resume import BlockStore
 from llmpress.deltas.compression import compress_delta_artifact
@@ -34,7 +33,9 @@ from llmpress.methods.delta_come import DeltaCoMe
 from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter
 from llmpress.models.loading import skeleton
 from llmpress.models.walk import BlockWalk
-from llmpress.tuning.blocks import TuningSettings, tune_blocks
+from llmpress.tuning.blocks import tune_blocks
+from llmpress.tuning.settings import TuningSettings
+from llmpress.tuning.writing import rewrite_model
 
 STAGES = ("calibrate", "compress", "finetune", "extract-delta", "compress-delta")
 SHARDS = 4

@@ -24,13 +24,14 @@ from llmpress.compression.stage import compress_model, model_shapes
 from llmpress.core.artifacts import artifact_folder, write_json
 from llmpress.core.devices import pick_device
 from llmpress.core.failures import script_errors
+from llmpress.core.progress import progress
 from llmpress.methods.base import Method
 from llmpress.methods.lillama import Lillama
 from llmpress.methods.svd import SVD
 from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter, copy_companions
 from llmpress.models.loading import skeleton
-from llmpress.models.walk import BlockWalk, progress
-from llmpress.tuning.blocks import TuningSettings
+from llmpress.models.walk import BlockWalk
+from llmpress.tuning.settings import TuningSettings
 from llmpress.tuning.stage import tune_model
 
 

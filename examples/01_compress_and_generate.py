@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 import llmpress
-from llmpress.compression.settings import build_method
 from llmpress.compression.stage import compress_model
+from llmpress.methods.registry import build_method
 
 
 def main() -> None:

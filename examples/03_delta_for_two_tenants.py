@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 import llmpress
-from llmpress.compression.settings import build_method
 from llmpress.deltas.compression import compress_delta_artifact
 from llmpress.deltas.extraction import extract_delta_artifact
+from llmpress.methods.registry import build_method
 
 
 def main() -> None:

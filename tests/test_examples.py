@@ -22,14 +22,14 @@ from transformers import LlamaForCausalLM
 import llmpress
 from llmpress import methods
 from llmpress.cli import app
-from llmpress.compression.layers import LayerRecord
-from llmpress.compression.settings import build_method
+from llmpress.compression.records import LayerRecord
 from llmpress.compression.stage import compress_model
 from llmpress.core.artifacts import read_json
-from llmpress.methods import known_methods, method_class
+from llmpress.methods.registry import build_method, known_methods, method_class
 from llmpress.nn.layers import KINDS, build_layer
 from llmpress.training.settings import FinetuningSettings
-from llmpress.tuning.blocks import BlockRecord, TuningSettings
+from llmpress.tuning.blocks import BlockRecord
+from llmpress.tuning.settings import TuningSettings
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES, DOCS = ROOT / "examples", ROOT / "docs"

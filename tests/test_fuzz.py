@@ -14,27 +14,23 @@ from hypothesis import strategies as st
 from tiny_artifacts import Make
 
 import llmpress
-from llmpress.calibration.files import CalibrationSettings
-from llmpress.compression.settings import (
-    DeltaRun,
-    Run,
-    build_method,
-    read_delta_run,
-    read_finetune,
-    read_run,
-)
+from llmpress.calibration.settings import CalibrationSettings
+from llmpress.compression.settings import Run, read_run
 from llmpress.core.errors import LLMPressError
 from llmpress.core.failures import one_line
 from llmpress.core.params import build, read_params, section
 from llmpress.data.documents import CorpusSource
 from llmpress.data.tasks.source import TaskSource
+from llmpress.deltas.settings import DeltaRun, read_delta_run
 from llmpress.evaluation.inspection import describe
 from llmpress.evaluation.settings import EvaluationSettings
 from llmpress.evaluation.subjects import find_subject
+from llmpress.methods.registry import build_method
 from llmpress.models.checkpoints.delta_files import DeltaFolder
 from llmpress.models.checkpoints.files import Checkpoint
 from llmpress.models.pretrained import ModelSource
 from llmpress.report.tables import read_results
+from llmpress.tuning.settings import read_finetune
 
 ROOT = Path(__file__).parents[1]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())

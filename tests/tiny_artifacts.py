@@ -7,12 +7,12 @@ import pytest
 import torch
 from tiny_models import built_once, library_text
 
-from llmpress.calibration.files import CalibrationSettings
+from llmpress.calibration.settings import CalibrationSettings
 from llmpress.calibration.stage import CalibrationText, calibrate_model
-from llmpress.compression.settings import build_method
 from llmpress.compression.stage import compress_model
 from llmpress.deltas.compression import compress_delta_artifact
 from llmpress.deltas.extraction import extract_delta_artifact
+from llmpress.methods.registry import build_method
 
 CPU = torch.device("cpu")
 WEIGHT_METHODS = {

@@ -17,25 +17,26 @@ from typing import TYPE_CHECKING, Any
 from llmpress.models.registration import register
 
 if TYPE_CHECKING:
-    from llmpress.compression.settings import build_method
     from llmpress.compression.stage import compress_model
     from llmpress.core.errors import LLMPressError
     from llmpress.deltas.applying import load_delta, load_finetuned, remove_delta
     from llmpress.deltas.bank import DeltaBank
-    from llmpress.export.dense import export_dense, export_factors
+    from llmpress.export.dense import export_dense
+    from llmpress.export.factors import export_factors
     from llmpress.export.hub import fetch_artifact, push_artifact
+    from llmpress.methods.registry import build_method
     from llmpress.models.loading import dequantized, load_model, load_tokenizer
     from llmpress.nn.layers import dense_bytes
 
 _WHERE = {
     "DeltaBank": "llmpress.deltas.bank",
     "LLMPressError": "llmpress.core.errors",
-    "build_method": "llmpress.compression.settings",
+    "build_method": "llmpress.methods.registry",
     "compress_model": "llmpress.compression.stage",
     "dense_bytes": "llmpress.nn.layers",
     "dequantized": "llmpress.models.loading",
     "export_dense": "llmpress.export.dense",
-    "export_factors": "llmpress.export.dense",
+    "export_factors": "llmpress.export.factors",
     "fetch_artifact": "llmpress.export.hub",
     "load_delta": "llmpress.deltas.applying",
     "load_finetuned": "llmpress.deltas.applying",

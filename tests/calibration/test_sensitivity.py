@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llmpress.calibration.files import CalibrationSettings, load_statistics, save_calibration
+from llmpress.calibration.files import load_statistics, save_calibration
 from llmpress.calibration.sensitivity import output_sensitivity
+from llmpress.calibration.settings import CalibrationSettings
 from llmpress.calibration.stage import CalibrationText, calibrate_model
 from llmpress.models.architectures import block_linears
 from llmpress.models.checkpoints.files import Checkpoint

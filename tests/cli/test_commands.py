@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from llmpress.cli.options import quiet
 from llmpress.core.artifacts import read_json, sha256
 from llmpress.deltas.applying import load_delta
-from llmpress.methods import known_methods
+from llmpress.methods.registry import known_methods
 from llmpress.models.loading import load_model, load_tokenizer
 from llmpress.nn.layers import CodebookLinear
 

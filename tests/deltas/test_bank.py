@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import llmpress
 from llmpress import DeltaBank
-from llmpress.compression.settings import build_method
 from llmpress.core.errors import ArtifactError
 from llmpress.deltas.compression import compress_delta_artifact
 from llmpress.deltas.extraction import extract_delta_artifact
+from llmpress.methods.registry import build_method
 from llmpress.nn.layers import AdaptedLinear, CompressedLinear
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from tiny_artifacts import Make
 from torch import Tensor
 
-from llmpress.compression.settings import build_method
 from llmpress.core.artifacts import fingerprint, read_json, write_json
 from llmpress.core.errors import ArtifactError
 from llmpress.deltas.compression import compress_delta_artifact
 from llmpress.deltas.extraction import extract_delta_artifact
+from llmpress.methods.registry import build_method
 from llmpress.models.checkpoints.delta_files import DeltaFolder
 from llmpress.models.checkpoints.dense_view import DenseCheckpoint, dense_checkpoint
 from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from llmpress.compression.layers import LayerRecord, totals
+from llmpress.compression.records import LayerRecord, totals
 from llmpress.core.artifacts import artifact_folder, read_provenance, write_json
 from llmpress.evaluation.metrics import Cost
 from llmpress.evaluation.sizes import compressed_size, cost, delta_size, model_size

@@ -71,8 +71,8 @@ def test_a_delta_of_another_base_is_refused(
 def test_biases_of_packed_layers_come_along(tmp_path: Path, tiny_windows: Tensor) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from llmpress.compression.settings import build_method
     from llmpress.compression.stage import compress_model
+    from llmpress.methods.registry import build_method
 
     config = Qwen2Config(
         vocab_size=512,

@@ -25,7 +25,7 @@ from llmpress.deltas.applying import load_delta
 from llmpress.deltas.compression import compress_delta
 from llmpress.deltas.extraction import extract_delta
 from llmpress.export.hub import fetch_artifact, model_card, push_artifact
-from llmpress.methods import method_class
+from llmpress.methods.registry import method_class
 from llmpress.models.checkpoints.delta_files import DeltaFolder
 from llmpress.models.checkpoints.files import Checkpoint
 from llmpress.models.loading import load_model, skeleton

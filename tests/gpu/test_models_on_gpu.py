@@ -10,14 +10,14 @@ from tiny_artifacts import CPU, WEIGHT_METHODS, Make
 from tiny_models import library_text
 from torch import Tensor
 
-from llmpress.calibration.files import CalibrationSettings
+from llmpress.calibration.settings import CalibrationSettings
 from llmpress.calibration.stage import CalibrationText, calibrate_model
-from llmpress.compression.settings import build_method
 from llmpress.compression.stage import compress_model
 from llmpress.deltas.applying import load_delta
 from llmpress.deltas.bank import DeltaBank
+from llmpress.methods.registry import build_method
 from llmpress.models.loading import load_model
-from llmpress.tuning.blocks import TuningSettings
+from llmpress.tuning.settings import TuningSettings
 from llmpress.tuning.stage import tune_model
 
 pytestmark = [

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from llmpress.methods import known_methods, method_class
 from llmpress.methods.base import InputStatistics, Method, Shape
+from llmpress.methods.registry import known_methods, method_class
 from llmpress.nn.layers import CompressedLinear, build_layer
 from llmpress.numerics.linalg import relative_output_error, relative_weight_error
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmpress
-from llmpress.calibration.files import CalibrationSettings, load_statistics
+from llmpress.calibration.files import load_statistics
+from llmpress.calibration.settings import CalibrationSettings
 from llmpress.calibration.stage import CalibrationText, calibrate_model
 from llmpress.compression.stage import compress_model
 from llmpress.core.artifacts import read_json
@@ -26,7 +27,7 @@ from llmpress.models.experts import SeparateExperts, separate_experts
 from llmpress.models.loading import skeleton
 from llmpress.models.walk import BlockWalk
 from llmpress.nn.layers import CompressedLinear
-from llmpress.tuning.blocks import TuningSettings
+from llmpress.tuning.settings import TuningSettings
 from llmpress.tuning.stage import tune_model
 
 CPU = torch.device("cpu")

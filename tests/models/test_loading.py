@@ -15,7 +15,7 @@ from llmpress.compression.writing import write_compressed_model
 from llmpress.core.artifacts import read_json
 from llmpress.core.errors import ArtifactError, NumericalError, SourceError
 from llmpress.core.resume import BlockStore
-from llmpress.methods import method_class
+from llmpress.methods.registry import method_class
 from llmpress.models.architectures import replace_module
 from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter
 from llmpress.models.loading import dequantized, load_model, skeleton

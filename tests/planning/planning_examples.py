@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
-from llmpress.calibration.files import CalibrationSettings
+from llmpress.calibration.settings import CalibrationSettings
 from llmpress.planning import ModelShapes, read_shapes
 from llmpress.planning.machine import Rates
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from llmpress.cli.plan import duration_text, plan
 from llmpress.core.errors import ArtifactError, ConfigError
 from llmpress.planning import Machine, ModelShapes, measure_machine, plan_project
-from llmpress.planning.plan import task_text
+from llmpress.planning.project import task_text
 
 PARAMS: dict[str, Any] = {
     "seed": 0,

@@ -11,11 +11,10 @@ from planning_examples import CALIBRATION
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from llmpress.compression.settings import build_method
 from llmpress.compression.stage import compress_model
 from llmpress.core.artifacts import read_json
 from llmpress.deltas.compression import compress_delta_artifact
-from llmpress.methods import known_methods
+from llmpress.methods.registry import build_method, known_methods
 from llmpress.models.adapters import add_adapters, open_base, save_adapter, save_base
 from llmpress.models.checkpoints.files import CheckpointWriter, copy_companions
 from llmpress.nn.layers import CompressedLinear

@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 from planning_examples import REFERENCE_RATES, large_shapes
 
-from llmpress.calibration.files import CalibrationSettings
-from llmpress.compression.settings import build_method
+from llmpress.calibration.settings import CalibrationSettings
 from llmpress.core.errors import ConfigError
 from llmpress.evaluation.settings import EvaluationSettings
 from llmpress.methods.base import Shape
-from llmpress.planning import ModelShapes, stages
+from llmpress.methods.registry import build_method
+from llmpress.planning import ModelShapes, estimates, evaluation, stages
 from llmpress.planning.costs import METHOD_COSTS, Work, dequantize_bytes, layer_work
+from llmpress.planning.estimates import Estimate, TaskText
 from llmpress.planning.plan import FASTER, SLOWER
 from llmpress.planning.sizes import planned_layers
-from llmpress.planning.stages import Estimate, TaskText
 from llmpress.training.objectives import CHUNK
 from llmpress.training.settings import FinetuningSettings, Trains
-from llmpress.tuning.blocks import TuningSettings
+from llmpress.tuning.settings import TuningSettings
 
 CALIBRATION = CalibrationSettings(  # as it was in the run below
     corpora=("wikipedia", "code"), windows=8, length=512, sensitivity_windows=0
@@ -86,7 +86,7 @@ def estimate(model: ModelShapes, stage: str, run: str) -> Estimate:
     if stage == "calibrate":
         return stages.calibrate(model, CALIBRATION)
     if stage == "evaluate" and not run:
-        return stages.evaluate(model, EVALUATION, TEXTS)
+        return evaluation.evaluate(model, EVALUATION, TEXTS)
     name, settings = RUNS[run]
     method = build_method(name, settings, run)
     if stage == "compress":
@@ -98,7 +98,7 @@ def estimate(model: ModelShapes, stage: str, run: str) -> Estimate:
         return stages.finetune(model, name, method, rate, CALIBRATION)
     layers = planned_layers(model, name, method)
     delta = run.startswith("delta")
-    return stages.evaluate(model, EVALUATION, TEXTS, layers, delta=delta)
+    return evaluation.evaluate(model, EVALUATION, TEXTS, layers, delta=delta)
 
 
 @pytest.mark.parametrize(("stage", "run"), DEFAULT_RUN, ids=map(" ".join, DEFAULT_RUN))
@@ -113,7 +113,9 @@ def test_default_run(stage: str, run: str, smollm2: ModelShapes) -> None:
     assert 0.85 < (predicted.host_bytes + predicted.mapped_bytes) / peak_bytes < 1.25
     computed = replace(predicted.work, fixed_seconds=0.0)
     if stage == "evaluate":
-        computed += Work(fixed_seconds=stages.EVALUATION_STARTUP_SECONDS - stages.STARTUP_SECONDS)
+        computed += Work(
+            fixed_seconds=estimates.EVALUATION_STARTUP_SECONDS - estimates.STARTUP_SECONDS
+        )
     expected = computed.seconds(REFERENCE_RATES.with_threads(threads))
     if (stage, run) not in CONTENDED:
         assert FASTER * expected < seconds < SLOWER * expected
@@ -263,9 +265,9 @@ def test_larger_batches_and_more_epochs(smollm2: ModelShapes) -> None:
 def test_evaluation_grows_with_windows_in_time_and_with_length_in_memory(
     smollm2: ModelShapes,
 ) -> None:
-    longer = stages.evaluate(smollm2, replace(EVALUATION, length=4096), TEXTS)
-    more = stages.evaluate(smollm2, replace(EVALUATION, windows=30), TEXTS)
-    plain = stages.evaluate(smollm2, EVALUATION, TEXTS)
+    longer = evaluation.evaluate(smollm2, replace(EVALUATION, length=4096), TEXTS)
+    more = evaluation.evaluate(smollm2, replace(EVALUATION, windows=30), TEXTS)
+    plain = evaluation.evaluate(smollm2, EVALUATION, TEXTS)
 
     assert longer.host_bytes > plain.host_bytes
     assert more.host_bytes == plain.host_bytes

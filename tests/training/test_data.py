@@ -11,7 +11,8 @@ from llmpress.calibration.stage import CalibrationText
 from llmpress.core.errors import SourceError
 from llmpress.data.tasks.arithmetic import generate
 from llmpress.training.data import task_data, text_data
-from llmpress.training.full import draw_batches, encode
+from llmpress.training.examples import encode
+from llmpress.training.full import draw_batches
 from llmpress.training.settings import FinetuningSettings
 
 ITEMS = generate(40, 1, 0)["train"]

@@ -14,17 +14,8 @@ from llmpress.core.params import build
 from llmpress.data.tasks import calls
 from llmpress.data.tasks.arithmetic import generate
 from llmpress.models.architectures import block_linears
-from llmpress.training.full import (
-    Example,
-    TrainingSettings,
-    add_tokens,
-    answer_loss,
-    collate,
-    draw_batches,
-    encode,
-    finetune,
-    window_examples,
-)
+from llmpress.training.examples import Example, collate, encode, window_examples
+from llmpress.training.full import TrainingSettings, add_tokens, answer_loss, draw_batches, finetune
 
 SETTINGS = TrainingSettings(
     base="b", steps=12, task="t", batch_size=4, learning_rate=2e-3, warmup=2, precision="float32"

@@ -15,18 +15,18 @@ from transformers import AutoModelForCausalLM
 
 import llmpress
 from llmpress.calibration.stage import CalibrationText
-from llmpress.compression.settings import build_method
 from llmpress.core.artifacts import PROVENANCE, read_json, read_provenance, verify
 from llmpress.core.errors import ArtifactError, ConfigError, NumericalError
 from llmpress.data.tasks.arithmetic import generate
 from llmpress.deltas.compression import compress_delta_artifact
 from llmpress.evaluation.sizes import trained_size
 from llmpress.evaluation.subjects import Subject
+from llmpress.methods.registry import build_method
 from llmpress.models import adapters
 from llmpress.nn.layers import AdaptedLinear, QuantizedLinear
 from llmpress.training import loop
 from llmpress.training.data import task_data, text_data
-from llmpress.training.full import collate
+from llmpress.training.examples import collate
 from llmpress.training.objectives import model_loss
 from llmpress.training.settings import FinetuningSettings, Trains
 from llmpress.training.stage import finetune_artifact

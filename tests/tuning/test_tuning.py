@@ -17,7 +17,8 @@ from llmpress.methods.lillama import Lillama
 from llmpress.models.checkpoints.files import Checkpoint
 from llmpress.models.loading import skeleton
 from llmpress.models.walk import BlockWalk
-from llmpress.tuning.blocks import BlockRecord, TuningSettings, tune_blocks
+from llmpress.tuning.blocks import BlockRecord, tune_blocks
+from llmpress.tuning.settings import TuningSettings
 
 CPU = torch.device("cpu")
 METHODS = {

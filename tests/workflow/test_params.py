@@ -10,15 +10,16 @@ import jsonschema
 import pytest
 import yaml
 
-from llmpress.calibration.files import CalibrationSettings
-from llmpress.compression.settings import DeltaRun, DeltaSource, Finetune, Run
+from llmpress.calibration.settings import CalibrationSettings
+from llmpress.compression.settings import Run
 from llmpress.data.documents import CorpusSource
 from llmpress.data.tasks.source import TaskSource
+from llmpress.deltas.settings import DeltaRun, DeltaSource
 from llmpress.evaluation.settings import EvaluationSettings
 from llmpress.models.pretrained import ModelSource
 from llmpress.training.full import TrainingSettings
 from llmpress.training.settings import FinetuningSettings, Training
-from llmpress.tuning.blocks import TuningSettings
+from llmpress.tuning.settings import Finetune, TuningSettings
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/params.schema.yaml").read_text(encoding="utf-8"))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from llmpress.calibration.files import CalibrationSettings
+from llmpress.calibration.settings import CalibrationSettings
 from llmpress.calibration.stage import calibrate_model, corpus_text, task_text
 from llmpress.core.devices import pick_device
 from llmpress.core.failures import script_errors

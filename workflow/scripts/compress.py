@@ -4,11 +4,12 @@ from pathlib import Path
 
 import typer
 
-from llmpress.compression.settings import build_method, read_run
+from llmpress.compression.settings import read_run
 from llmpress.compression.stage import compress_model
 from llmpress.core.devices import pick_device
 from llmpress.core.failures import script_errors
 from llmpress.core.params import read_params, section
+from llmpress.methods.registry import build_method
 
 
 def main(

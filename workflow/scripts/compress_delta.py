@@ -4,11 +4,12 @@ from pathlib import Path
 
 import typer
 
-from llmpress.compression.settings import build_method, read_delta_run
 from llmpress.core.devices import pick_device
 from llmpress.core.failures import script_errors
 from llmpress.core.params import read_params, section
 from llmpress.deltas.compression import compress_delta_artifact
+from llmpress.deltas.settings import read_delta_run
+from llmpress.methods.registry import build_method
 
 
 def main(

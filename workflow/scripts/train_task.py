@@ -13,13 +13,8 @@ from llmpress.core.failures import script_errors
 from llmpress.core.params import build, read_params, section
 from llmpress.data.corpora import load_text, token_windows
 from llmpress.data.tasks.files import read_items
-from llmpress.training.full import (
-    TrainingSettings,
-    add_tokens,
-    encode,
-    finetune,
-    window_examples,
-)
+from llmpress.training.examples import encode, window_examples
+from llmpress.training.full import TrainingSettings, add_tokens, finetune
 
 
 def main() -> None:

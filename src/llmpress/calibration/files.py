@@ -2,23 +2,21 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from llmpress.calibration.expert_statistics import second_moments
-from llmpress.calibration.linear_calls import LinearCall, linear_calls, rows
+from llmpress.calibration.linear_calls import linear_calls
+from llmpress.calibration.moments import InputMoments
 from llmpress.calibration.sensitivity import output_sensitivity
 from llmpress.core.artifacts import read_json, read_provenance, save_tensors, write_json
-from llmpress.core.errors import ArtifactError, NumericalError, SourceError
+from llmpress.core.errors import ArtifactError
+from llmpress.core.progress import progress
 from llmpress.methods.base import InputStatistics
-from llmpress.models.architectures import compressible
 from llmpress.models.experts import expert_matrix
-from llmpress.models.walk import BlockWalk, progress
+from llmpress.models.walk import BlockWalk
 
 WINDOWS = "windows.safetensors"
 INDEX = "index.json"
@@ -27,45 +25,6 @@ FEW_TOKENS = 100
 """An expert that saw fewer than this is worth a warning."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class CalibrationSettings:
-    """How much text of which corpora a model is calibrated on.
-
-    Attributes:
-        corpora: Names of corpora; mixing domains keeps each of them alive.
-        windows: Windows per text that statistics and finetuning see.
-        validation_windows: Windows per text, of other documents, that finetuning is judged by.
-        length: Tokens of a window.
-        sensitivity_windows: Windows per text of which gradients are taken too, at most
-            ``windows``: how much the loss feels each output of each layer. 0 leaves that out.
-        autocast: Run the model in bf16 where a matrix product allows it.
-        tasks: Names of tasks whose training items are text too: what a fine-tuned model was made
-            for.
-    """
-
-    corpora: tuple[str, ...]
-    windows: int
-    length: int
-    validation_windows: int = 2
-    sensitivity_windows: int = 4
-    autocast: bool = True
-    tasks: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.corpora or min(self.windows, self.validation_windows) < 1 or self.length < 2:
-            raise ValueError(
-                "calibration: at least one corpus, one window, one validation window "
-                "and two tokens are needed"
-            )
-        if self.sensitivity_windows < 0:
-            raise ValueError("calibration: sensitivity_windows must not be negative")
-
-    @property
-    def num_texts(self) -> int:
-        """How many texts give windows."""
-        return len(self.corpora) + len(self.tasks)
 
 
 class Statistics(Mapping[str, InputStatistics]):
@@ -209,70 +168,3 @@ def _warn_of_rare_experts(tokens: Mapping[str, int]) -> None:
             rare[0][1],
             rare[0][0],
         )
-
-
-class InputMoments:
-    """Collects ``Σ x xᵀ`` of the inputs of a block's linears: a listener of `linear_calls`.
-
-    Linears that are given the very same tensor (q, k and v; gate and up) share one sum, named after
-    the first of them.
-
-    Attributes:
-        leaders: For each linear, whose sum it shares.
-        tokens: For each leader that was used, how many tokens it got.
-    """
-
-    def __init__(self, block: nn.Module) -> None:
-        self._widths = {name: linear.in_features for name, linear in compressible(block).items()}
-        self.leaders: dict[str, str] = {}
-        self.tokens: dict[str, int] = {}
-        self._sums: dict[str, Tensor] = {}
-        self._last: dict[str, Tensor] = {}
-
-    def moments(self) -> dict[str, Tensor]:
-        """Return ``E[x xᵀ]`` by leader, fp32 ``[in, in]``, and let go of what was collected.
-
-        Raises:
-            NumericalError: An input held NaN or Inf.
-        """
-        sums, self._sums = self._sums, {}
-        self._last.clear()
-        for name, total in sums.items():
-            if not bool(torch.isfinite(total).all()):
-                raise NumericalError(f"{name}: its inputs hold NaN or Inf during calibration")
-        for name in self._widths.keys() - self.leaders.keys():
-            self.leaders[name] = _leader_of_unseen(name)
-        widths = {n: width for n, width in self._widths.items() if self.leaders[n] == n}
-        return second_moments(sums, self.tokens, widths)
-
-    def add(self, call: LinearCall) -> None:
-        """Add one use of a linear."""
-        leader = self.leaders.get(call.name)
-        if leader is None:
-            leader = next((n for n, seen in self._last.items() if seen is call.x), call.name)
-            self.leaders[call.name] = leader
-        self._last[call.name] = call.x
-        if leader == call.name:
-            flat = rows(call.x.detach(), call.axis).float()  # [tokens, in]
-            with torch.autocast(flat.device.type, enabled=False):  # sums must stay fp32
-                product = flat.t() @ flat  # [in, in]
-                if leader in self._sums:
-                    self._sums[leader] += product  # in place: these are the largest tensors here
-                else:
-                    self._sums[leader] = product
-            self.tokens[leader] = self.tokens.get(leader, 0) + flat.shape[0]
-
-
-def _leader_of_unseen(name: str) -> str:
-    """Return whose input a linear that saw no token would have shared.
-
-    Raises:
-        SourceError: It is no expert's, so it should have seen all of them.
-    """
-    matrix = expert_matrix(name)
-    if matrix is None:
-        raise SourceError(
-            f"{name}: the model computes with this linear in a way that cannot be followed, so it "
-            "has no statistics; llmpress follows calls and `weight @ x`"
-        )
-    return name.removesuffix("up_proj") + "gate_proj" if matrix.matrix == "up_proj" else name

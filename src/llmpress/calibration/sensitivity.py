@@ -24,8 +24,9 @@ from llmpress.calibration.expert_statistics import output_sensitivities
 from llmpress.calibration.linear_calls import LinearCall, linear_calls, rows
 from llmpress.core.artifacts import save_tensors
 from llmpress.core.errors import NumericalError
+from llmpress.core.progress import progress
 from llmpress.models.architectures import compressible, decoder_blocks
-from llmpress.models.walk import BlockWalk, progress
+from llmpress.models.walk import BlockWalk
 
 
 def output_sensitivity(

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from llmpress.calibration.files import CalibrationSettings, save_calibration
+from llmpress.calibration.files import save_calibration
+from llmpress.calibration.settings import CalibrationSettings
 from llmpress.core.artifacts import artifact_folder
 from llmpress.core.errors import SourceError
 from llmpress.data.corpora import load_text, token_windows

@@ -53,7 +53,7 @@ def run_calibration(
     Raises:
         ConfigError: No text was named.
     """
-    from llmpress.calibration.files import CalibrationSettings
+    from llmpress.calibration.settings import CalibrationSettings
     from llmpress.calibration.stage import calibrate_model
     from llmpress.cli.texts import calibration_texts, corpus_inputs
     from llmpress.core.devices import pick_device

@@ -43,7 +43,7 @@ def export(
     """
     from llmpress.cli.options import check_out, model_folder, quiet
     from llmpress.core.errors import ConfigError
-    from llmpress.export.dense import export_factors
+    from llmpress.export.factors import export_factors
 
     if dense == factors:
         raise ConfigError(

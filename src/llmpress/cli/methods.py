@@ -14,7 +14,7 @@ def methods(
 ) -> None:
     """List the compression methods, or the settings of one."""
     from llmpress.cli.output import print_json, print_table
-    from llmpress.methods import known_methods
+    from llmpress.methods.registry import known_methods
 
     described = [_describe(known) for known in ([name] if name else known_methods())]
     if as_json:
@@ -33,7 +33,7 @@ def methods(
 def _describe(name: str) -> dict[str, Any]:
     import inspect
 
-    from llmpress.compression.settings import known_method
+    from llmpress.methods.registry import known_method
 
     cls = known_method(name, "methods")
     meanings = _attributes(inspect.getdoc(cls) or "")

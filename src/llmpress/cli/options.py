@@ -95,7 +95,7 @@ def method_settings(name: str, bits: float | None, assignments: Sequence[str] | 
     Raises:
         ConfigError: An unknown method or setting, or bits for a method that is not told bits.
     """
-    from llmpress.compression.settings import build_method
+    from llmpress.methods.registry import build_method
 
     values: dict[str, Any] = dict(map(assignment, assignments or ()))
     if bits is not None:
@@ -133,7 +133,7 @@ def assignment(text: str) -> tuple[str, Any]:
 
 
 def _bits_setting(name: str) -> str:
-    from llmpress.compression.settings import known_method
+    from llmpress.methods.registry import known_method
 
     fields = [field.name for field in dataclasses.fields(known_method(name, "--method"))]
     for setting in ("bits", "num_bits"):

@@ -13,9 +13,10 @@ from llmpress.core.artifacts import artifact_folder, fingerprint
 from llmpress.core.errors import ArtifactError, SourceError
 from llmpress.core.resume import SCRATCH, BlockStore
 from llmpress.methods.base import Method, Shape
+from llmpress.models.checkpoints.compressed import is_compressed
 from llmpress.models.checkpoints.files import Checkpoint
 from llmpress.models.experts import expert_matrix
-from llmpress.models.loading import is_compressed, skeleton
+from llmpress.models.loading import skeleton
 
 
 def compress_model(

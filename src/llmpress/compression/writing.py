@@ -1,20 +1,16 @@
 """Write compressed models: Hugging Face folders with packed weights and a record of every layer."""
 
-import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from llmpress.compression.layers import LayerRecord, totals
-from llmpress.core.artifacts import read_json, write_json
+from llmpress.compression.records import LayerRecord, totals
+from llmpress.core.artifacts import write_json
 from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter, copy_companions
 from llmpress.models.quantizer import FORMAT_VERSION, LLMPressConfig
 from llmpress.nn.layers import CompressedLinear
-from llmpress.tuning.blocks import BlockRecord
 
 REST_DTYPE = torch.bfloat16
 """What the tensors that no method compresses (embeddings, norms, dense layers) are stored in."""
@@ -63,34 +59,3 @@ def write_model_config(source: Checkpoint, entries: Mapping[str, Any], folder: P
     config["dtype"] = str(REST_DTYPE).removeprefix("torch.")
     config["quantization_config"] = LLMPressConfig(entries, FORMAT_VERSION).to_dict()
     write_json(folder / "config.json", config)
-
-
-def rewrite_model(
-    compressed: Checkpoint, blocks: Iterable[tuple[Mapping[str, Tensor], BlockRecord]], folder: Path
-) -> None:
-    """Write a compressed model again with some of its tensors changed by finetuning.
-
-    Args:
-        compressed: A folder that `write_compressed_model` wrote.
-        blocks: Trained tensors by full name in their stored dtype, and a record of each block.
-        folder: Where to write. Errors of single layers are left out of its layers.json: finetuning
-            lets layers drift from their originals to bring the block's output closer.
-    """
-    writer = CheckpointWriter(folder)
-    trained: set[str] = set()
-    block_records = []
-    for tensors, record in blocks:
-        block_records.append(asdict(record))
-        trained.update(tensors)
-        for name, tensor in tensors.items():
-            writer.add(name, tensor)
-    for name in compressed.names():
-        if name not in trained:
-            writer.add(name, compressed.tensor(name))
-    writer.close()
-    shutil.copyfile(compressed.folder / "config.json", folder / "config.json")
-    copy_companions(compressed.folder, folder)
-    layers = read_json(compressed.folder / "layers.json")
-    unknown = {"relative_weight_error": None, "relative_output_error": None}
-    layers["layers"] = [{**layer, **unknown} for layer in layers["layers"]]
-    write_json(folder / "layers.json", {**layers, "blocks": block_records})

@@ -143,3 +143,13 @@ def _problem(item: Any, where: str) -> str:
         return f"{place} is missing"
     message = item["msg"].removeprefix("Value error, ")
     return f"{place}: {message}, got {item['input']!r}" if item["loc"] else f"{place}: {message}"
+
+
+def check_same(
+    names: tuple[str, ...], where: str, entry: object, other_name: str, other: object
+) -> None:
+    """Refuse an entry that says another thing than the one it refers to."""
+    for name in names:
+        ours, theirs = getattr(entry, name), getattr(other, name)
+        if ours != theirs:
+            raise ConfigError(f"{where}.{name} is {ours!r}, but {other_name} has {theirs!r}")

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from llmpress.calibration.files import check_calibration, load_statistics, load_windows
-from llmpress.compression.layers import compress_layers, totals
+from llmpress.compression.layers import compress_layers
+from llmpress.compression.records import totals
 from llmpress.core.artifacts import artifact_folder, fingerprint, read_provenance, write_json
 from llmpress.core.errors import ArtifactError, ConfigError
 from llmpress.core.resume import SCRATCH, BlockStore

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from llmpress.core.artifacts import PROVENANCE, artifact_folder
 from llmpress.core.errors import ArtifactError, NumericalError
+from llmpress.core.progress import progress
 from llmpress.models.adapters import is_adapter
 from llmpress.models.architectures import block_linears
 from llmpress.models.checkpoints.adapter_view import finetuned_checkpoint
 from llmpress.models.checkpoints.delta_files import EXACT, EXACT_ROWS, DeltaWriter
 from llmpress.models.checkpoints.dense_view import dense_checkpoint
 from llmpress.models.checkpoints.files import Checkpoint
-from llmpress.models.walk import progress
 
 
 def extract_delta(

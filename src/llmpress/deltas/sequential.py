@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from llmpress.calibration.files import InputMoments
 from llmpress.calibration.linear_calls import LinearCall, linear_calls, rows
+from llmpress.calibration.moments import InputMoments
 from llmpress.core.errors import SourceError
 from llmpress.methods.base import InputStatistics
 from llmpress.models.architectures import compressible

@@ -19,12 +19,12 @@ import torch
 from tqdm.auto import tqdm
 
 from llmpress.calibration.files import load_statistics, load_windows
-from llmpress.compression.settings import build_method
 from llmpress.core.artifacts import fingerprint, read_json, write_json
 from llmpress.data.corpora import load_text, token_windows
 from llmpress.evaluation.likelihood import likelihood
 from llmpress.methods.base import Shape
 from llmpress.methods.cluscomp.budget import CodebookSize, true_bits
+from llmpress.methods.registry import build_method
 from llmpress.models.checkpoints.files import Checkpoint
 from llmpress.models.loading import load_model, load_tokenizer
 from llmpress.numerics.linalg import relative_output_error

@@ -7,12 +7,12 @@ import torch
 
 from llmpress.core.artifacts import artifact_folder, save_tensors, write_json
 from llmpress.core.errors import ArtifactError
+from llmpress.core.progress import progress
 from llmpress.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llmpress.models.checkpoints.adapter_view import FACTORS, PREFIX
 from llmpress.models.checkpoints.delta_files import DeltaFolder
 from llmpress.models.checkpoints.dense_view import delta_layer
 from llmpress.models.experts import expert_matrix
-from llmpress.models.walk import progress
 
 logger = logging.getLogger(__name__)
 

@@ -8,20 +8,12 @@ import torch
 from torch import Tensor
 
 from llmpress.core.artifacts import artifact_folder, write_json
-from llmpress.core.errors import ArtifactError
-from llmpress.models.architectures import LEFT_MULTIPLIED, matches, stored_name
+from llmpress.core.progress import progress
+from llmpress.models.architectures import stored_name
 from llmpress.models.checkpoints.delta_files import DeltaFolder
-from llmpress.models.checkpoints.dense_view import (
-    compressed_linear,
-    delta_layer,
-    dense_checkpoint,
-    stored_layer,
-)
+from llmpress.models.checkpoints.dense_view import delta_layer, dense_checkpoint
 from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter, copy_companions
 from llmpress.models.checkpoints.finetuned_view import check_base
-from llmpress.models.loading import compressed_layers
-from llmpress.models.walk import progress
-from llmpress.nn.layers import KINDS, LowRankLinear
 
 
 def export_dense(
@@ -71,41 +63,6 @@ def export_dense(
         copy_companions(Path(tokenizer) if tokenizer else source.folder, folder)
 
 
-def export_factors(
-    model: Path | str, out: Path | str, *, dtype: torch.dtype = torch.bfloat16
-) -> None:
-    """Write a low-rank model with each compressed matrix as two plain linears in a row.
-
-    Beside the configuration of the original lie tensors under the names that its modules get when
-    each low-rank linear becomes ``nn.Sequential(nn.Linear(in, rank, bias=False), nn.Linear(rank,
-    out))``: ``NAME.0.weight`` and ``NAME.1.weight``. Pivoted matrices take ``rank²`` numbers more.
-    Where a module multiplies by a linear's weight itself, that weight is written dense.
-
-    Args:
-        model: A model that ``lillama`` or ``svd`` compressed.
-        out: Where to write: config.json without a trace of compression, safetensors, tokenizer.
-        dtype: What floats are stored in.
-
-    Raises:
-        ArtifactError: A damaged folder, or a model that holds no low-rank layer.
-    """
-    source = Checkpoint(Path(model))
-    settings = {"dtype": str(dtype).removeprefix("torch."), "form": "factors"}
-    with artifact_folder(
-        Path(out), stage="export", settings=settings, inputs={"model": source.folder}
-    ) as folder:
-        if not any(_has_factors(*item) for item in compressed_layers(source).items()):
-            raise ArtifactError(
-                f"{source.folder}: holds no low-rank layer; --dense writes any compressed model"
-            )
-        writer = CheckpointWriter(folder)
-        for name, tensor in _factored_tensors(source):
-            writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
-        writer.close()
-        write_json(folder / "config.json", _plain_config(source, None, {}, dtype))
-        copy_companions(source.folder, folder)
-
-
 def _dense_tensors(source: Checkpoint, delta: DeltaFolder | None) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of the dense model by name, those of layers in fp32."""
     changes = delta.header["layers"] if delta else {}
@@ -120,30 +77,6 @@ def _dense_tensors(source: Checkpoint, delta: DeltaFolder | None) -> Iterator[tu
             yield name, tensor.float() + delta_layer(layer, delta).dequantize()
         elif tensor is not None:
             yield name, tensor
-
-
-def _factored_tensors(source: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    entries = compressed_layers(source)
-    skeleton = source.skeleton()
-    for name, entry in progress(sorted(entries.items()), "export"):
-        layer = stored_layer(name, entry, compressed_linear(name, skeleton), source)
-        last = name
-        if isinstance(layer, LowRankLinear) and _has_factors(name, entry):
-            left, right = layer.factors()
-            last = f"{name}.1"
-            yield f"{name}.0.weight", right
-            yield f"{last}.weight", left
-        else:
-            yield f"{name}.weight", layer.dequantize()
-        if layer.bias is not None:
-            yield f"{last}.bias", layer.bias
-    for name in source.names():
-        if name.rpartition(".")[0] not in entries:
-            yield name, source.tensor(name)
-
-
-def _has_factors(name: str, entry: Mapping[str, Any]) -> bool:
-    return issubclass(KINDS[entry["kind"]], LowRankLinear) and not matches(name, LEFT_MULTIPLIED)
 
 
 def _plain_config(

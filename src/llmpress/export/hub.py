@@ -16,7 +16,8 @@ from llmpress.core.artifacts import (
 )
 from llmpress.core.errors import ArtifactError, HubError
 from llmpress.data.sources.hub import SECONDS_TO_ANSWER, delete_damaged, download, reported
-from llmpress.data.sources.location import Location, matches
+from llmpress.data.sources.location import Location
+from llmpress.data.sources.patterns import matches
 
 CARD = "README.md"
 _NOT_OURS = {CARD, ".gitattributes"}

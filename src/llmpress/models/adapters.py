@@ -24,8 +24,9 @@ from llmpress.core.artifacts import folder_bytes, read_json, save_tensors
 from llmpress.core.devices import pick_device
 from llmpress.core.errors import ArtifactError, ConfigError
 from llmpress.models.architectures import block_linears, replace_module
+from llmpress.models.checkpoints.compressed import is_compressed
 from llmpress.models.checkpoints.files import Checkpoint, copy_companions, stored_dtype
-from llmpress.models.loading import is_compressed, load_model
+from llmpress.models.loading import load_model
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -16,25 +16,10 @@ from llmpress.core.artifacts import PROVENANCE, verify
 from llmpress.core.devices import pick_device
 from llmpress.core.errors import ArtifactError
 from llmpress.models.architectures import replace_module
+from llmpress.models.checkpoints.compressed import compressed_layers
 from llmpress.models.checkpoints.files import Checkpoint
-from llmpress.models.quantizer import QUANT_METHOD, check_format, insert_layers
+from llmpress.models.quantizer import insert_layers
 from llmpress.nn.layers import AdaptedLinear, CompressedLinear
-
-
-def is_compressed(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint was written by llmpress."""
-    return bool(compressed_layers(checkpoint))
-
-
-def compressed_layers(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """Return kind and spec of each compressed layer of a checkpoint, none for a plain one."""
-    quantization = getattr(checkpoint.config, "quantization_config", None) or {}
-    if not isinstance(quantization, dict):
-        quantization = quantization.to_dict()
-    if quantization.get("quant_method") != QUANT_METHOD:
-        return {}
-    check_format(quantization.get("format_version", 0))
-    return dict(quantization["layers"])
 
 
 def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:

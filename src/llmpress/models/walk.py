@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from llmpress.core.errors import NumericalError, SourceError
@@ -199,8 +198,3 @@ class _Recorder(nn.Module):
         self.hidden_states = hidden_states
         self.arguments = {k: v for k, v in arguments.items() if k != "past_key_values"}
         return hidden_states
-
-
-def progress(items: Any, what: str, total: int | None = None) -> Any:
-    """Wrap an iterable in a progress bar on stderr."""
-    return tqdm(items, desc=what, total=total, dynamic_ncols=True, mininterval=1.0)

@@ -8,7 +8,8 @@ May import from core up to export.
 """
 
 from llmpress.planning.machine import Machine, measure_machine
-from llmpress.planning.plan import Plan, PlanRow, plan_compression, plan_project
+from llmpress.planning.plan import Plan, PlanRow, plan_compression
+from llmpress.planning.project import plan_project
 from llmpress.planning.shapes import ModelShapes, read_shapes
 
 __all__ = [

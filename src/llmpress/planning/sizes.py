@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from llmpress.compression.layers import LayerRecord
+from llmpress.compression.records import LayerRecord
 from llmpress.methods.base import Method
 from llmpress.nn.layers import CompressedLinear
 from llmpress.planning.costs import compressed_layer

@@ -1,1 +1,4 @@
-"""End-to-end finetuning: few parameters train on the whole model's loss, on a task or on text."""
+"""End-to-end finetuning: few parameters train on the whole model's loss, on a task or on text.
+
+May import from core up to tuning.
+"""

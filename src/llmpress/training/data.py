@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llmpress.calibration.stage import CalibrationText
 from llmpress.core.errors import SourceError
 from llmpress.data.corpora import token_windows
-from llmpress.training.full import Example, encode, window_examples
+from llmpress.training.examples import Example, encode, window_examples
 from llmpress.training.settings import FinetuningSettings
 
 if TYPE_CHECKING:

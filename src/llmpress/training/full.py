@@ -7,7 +7,7 @@ Weights stay fp32 under bf16 autocast: in bf16 a small fine-tuning step is lost 
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from llmpress.core.errors import ConfigError, NumericalError, SourceError
+from llmpress.core.errors import ConfigError, NumericalError
 from llmpress.models.architectures import block_linears
+from llmpress.training.examples import Example, collate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,46 +69,6 @@ class TrainingSettings:
             raise ValueError(f"length must be at least 2, got {self.length}")
         if len(set(self.added_tokens)) < len(self.added_tokens) or "" in self.added_tokens:
             raise ValueError(f"added_tokens must be different texts, got {self.added_tokens}")
-
-
-@dataclass(frozen=True)
-class Example:
-    """A question and its worked answer as tokens, or a window of text.
-
-    Attributes:
-        tokens: Query, target and a line end; or the window's.
-        num_query_tokens: How many of them are the query, which is not learnt.
-    """
-
-    tokens: list[int]
-    num_query_tokens: int
-
-
-def encode(
-    records: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase"
-) -> list[Example]:
-    """Tokenize records with a ``query`` and a ``target``; a line end marks the answer's end.
-
-    Raises:
-        SourceError: A record lacks one of the two.
-    """
-    examples = []
-    for record in records:
-        if "query" not in record or "target" not in record:
-            raise SourceError("training items need `query` and `target`: use a generated task")
-        query = tokenizer(record["query"]).input_ids
-        target = tokenizer(record["target"] + "\n", add_special_tokens=False).input_ids
-        examples.append(Example(query + target, len(query)))
-    return examples
-
-
-def window_examples(windows: Tensor) -> list[Example]:
-    """Take every token of a window but the first for one to learn.
-
-    Args:
-        windows: Token ids, int64 ``[count, length]``.
-    """
-    return [Example(window, 1) for window in windows.tolist()]
 
 
 def add_tokens(
@@ -161,25 +122,6 @@ def draw_batches(
             waiting += random_state.sample(examples, len(examples))
         yield waiting[:batch_size]
         waiting = waiting[batch_size:]
-
-
-def collate(batch: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Pad a batch on the right.
-
-    Padding needs no attention mask: in a causal model no token looks to its right.
-
-    Returns:
-        Token ids, int64 ``[B, T]``, and labels of the same shape: the token itself where it is
-        part of an answer, -100 elsewhere.
-    """
-    length = max(len(example.tokens) for example in batch)
-    tokens = torch.zeros(len(batch), length, dtype=torch.int64)
-    labels = torch.full((len(batch), length), -100)
-    for row, example in enumerate(batch):
-        ids = torch.tensor(example.tokens)
-        tokens[row, : len(ids)] = ids
-        labels[row, example.num_query_tokens : len(ids)] = ids[example.num_query_tokens :]
-    return tokens, labels
 
 
 def answer_loss(model: "PreTrainedModel", tokens: Tensor, labels: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ from llmpress.core.artifacts import read_json, save_tensors, sha256, write_json
 from llmpress.core.errors import ArtifactError, ConfigError, NumericalError
 from llmpress.numerics.linalg import root_mean_square
 from llmpress.training.data import TrainingData
-from llmpress.training.full import Example, collate, learning_rate_share
+from llmpress.training.examples import Example, collate
+from llmpress.training.full import learning_rate_share
 from llmpress.training.objectives import model_loss
 from llmpress.training.settings import FinetuningSettings
 from llmpress.training.trainables import Parameters, holding, rounded

@@ -23,9 +23,10 @@ from llmpress.core.errors import ArtifactError, ConfigError
 from llmpress.core.resume import SCRATCH, BlockStore
 from llmpress.deltas.applying import load_finetuned
 from llmpress.models.adapters import STORED_DTYPE, add_adapters, open_base, save_adapter, save_base
+from llmpress.models.checkpoints.compressed import is_compressed
 from llmpress.models.checkpoints.delta_files import DeltaFolder, DeltaWriter
 from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter, copy_companions
-from llmpress.models.loading import is_compressed, load_model, load_tokenizer
+from llmpress.models.loading import load_model, load_tokenizer
 from llmpress.training.data import TrainingData
 from llmpress.training.loop import TrainingRecord, train
 from llmpress.training.settings import (

@@ -15,42 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from llmpress.core.errors import NumericalError
+from llmpress.core.progress import progress
 from llmpress.core.resume import BlockStore
 from llmpress.methods.base import Chain, Tunable
-from llmpress.models.walk import BlockWalk, progress
+from llmpress.models.walk import BlockWalk
 from llmpress.nn.layers import CodebookLinear, CompressedLinear
 from llmpress.nn.layers.base import rounded_to
 from llmpress.numerics.linalg import root_mean_square
-
-
-@dataclass(frozen=True)
-class TuningSettings:
-    """How each block is finetuned.
-
-    Attributes:
-        epochs: Passes over the calibration windows.
-        learning_rate: Peak rate of AdamW, relative to each tensor's root mean square, so that one
-            value serves every layer; rises over the first steps, then falls linearly to zero.
-        batch_size: Windows of a step.
-        weight_decay: Decoupled weight decay.
-        clip_norm: Gradients of a block are scaled down to this norm.
-        patience: Epochs without a lower held-out loss after which a block is left.
-        autocast: Compute in bf16 where a matrix product allows it.
-    """
-
-    epochs: int
-    learning_rate: float
-    batch_size: int = 4
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    patience: int = 2
-    autocast: bool = True
-
-    def __post_init__(self) -> None:
-        if min(self.epochs, self.batch_size, self.patience) < 1 or not self.learning_rate > 0:
-            raise ValueError(
-                "finetune: epochs, batch_size, patience and learning_rate must be positive"
-            )
+from llmpress.tuning.settings import TuningSettings
 
 
 @dataclass

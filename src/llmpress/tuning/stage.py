@@ -8,14 +8,15 @@ from typing import Any
 import torch
 
 from llmpress.calibration.files import check_calibration, load_windows
-from llmpress.compression.writing import rewrite_model
 from llmpress.core.artifacts import artifact_folder, fingerprint
 from llmpress.core.resume import SCRATCH, BlockStore
 from llmpress.methods.base import Method, Tunable
 from llmpress.models.checkpoints.files import Checkpoint
 from llmpress.models.loading import skeleton
 from llmpress.models.walk import BlockWalk
-from llmpress.tuning.blocks import TuningSettings, tune_blocks
+from llmpress.tuning.blocks import tune_blocks
+from llmpress.tuning.settings import TuningSettings
+from llmpress.tuning.writing import rewrite_model
 
 
 def tune_model(

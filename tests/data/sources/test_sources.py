@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from llmpress.core.errors import ConfigError, SourceError
 from llmpress.core.params import build
-from llmpress.data.sources.location import Location, Opened, matches, opened
+from llmpress.data.sources.location import Location, Opened, opened
+from llmpress.data.sources.patterns import matches
 from llmpress.models.pretrained import ModelSource, write_model
 
 

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmpress.compression.settings import build_method
 from llmpress.core.artifacts import artifact_folder, read_json, read_provenance, write_json
 from llmpress.core.errors import ArtifactError, NumericalError, SourceError
 from llmpress.deltas.applying import load_delta
 from llmpress.deltas.compression import compress_delta_artifact
 from llmpress.deltas.extraction import extract_delta_artifact
 from llmpress.export.adapter import export_adapter
+from llmpress.methods.registry import build_method
 from llmpress.models.adapters import _calm
 from llmpress.models.checkpoints.adapter_view import AdapterCheckpoint
 from llmpress.models.checkpoints.delta_files import DeltaFolder, DeltaWriter

