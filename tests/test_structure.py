@@ -153,3 +153,9 @@ def test_tests_lie_where_the_code_lies() -> None:
         if folder.parts and folder.parts[0] not in TESTS_OF_ALL and not (PACKAGE / folder).is_dir()
     ]
     assert others == []
+
+
+def test_every_package_has_a_row_in_contributing() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert [row for row in rows if row in ORDER] == list(ORDER)
