@@ -1,14 +1,15 @@
-# make report | test | test-gpu | gpu-session | bench | quality | removal | deltas | peers | check | docs | lock | clean: each makes .venv first when it is missing or out of date.
+# make report | quick | test | test-gpu | gpu-session | bench | quality | removal | deltas | peers | check | docs | lock | clean: each makes .venv first when it is missing or out of date.
 
 PYTHON ?= python3.11
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help report test test-gpu gpu-session bench quality removal deltas peers check docs lock clean
+.PHONY: help report quick test test-gpu gpu-session bench quality removal deltas peers check docs lock clean
 
 help:
 	@echo "make report    run the pipeline up to results/report.html"
+	@echo "make quick     run the tests that are quick: no kills, no fuzzing, no browser, no engines, nothing compiled"
 	@echo "make test      run the tests that need no GPU"
 	@echo "make test-gpu  run the tests that need one"
 	@echo "make gpu-session  test and measure on a GPU within ten minutes; DRY=1 on tiny shapes without one"
@@ -26,6 +27,9 @@ report: $(INSTALLED)
 	snakemake --cores all results/report.html
 
 # One thread per process: the two workers share the cores.
+quick: $(INSTALLED)
+	OMP_NUM_THREADS=1 pytest -n 2 -m "not gpu and not slow"
+
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 pytest -n 2 -m "not gpu"
 

@@ -34,6 +34,7 @@ from llmpress.tuning.settings import read_finetune
 
 ROOT = Path(__file__).parents[1]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+pytestmark = pytest.mark.slow
 FUZZ = settings(
     deadline=None,
     derandomize=True,

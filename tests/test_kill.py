@@ -16,6 +16,7 @@ import yaml
 from llmpress.core.artifacts import artifact_folder, read_json, write_json
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 METHODS = {  # settings of the method and rate of its finetuning
     "cluscomp": ({"num_entries": 16, "vector_size": 4, "iterations": 2}, 0.03),
     "lillama": ({"reduction": 0.2}, 0.01),

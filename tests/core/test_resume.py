@@ -1,6 +1,8 @@
 """Per-block checkpoints belong to exactly one computation."""
 
 import contextlib
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -129,14 +131,24 @@ def test_where_it_continues_is_said(tmp_path: Path, caplog: Caplog) -> None:
 def test_other_code_and_packages_are_refused_and_named(
     tmp_path: Path, caplog: Caplog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def load(name: str, code: str) -> None:
+        module = types.ModuleType(f"llmpress.{name}")
+        module.__file__ = str(tmp_path / f"{name}.py")
+        Path(module.__file__).write_text(code, encoding="utf-8")
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    load("tuning", "before")
     store = BlockStore("task", {}, tmp_path)
     store.save(0, {}, {})
-    code = resume._code()
-    monkeypatch.setattr(resume, "_code", lambda: {**code, "tuning.py": "edited", "new.py": "x"})
+    load("tuning", "edited")
+    load("new", "new")
     monkeypatch.setattr(resume, "packages", lambda: {**packages(), "torch": "9.9"})
     assert BlockStore("task", {}, tmp_path).load(0) is None
     said = begin("task", {}, tmp_path, caplog)
-    assert f"torch {packages()['torch']}, now 9.9; code of new.py, tuning.py)" in said
+    assert (
+        f"torch {packages()['torch']}, now 9.9; code of {tmp_path}/new.py, {tmp_path}/tuning.py)"
+        in said
+    )
     (store.folder / "state.json").write_text("{", encoding="utf-8")
     assert "(its record is damaged)" in begin("task", {}, tmp_path, caplog)
 

@@ -21,7 +21,7 @@ def records(record: type[BaseModel]) -> set[type[BaseModel]]:
     """A record and all records in it."""
     found = {record}
     for field in record.model_fields.values():
-        nested, _ = metrics._nested(field.annotation)
+        nested, _ = metrics.nested_record(field.annotation)
         if nested is not None:
             found |= records(nested)
     return found

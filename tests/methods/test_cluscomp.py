@@ -7,6 +7,7 @@ from llmpress.methods.base import InputStatistics, Shape, Term
 from llmpress.methods.cluscomp import ClusComp
 from llmpress.methods.cluscomp.budget import CodebookSize, true_bits
 from llmpress.nn.layers import CodebookLinear
+from llmpress.nn.packing import unpack
 from llmpress.numerics.linalg import relative_output_error
 
 
@@ -74,7 +75,7 @@ def test_the_codebooks_gradient_is_the_sum_over_its_vectors() -> None:
     layer.codebook.requires_grad_(True)
     upstream = torch.randn(7, 11)
     (layer.dequantize() * upstream).sum().backward()
-    codes = layer._unpack().long()
+    codes = unpack(layer.codes, layer.code_bits, layer.num_vectors).long()
     vectors = torch.nn.functional.pad(upstream.t(), (0, 2)).reshape(-1, 3)  # [N, d]
     expected = torch.zeros(5, 3).index_add_(0, codes, vectors)
     torch.testing.assert_close(layer.codebook.grad.float(), expected)

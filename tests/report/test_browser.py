@@ -16,9 +16,12 @@ from llmpress.report.canvas import COLORS, GREY
 from llmpress.report.html import write_report
 from llmpress.report.tables import read_results
 
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium here: LAYOUT AND SCRIPTS OF THE REPORT ARE NOT TESTED"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="no chromium here: LAYOUT AND SCRIPTS OF THE REPORT ARE NOT TESTED"
+    ),
+]
 WEIGHTS = {*WEIGHT_RUNS, "cluscomp-3bit-tuned"}
 CHARTS = 13
 CONTRASTS = Path(__file__).with_name("contrast.js").read_text(encoding="utf-8")

@@ -16,6 +16,7 @@ from llmpress.nn.layers import (
     QuantizedLinear,
 )
 from llmpress.nn.layers.mixed_low_rank import Vectors
+from llmpress.nn.packing import unpack
 from llmpress.training.rebuilt import rebuilding
 
 SHAPES = [(12, 8, 4), (7, 10, 3), (1, 1, 1), (33, 5, 8)]
@@ -50,7 +51,8 @@ def test_gradients_are_sums_over_the_codes(
     padded = torch.zeros(inputs, -(-outputs // size) * size, dtype=torch.float64)
     padded[:, :outputs] = of_weight.t()
     reference = torch.zeros(5, size, dtype=torch.float64)
-    for code, vector in zip(layer._unpack().tolist(), padded.view(-1, size), strict=True):
+    codes = unpack(layer.codes, layer.code_bits, layer.num_vectors)
+    for code, vector in zip(codes.tolist(), padded.view(-1, size), strict=True):
         reference[code] += vector
     assert layer.codebook.grad is not None
     torch.testing.assert_close(layer.codebook.grad.double(), reference, atol=1e-5, rtol=1e-5)

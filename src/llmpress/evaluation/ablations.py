@@ -161,7 +161,9 @@ def _layers(ablation: Ablation, settings: Mapping[str, Any], data: Path) -> Row:
     for name in ablation.layers:
         weight = source.tensor(f"{name}.weight")
         method = build_method(
-            ablation.method, _fitted(settings, Shape(*weight.shape)), f"ablation of {name}"
+            ablation.method,
+            with_largest_codebook(settings, Shape(*weight.shape)),
+            f"ablation of {name}",
         )
         started = time.perf_counter()
         layer = method.compress(weight, known[name], seed=ablation.seed + zlib.crc32(name.encode()))
@@ -181,8 +183,8 @@ def _layers(ablation: Ablation, settings: Mapping[str, Any], data: Path) -> Row:
     }
 
 
-def _fitted(settings: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
-    """Replace ``bits`` with ``vector_size`` by the largest ``num_entries`` that fits."""
+def with_largest_codebook(settings: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
+    """Replace ``bits`` with ``vector_size`` by the largest ``num_entries`` that fits a shape."""
     if not {"bits", "vector_size"} <= settings.keys():
         return dict(settings)
     d, bits = settings["vector_size"], settings["bits"]

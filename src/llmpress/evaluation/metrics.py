@@ -209,7 +209,7 @@ def _rows(record: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str
     rows = []
     for name, field in record.model_fields.items():
         key, kind = f"{prefix}{name}", field.annotation
-        nested, inner = _nested(kind)
+        nested, inner = nested_record(kind)
         if nested is None:
             rows.append((key + inner, _type_name(kind), field.description or ""))
         else:
@@ -217,7 +217,7 @@ def _rows(record: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str
     return rows
 
 
-def _nested(kind: Any) -> tuple[type[BaseModel] | None, str]:
+def nested_record(kind: Any) -> tuple[type[BaseModel] | None, str]:
     """Return the record inside an annotation, and what stands between the key and its fields."""
     origin, arguments = get_origin(kind), get_args(kind)
     inner = ""

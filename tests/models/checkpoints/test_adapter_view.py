@@ -20,7 +20,6 @@ from llmpress.deltas.compression import compress_delta_artifact
 from llmpress.deltas.extraction import extract_delta_artifact
 from llmpress.export.adapter import export_adapter
 from llmpress.methods.registry import build_method
-from llmpress.models.adapters import _calm
 from llmpress.models.checkpoints.adapter_view import AdapterCheckpoint
 from llmpress.models.checkpoints.delta_files import DeltaFolder, DeltaWriter
 from llmpress.models.checkpoints.dense_view import delta_layer
@@ -30,6 +29,9 @@ from llmpress.models.loading import load_model
 from llmpress.nn.layers import LowRankLinear, MixedLowRankLinear
 
 peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated"  # which peft uses
+)
 
 QUERY, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -66,11 +68,10 @@ def base(tmp_path: Path) -> Path:
 def build_adapter(base: Path, out: Path, **settings: Any) -> dict[str, Tensor]:
     """Save an adapter with random tensors, and return the merged model's."""
     config = {"r": 4, "lora_alpha": 12, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
-    with _calm():
-        wrapped = peft.get_peft_model(load_model(base), peft.LoraConfig(**(config | settings)))
-        disturb([p for p in wrapped.parameters() if p.requires_grad], 0.1)
-        wrapped.save_pretrained(out)
-        merged: dict[str, Tensor] = wrapped.merge_and_unload().state_dict()
+    wrapped = peft.get_peft_model(load_model(base), peft.LoraConfig(**(config | settings)))
+    disturb([p for p in wrapped.parameters() if p.requires_grad], 0.1)
+    wrapped.save_pretrained(out)
+    merged: dict[str, Tensor] = wrapped.merge_and_unload().state_dict()
     return merged
 
 
@@ -249,8 +250,7 @@ def test_peft_opens_an_exported_delta(
 ) -> None:
     small = compressed(base, tmp_path, method, settings, "_proj.weight")
     export_adapter(small, tmp_path / "adapter", dtype=dtype)
-    with _calm():
-        adapted = peft.PeftModel.from_pretrained(load_model(base), tmp_path / "adapter")
+    adapted = peft.PeftModel.from_pretrained(load_model(base), tmp_path / "adapter")
     windows = torch.arange(90).view(3, 30)
     with torch.inference_mode():
         expected = load_delta(load_model(base), small)(windows).logits
@@ -279,9 +279,8 @@ def test_every_layer_has_its_own_rank_and_empty_ones_none(base: Path, tmp_path: 
     assert config["r"] == config["lora_alpha"] == 5
     assert config["rank_pattern"] == {"model.layers.0.self_attn.q_proj": 2}
     assert config["target_modules"] == ["model.layers.0.self_attn.q_proj", QUERY]
-    with _calm():
-        wrapped = peft.PeftModel.from_pretrained(load_model(base), tmp_path / "adapter")
-        merged = wrapped.merge_and_unload().state_dict()
+    wrapped = peft.PeftModel.from_pretrained(load_model(base), tmp_path / "adapter")
+    merged = wrapped.merge_and_unload().state_dict()
     for name, layer in layers.items():
         expected = Checkpoint(base).tensor(f"{name}.weight")
         if name != DOWN:

@@ -28,6 +28,7 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_variant_compiles_and_fits(operation: str, tmp_path: Path) -> None:
     out = tmp_path / "rows.csv"
