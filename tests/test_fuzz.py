@@ -20,6 +20,7 @@ from llmpress.core.errors import LLMPressError
 from llmpress.core.failures import one_line
 from llmpress.core.params import build, read_params, section
 from llmpress.data.documents import CorpusSource
+from llmpress.data.sources.pretrained import ModelSource
 from llmpress.data.tasks.source import TaskSource
 from llmpress.deltas.settings import DeltaRun, read_delta_run
 from llmpress.evaluation.inspection import describe
@@ -28,7 +29,6 @@ from llmpress.evaluation.subjects import find_subject
 from llmpress.methods.registry import build_method
 from llmpress.models.checkpoints.delta_files import DeltaFolder
 from llmpress.models.checkpoints.files import Checkpoint
-from llmpress.models.pretrained import ModelSource
 from llmpress.report.tables import read_results
 from llmpress.tuning.settings import read_finetune
 

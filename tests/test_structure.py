@@ -25,6 +25,7 @@ ORDER = (
     "training",
     "evaluation",
     "export",
+    "serving",
     "planning",
     "report",
     "cli",

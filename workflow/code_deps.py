@@ -1,8 +1,9 @@
 """Keep the code dependencies in dvc.yaml equal to what each stage's script really imports.
 
-A stage depends on its script and on the modules of ``llmpress`` that the script imports, directly
-or through others, at the top of a file or inside a function, with the ``__init__`` of every package
-on the way and the packages' data files. Imports for type checking alone do not count. A stage that
+A stage depends on its script and on what the script imports of ``llmpress``, directly or through
+others, at the top of a file or inside a function, with the packages' data files. Imports for type
+checking alone do not count, nor do files that hold nothing but a docstring. That closure is rounded
+up to folders: a package of which a stage needs more than `FEW` parts counts whole. A stage that
 loads the method named in params.yaml depends on the folder ``methods/${item.method}`` and on what
 any of the methods imports.
 
@@ -22,10 +23,15 @@ from typing import Any
 from ruamel.yaml import YAML
 
 SOURCE = Path("src")
-METHODS = SOURCE / "llmpress" / "methods"
+PACKAGE = SOURCE / "llmpress"
+METHODS = PACKAGE / "methods"
 METHOD_TEMPLATE = "src/llmpress/methods/${item.method}"
 CODE_FOLDERS = ("src/", "workflow/")
 NOT_DATA = {".py", ".pyc", ".typed"}
+# Files or folders of one package that a stage names; of more it names the package. Each entry
+# stands in dvc.lock once for each run.
+FEW = 2
+NEVER_WHOLE = (PACKAGE, METHODS)
 
 
 def closure(script: Path, root: Path = Path()) -> set[str]:
@@ -49,6 +55,7 @@ def closure(script: Path, root: Path = Path()) -> set[str]:
             seen.add(file)
             todo += _imported_files(file, root)
     packages = {f.parent for f in seen if f.name == "__init__.py"}
+    seen = {f for f in seen if not _only_says(root / f)}
     data = {
         f.relative_to(root)
         for package in packages
@@ -56,6 +63,20 @@ def closure(script: Path, root: Path = Path()) -> set[str]:
         if f.is_file() and f.suffix not in NOT_DATA and _package_of(f) == root / package
     }
     return {f.as_posix() for f in (seen | data) - {script}}
+
+
+def rounded(files: set[Path], folder: Path = PACKAGE) -> set[Path]:
+    """Return ``files`` below ``folder`` with every package of which many parts are needed whole.
+
+    Args:
+        files: Paths relative to the project's folder.
+        folder: Where to begin.
+    """
+    below = {file for file in files if folder in file.parents}
+    parts = {file for file in below if file.parent == folder}
+    for name in {file.relative_to(folder).parts[0] for file in below - parts}:
+        parts |= rounded(below, folder / name)
+    return parts if len(parts) <= FEW or folder in NEVER_WHOLE else {folder}
 
 
 def code_dependencies(template: dict[str, Any], root: Path = Path()) -> list[str]:
@@ -69,7 +90,7 @@ def code_dependencies(template: dict[str, Any], root: Path = Path()) -> list[str
         ValueError: A method imports another one.
     """
     script = next(word for word in template["cmd"].split() if word.endswith(".py"))
-    files = closure(Path(script), root)
+    files = {Path(file) for file in closure(Path(script), root)}
     if METHOD_TEMPLATE in template["deps"]:
         packages = {m.parent for m in (root / METHODS).glob("*/__init__.py")}
         names = [f.relative_to(root) for package in packages for f in package.rglob("*.py")]
@@ -82,9 +103,9 @@ def code_dependencies(template: dict[str, Any], root: Path = Path()) -> list[str
                     f"{name} imports {', '.join(sorted(map(str, others)))}: a run depends on the "
                     "package of its own method alone, so move what they share out of methods/"
                 )
-            files |= {file.as_posix() for file in imported - inside}
-        files.add(METHOD_TEMPLATE)
-    return [script, *sorted(files)]
+            files |= imported - inside
+        files.add(Path(METHOD_TEMPLATE))
+    return [script, *sorted(path.as_posix() for path in rounded(files))]
 
 
 def rewrite(text: str, root: Path = Path()) -> str:
@@ -164,6 +185,12 @@ def _module_file(module: str, root: Path) -> Path | None:
         if (root / file).is_file():
             return file
     return None
+
+
+def _only_says(file: Path) -> bool:
+    """Tell whether a Python file holds nothing but a docstring, so that nothing depends on it."""
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    return all(isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) for n in body)
 
 
 def _package_of(file: Path) -> Path:

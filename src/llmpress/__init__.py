@@ -14,22 +14,22 @@ it stays small and names its parts as text; see docs/decisions/0006-import-llmpr
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from llmpress.models.registration import register
+from llmpress.core.registration import register
 
 if TYPE_CHECKING:
     from llmpress.compression.stage import compress_model
     from llmpress.core.errors import LLMPressError
     from llmpress.deltas.applying import load_delta, load_finetuned, remove_delta
-    from llmpress.deltas.bank import DeltaBank
     from llmpress.export.dense import export_dense
     from llmpress.export.factors import export_factors
     from llmpress.export.hub import fetch_artifact, push_artifact
     from llmpress.methods.registry import build_method
     from llmpress.models.loading import dequantized, load_model, load_tokenizer
     from llmpress.nn.layers import dense_bytes
+    from llmpress.serving.bank import DeltaBank
 
 _WHERE = {
-    "DeltaBank": "llmpress.deltas.bank",
+    "DeltaBank": "llmpress.serving.bank",
     "LLMPressError": "llmpress.core.errors",
     "build_method": "llmpress.methods.registry",
     "compress_model": "llmpress.compression.stage",

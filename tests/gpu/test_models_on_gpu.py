@@ -14,9 +14,9 @@ from llmpress.calibration.settings import CalibrationSettings
 from llmpress.calibration.stage import CalibrationText, calibrate_model
 from llmpress.compression.stage import compress_model
 from llmpress.deltas.applying import load_delta
-from llmpress.deltas.bank import DeltaBank
 from llmpress.methods.registry import build_method
 from llmpress.models.loading import load_model
+from llmpress.serving.bank import DeltaBank
 from llmpress.tuning.settings import TuningSettings
 from llmpress.tuning.stage import tune_model
 

@@ -45,7 +45,7 @@ def test_importing_llmpress_is_all_it_takes(compressed: Make) -> None:
         "import inspect, transformers.quantizers.auto as registry\n"
         "assert inspect.getsource(registry)\n"
         "finders = [type(finder).__module__ for finder in sys.meta_path]\n"
-        "assert 'llmpress.models.registration' not in finders\n"
+        "assert 'llmpress.core.registration' not in finders\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

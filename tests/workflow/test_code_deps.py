@@ -1,5 +1,6 @@
 """Each stage's code dependencies are its script's imports."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,9 @@ def write(root: Path, files: dict[str, str]) -> None:
 
 
 SMALL = {
-    "src/llmpress/__init__.py": "",
+    "src/llmpress/__init__.py": "NAME = 1\n",
     "src/llmpress/a.py": "from llmpress.sub import b\n",
-    "src/llmpress/c.py": "",
+    "src/llmpress/c.py": "NAME = 1\n",
     "src/llmpress/unused.py": "",
     "src/llmpress/typed.py": "",
     "src/llmpress/late.py": "from . import c\n",
@@ -32,12 +33,14 @@ SMALL = {
         "if TYPE_CHECKING:\n    from llmpress.typed import T\n"
     ),
 }
+MOST_ENTRIES = 140  # of code, in all of dvc.yaml: each stands in dvc.lock once for each run
 
 
 def test_dvc_yaml_names_exactly_the_code_of_each_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     text = Path("dvc.yaml").read_text(encoding="utf-8")
     assert text == code_deps.rewrite(text), "run python workflow/code_deps.py --write"
+    assert 0 < len(re.findall("- (?:src|workflow)/", text)) <= MOST_ENTRIES
 
 
 def test_closure_follows_packages_functions_relative_imports_and_data(tmp_path: Path) -> None:
@@ -51,6 +54,24 @@ def test_closure_follows_packages_functions_relative_imports_and_data(tmp_path: 
         "src/llmpress/sub/b.py",
         "src/llmpress/sub/templates/page.html",
     }
+
+
+def test_a_file_that_only_says_what_it_is_counts_for_nothing(tmp_path: Path) -> None:
+    write(tmp_path, {**SMALL, "src/llmpress/c.py": '"""What lies here."""\n'})
+    found = code_deps.closure(Path("workflow/script.py"), tmp_path)
+    assert "src/llmpress/c.py" not in found
+    assert "src/llmpress/late.py" in found
+
+
+def test_many_parts_of_a_package_are_the_whole_package() -> None:
+    package, methods = code_deps.PACKAGE, code_deps.METHODS
+    few = {package / name for name in ("__init__.py", "a/x.py", "a/sub/x.py", "b.py", "c.py")}
+    assert code_deps.rounded(few) == few  # never the package of everything
+    sub = {package / "a/sub" / name for name in ("x.py", "y.py", "z.py")}
+    assert code_deps.rounded({package / "a/x.py", *sub}) == {package / "a/x.py", package / "a/sub"}
+    assert code_deps.rounded({package / "a/x.py", package / "a/y.py", *sub}) == {package / "a"}
+    base = {methods / name for name in ("base.py", "registry.py", "more.py")}
+    assert code_deps.rounded(base) == base  # nor all methods
 
 
 def test_import_of_a_missing_module_is_named(tmp_path: Path) -> None:
@@ -67,8 +88,8 @@ def test_names_of_the_package_itself_are_refused(tmp_path: Path) -> None:
 
 
 METHODS = {
-    "src/llmpress/methods/__init__.py": "",
-    "src/llmpress/methods/base.py": "",
+    "src/llmpress/methods/__init__.py": '"""Methods."""\n',
+    "src/llmpress/methods/base.py": "NAME = 1\n",
     "src/llmpress/methods/one/__init__.py": (
         "from llmpress import c\nfrom llmpress.methods import base\n"
     ),
@@ -77,7 +98,7 @@ METHODS = {
 
 
 def test_rewriting_corrects_the_code_and_keeps_the_rest(tmp_path: Path) -> None:
-    write(tmp_path, {**SMALL, **METHODS, "workflow/script.py": "import llmpress.methods\n"})
+    write(tmp_path, {**SMALL, **METHODS, "workflow/script.py": "import llmpress.sub.b\n"})
     text = """\
 # what this is
 stages:
@@ -103,13 +124,15 @@ stages:
     expected = text.replace("        - src/llmpress/gone.py\n", "").replace(
         "        - src/llmpress/methods/${item.method}\n",
         "        - src/llmpress/__init__.py\n        - src/llmpress/c.py\n"
+        "        - src/llmpress/late.py\n"
         "        - src/llmpress/methods/${item.method}\n"
-        "        - src/llmpress/methods/__init__.py\n        - src/llmpress/methods/base.py\n",
+        "        - src/llmpress/methods/base.py\n        - src/llmpress/sub\n",
     )
     expected = expected.replace(
         "      - data/x\n",
         "      - workflow/script.py\n      - data/x\n"
-        "      - src/llmpress/__init__.py\n      - src/llmpress/methods/__init__.py\n",
+        "      - src/llmpress/__init__.py\n      - src/llmpress/c.py\n"
+        "      - src/llmpress/late.py\n      - src/llmpress/sub\n",
     )
     assert code_deps.rewrite(text, tmp_path) == expected
 

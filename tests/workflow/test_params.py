@@ -13,10 +13,10 @@ import yaml
 from llmpress.calibration.settings import CalibrationSettings
 from llmpress.compression.settings import Run
 from llmpress.data.documents import CorpusSource
+from llmpress.data.sources.pretrained import ModelSource
 from llmpress.data.tasks.source import TaskSource
 from llmpress.deltas.settings import DeltaRun, DeltaSource
 from llmpress.evaluation.settings import EvaluationSettings
-from llmpress.models.pretrained import ModelSource
 from llmpress.training.full import TrainingSettings
 from llmpress.training.settings import FinetuningSettings, Training
 from llmpress.tuning.settings import Finetune, TuningSettings

@@ -17,7 +17,7 @@ from llmpress.core.artifacts import artifact_folder, write_json
 from llmpress.core.failures import script_errors
 from llmpress.core.params import build, read_params, section
 from llmpress.data.sources.location import opened
-from llmpress.models.pretrained import ModelSource, refuse_early, write_model
+from llmpress.data.sources.pretrained import ModelSource, refuse_early, write_model
 
 
 def main() -> None:

@@ -67,7 +67,7 @@ def model_folder(model: str) -> Path:
     if folder.is_dir():
         return folder
     if "@" in model and PINNED_REPOSITORY.fullmatch(model):
-        from llmpress.models.pretrained import fetch_repository
+        from llmpress.data.sources.pretrained import fetch_repository
 
         return fetch_repository(model)
     hint = f"; for the hub write {model}@main or another revision" if model.count("/") == 1 else ""

@@ -4,7 +4,7 @@
 ``sizes`` counts the bytes of every artifact, ``stages`` estimates one stage, ``machine`` says what
 there is, and ``plan`` walks params.yaml.
 
-May import from core up to export.
+May import from core up to serving.
 """
 
 from llmpress.planning.machine import Machine, measure_machine

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from llmpress.core.errors import SourceError
 from llmpress.data.sources.hub import download
 from llmpress.data.sources.location import Location, opened
-from llmpress.models.pretrained import ModelSource, write_model
+from llmpress.data.sources.pretrained import ModelSource, write_model
 
 CONFIG = json.dumps({"model_type": "llama", "num_hidden_layers": 1}).encode()
 WEIGHTS = "model.safetensors"

@@ -16,7 +16,7 @@ from llmpress.core.errors import ConfigError, SourceError
 from llmpress.core.params import build
 from llmpress.data.sources.location import Location, Opened, opened
 from llmpress.data.sources.patterns import matches
-from llmpress.models.pretrained import ModelSource, write_model
+from llmpress.data.sources.pretrained import ModelSource, write_model
 
 
 @pytest.fixture

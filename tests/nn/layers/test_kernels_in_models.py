@@ -8,13 +8,13 @@ from tiny_artifacts import Make
 from torch import Tensor
 
 from llmpress.deltas.applying import load_delta
-from llmpress.deltas.bank import DeltaBank
 from llmpress.deltas.compression import compress_delta_artifact
 from llmpress.methods.delta_come import DeltaCoMe
 from llmpress.models.loading import load_model
 from llmpress.nn.kernels import dispatch
 from llmpress.nn.kernels.dispatch import use_backend
 from llmpress.nn.layers import CompressedLinear, MixedLowRankLinear
+from llmpress.serving.bank import DeltaBank
 from llmpress.training.trainables import compressed_parameters, training
 
 pytest.importorskip("triton")

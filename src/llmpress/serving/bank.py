@@ -24,9 +24,9 @@ from llmpress.deltas.applying import (
     fitted_delta,
     swap_module,
 )
-from llmpress.deltas.rows import Name, PerRow, Rows
 from llmpress.models.experts import expert_matrix
 from llmpress.nn.layers.base import frozen
+from llmpress.serving.rows import Name, PerRow, Rows
 
 
 @dataclass
