@@ -12,15 +12,9 @@ def padded_size(size: int) -> int:
     return int(triton.next_power_of_2(size))
 
 
-def rows_of_tile(num_rows: int, dtype: torch.dtype) -> int:
-    """Return the rows of a tile: 1 for a single one, else what tensor cores take.
-
-    Operands of fp32, which do not go through tensor cores, would spill registers above 16. At 64
-    rows, where Hopper's wider instructions begin, Triton 3.6 fails to compile some tiles.
-    """
-    if num_rows == 1:
-        return 1
-    return 16 if dtype == torch.float32 else min(32, max(16, padded_size(num_rows)))
+def rows_of_tile(num_rows: int) -> int:
+    """Return the rows of a tile: 1 for a single one, else the fewest that tensor cores take."""
+    return 1 if num_rows == 1 else 16
 
 
 def operand_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -101,7 +101,7 @@ def codebook_matmul_triton(
     num_entries, vector_size = codebook.shape
     num_columns = -(-out_features // vector_size)
     padded = padded_size(vector_size)
-    block_m = rows_of_tile(num_rows, x.dtype)
+    block_m = rows_of_tile(num_rows)
     block_j = max(1, 128 // padded)
     block_i = 32
     programs = triton.cdiv(num_columns, block_j) * triton.cdiv(num_rows, block_m)

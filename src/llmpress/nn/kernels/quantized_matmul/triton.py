@@ -145,7 +145,7 @@ def quantized_matmul_triton(
     """Return ``x Wᵀ``, ``[M, out]`` in the dtype of ``x [M, in]``; sums are fp32."""
     num_rows, in_features = x.shape
     out_features = scales.shape[0]
-    block_m = rows_of_tile(num_rows, x.dtype)
+    block_m = rows_of_tile(num_rows)
     in_runs = in_features % RUN == 0 and group_size % RUN == 0
     if in_runs:
         kernel, block_o, block_i = _quantized_runs_kernel, 64, RUN * (8 if block_m == 1 else 16)
