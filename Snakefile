@@ -1,7 +1,7 @@
 # The pipeline: from a model to results/report.html.
 #
-# dvc.yaml says what each stage runs, reads and makes; the rules here say how it is executed: log,
-# benchmark, threads, resources, retries. profiles/ holds what belongs to one machine.
+# dvc.yaml says what each stage runs, reads and makes; one rule for all of them says how it is
+# executed: log, benchmark, retries. profiles/ says what a stage asks of a machine.
 
 import sys
 from pathlib import Path
@@ -35,9 +35,5 @@ rule all:
         bridge.outputs("report"),
 
 
-include: "workflow/rules/sources.smk"
-include: "workflow/rules/models.smk"
-include: "workflow/rules/compression.smk"
-include: "workflow/rules/evaluation.smk"
-include: "workflow/rules/report.smk"
+include: "workflow/rules/stages.smk"
 include: "workflow/rules/ablations.smk"

@@ -34,7 +34,6 @@ from snakemake.iocontainers import Wildcards
 
 TOKENS = Path(".snakemake") / "dvc"
 SNAKEMAKE_LOCKS = Path(".snakemake") / "locks"
-GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 # One text for all rules, without anything that varies: a changed text counts as changed code.
 COMMAND = (
     "OMP_NUM_THREADS={threads} python workflow/scripts/dvc_stage.py"
@@ -71,6 +70,15 @@ class Bridge:
         if check_staleness:
             self._remove_lock_of_killed_run()
             self._write_tokens()
+
+    @property
+    def groups(self) -> list[str]:
+        """The names of all groups, in dvc.yaml's order."""
+        return list(self._groups)
+
+    def label(self, group: str) -> str:
+        """Return where the group's logs lie below ``logs/``, with ``{name}`` and without suffix."""
+        return f"{group}/{{name}}" if "foreach" in self._group(group) else group
 
     def names(self, group: str) -> str:
         """Return the wildcard constraint of a ``foreach`` group: a regular expression."""
@@ -164,11 +172,6 @@ class Bridge:
             for lock in SNAKEMAKE_LOCKS.glob("*.lock"):
                 lock.unlink()
         fcntl.flock(self._alive, fcntl.LOCK_SH)
-
-
-def gpus_per_job() -> int:
-    """Return 1 on a machine with a GPU and 0 elsewhere, where such jobs may run side by side."""
-    return int(any(device.exists() for device in GPU_DEVICES))
 
 
 def _is_params(dependency: Output) -> bool:

@@ -84,6 +84,7 @@ def kill_everything(engine: subprocess.Popen[str]) -> None:
 
 
 def test_snakemake_leaves_nothing_to_do(project: Project) -> None:
+    assert list(project.folder.glob("toy/methods/*/__pycache__/*.pyc"))
     project.assert_up_to_date()
     project.assert_as_committed()
 
@@ -170,7 +171,7 @@ def test_damaged_outputs_are_restored(project: Project, engine: str) -> None:
 
 @both_engines
 def test_a_failing_stage_is_named_and_a_rerun_continues(project: Project, engine: str) -> None:
-    project.edit("A method", "A better method", file="toy/methods/plain.py")
+    project.edit('"plain"', '"better"', file="toy/methods/plain/method.py")
     status = 1 if engine == "snakemake" else 255
     printed = project.engine(engine, status=status, TOY_FAIL="evaluate@x")
     assert "the toy broke" in printed

@@ -25,7 +25,6 @@ ROOT = Path(__file__).parents[2]
 SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/params.schema.yaml").read_text(encoding="utf-8"))
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-RULES = {path.name: path.read_text(encoding="utf-8") for path in ROOT.glob("workflow/rules/*.smk")}
 SECTIONS = {
     "models": ModelSource,
     "corpora": CorpusSource,
@@ -170,19 +169,20 @@ def test_evaluations_depend_on_all_settings_but_the_list_of_models(group: str) -
     assert tracked == fields(EvaluationSettings)
 
 
-def test_each_stage_has_a_rule_and_each_rule_its_stage() -> None:
-    stages = {name: text for name, text in RULES.items() if name != "ablations.smk"}
-    text = "\n".join(stages.values())
-    names = re.findall(r"^rule (\w+):", text, flags=re.MULTILINE)
-    assert sorted(names) == sorted(STAGES)
-    for name, body in zip(
-        names, re.split(r"^rule \w+:", text, flags=re.MULTILINE)[1:], strict=True
-    ):
-        assert set(re.findall(r'bridge\.\w+\("(\w+)"\)', body)) == {name}
+def computes(stage: str) -> bool:
+    """Tell whether a stage's script picks the device that it computes on."""
+    command = STAGES[stage].get("do", STAGES[stage])["cmd"]
+    return "pick_device" in (ROOT / command.split()[1]).read_text(encoding="utf-8")
 
 
-def test_only_downloads_are_tried_again() -> None:
-    assert [name for name, text in RULES.items() if "retries:" in text] == ["sources.smk"]
+@pytest.mark.parametrize("name", ["default", "slurm"])
+def test_profiles_give_a_gpu_to_the_stages_that_compute(name: str) -> None:
+    profile = yaml.safe_load((ROOT / f"profiles/{name}/config.yaml").read_text(encoding="utf-8"))
+    resources = profile["set-resources"]
+    assert {*resources, *profile["set-threads"]} <= {*STAGES, "ablations"}
+    assert profile["default-resources"]["gpu"] != 0
+    without = {rule for rule, asked in resources.items() if asked.get("gpu") == 0}
+    assert without == {stage for stage in STAGES if not computes(stage)} | {"ablations"}
 
 
 def test_dependencies_exist_or_are_made_by_a_stage() -> None:

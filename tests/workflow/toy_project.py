@@ -10,7 +10,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 TOY = Path(__file__).parent / "toy"
 REAL_FILES = (
+    "workflow/check_lock.py",
     "workflow/dvc_bridge.py",
+    "workflow/envs/llmpress.yaml",
+    "workflow/report/report.rst",
+    "workflow/rules/stages.smk",
     "workflow/scripts/dvc_stage.py",
     "profiles/default/config.yaml",
     ".dvcignore",

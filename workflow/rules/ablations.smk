@@ -13,9 +13,5 @@ rule ablations:
         "logs/ablations/{method}.log",
     conda:
         "../envs/llmpress.yaml"
-    threads: 1
-    resources:
-        mem_mb=4000,
-        runtime=60,
     shell:
         "python workflow/scripts/ablations.py {wildcards.method} > {log} 2>&1"

@@ -1,5 +1,6 @@
 """Stages that compute nothing of interest in no time, and write down that they ran."""
 
+import importlib
 import json
 import os
 import sys
@@ -38,7 +39,8 @@ def main(group, key, params):
         folder(f"data/calibration/{key}", f"{params['seed']} {text('data/models/' + key)}")
     elif group == "compress":
         item = params["runs"][key]
-        method = Path(f"toy/methods/{item['method']}.py").read_text(encoding="utf-8")
+        # imported as a real one, so that Python leaves a __pycache__ in the folder depended on
+        method = importlib.import_module(f"methods.{item['method']}.method").NAME
         model, moments = text(f"data/models/{item['model']}"), text("data/calibration/a")
         folder(f"data/compressed/{key}", f"{item} {method} {model} {moments}")
     elif group == "evaluate":

@@ -1,1 +1,3 @@
 """A method."""
+
+NAME = "plain"

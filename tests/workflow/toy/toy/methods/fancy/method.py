@@ -1,1 +1,3 @@
 """Another method."""
+
+NAME = "fancy"
