@@ -1,5 +1,6 @@
 """params.yaml: every mistake is one line that names the key and the nearest known one."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,22 +35,16 @@ def test_read_params_returns_the_mapping(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        (None, "does not exist: run from the project's root"),
-        ("a: [1\nb: 2", "is not valid YAML"),
-        ("- 1\n- 2", "must be a mapping of sections, not list"),
-        ("", "must be a mapping of sections, not NoneType"),
-    ],
+    "text",
+    [None, "a: [1\nb: 2", "- 1\n- 2", ""],
     ids=["missing", "broken", "a-list", "empty"],
 )
-def test_read_params_refuses(tmp_path: Path, text: str | None, says: str) -> None:
+def test_read_params_refuses(tmp_path: Path, text: str | None) -> None:
     file = tmp_path / "params.yaml"
     if text is not None:
         file.write_text(text)
-    with pytest.raises(ConfigError, match=says) as caught:
+    with pytest.raises(ConfigError, match=re.escape(str(file))) as caught:
         read_params(file)
-    assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -58,19 +53,18 @@ def test_section_walks_dotted_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dotted", "says"),
+    ("dotted", "named"),
     [
-        ("runs.rtn-4bt", "runs has no 'rtn-4bt': did you mean 'rtn-4bit'?"),
-        ("runs.zzz", "runs has no 'zzz': known are gptq-3bit, rtn-4bit"),
-        ("rusn", "params.yaml has no 'rusn': did you mean 'runs'?"),
-        ("seed.x", "seed in params.yaml is a plain value, it has no 'x'"),
+        ("runs.rtn-4bt", "runs .*'rtn-4bt'.* 'rtn-4bit'"),
+        ("runs.zzz", "runs .*'zzz'.* gptq-3bit, rtn-4bit"),
+        ("rusn", r"params\.yaml .*'rusn'.* 'runs'"),
+        ("seed.x", r"seed in params\.yaml .*'x'"),
     ],
     ids=["near", "far", "top", "too-deep"],
 )
-def test_section_names_what_is_missing(dotted: str, says: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_section_names_what_is_missing(dotted: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
         section({"seed": 0, "runs": {"rtn-4bit": {}, "gptq-3bit": {}}}, dotted)
-    assert str(caught.value) == says
 
 
 def test_build_converts_and_nests() -> None:
@@ -85,17 +79,17 @@ def test_build_converts_and_nests() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "says"),
+    ("values", "named"),
     [
-        ({"num_bitz": 4}, "runs.a has no setting 'num_bitz': did you mean 'num_bits'?"),
-        ({"num_bits": 4, "groups": [{"bitz": 1}]}, "runs.a.groups.0 has no setting 'bitz'"),
-        ({"num_bits": 4, "named": {"x": {"rnk": 1}}}, "no setting 'rnk': did you mean 'rank'?"),
-        ({"num_bits": 4, "extra": {"rnk": 1}}, "runs.a.extra has no setting 'rnk'"),
-        ({}, "runs.a.num_bits is missing"),
-        ({"num_bits": 4.5}, "runs.a.num_bits: .*integer.*got 4.5"),
-        ({"num_bits": "four"}, "runs.a.num_bits: .*integer.*got 'four'"),
-        ({"num_bits": 9}, "runs.a: num_bits must be at most 8, got 9"),
-        (["num_bits"], "runs.a must be a mapping of settings"),
+        ({"num_bitz": 4}, r"runs\.a .*'num_bitz'.* 'num_bits'"),
+        ({"num_bits": 4, "groups": [{"bitz": 1}]}, r"runs\.a\.groups\.0 .*'bitz'"),
+        ({"num_bits": 4, "named": {"x": {"rnk": 1}}}, r"runs\.a\.named\.x .*'rnk'.* 'rank'"),
+        ({"num_bits": 4, "extra": {"rnk": 1}}, r"runs\.a\.extra .*'rnk'"),
+        ({}, r"runs\.a\.num_bits"),
+        ({"num_bits": 4.5}, r"runs\.a\.num_bits.*4\.5"),
+        ({"num_bits": "four"}, r"runs\.a\.num_bits.*'four'"),
+        ({"num_bits": 9}, r"runs\.a.*num_bits.*9"),
+        (["num_bits"], r"runs\.a"),
     ],
     ids=[
         "unknown",
@@ -109,22 +103,22 @@ def test_build_converts_and_nests() -> None:
         "list",
     ],
 )
-def test_build_refuses(values: object, says: str) -> None:
-    with pytest.raises(ConfigError, match=says) as caught:
+def test_build_refuses(values: object, named: str) -> None:
+    with pytest.raises(ConfigError, match=named) as caught:
         build(Settings, values, "runs.a")  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "named"),
     [
-        ("runs: true", "runs in params.yaml must map names to settings, not True"),
-        ("models: {a: 3}", "models.a must be a mapping of settings, not 3"),
-        ("evaluation: 3", "evaluation.models in params.yaml must be a list of names"),
-        ("evaluation: {models: {a: 1}}", "must be a list of names"),
+        ("runs: true", "runs .*True"),
+        ("models: {a: 3}", r"models\.a .*3"),
+        ("evaluation: 3", r"evaluation\.models"),
+        ("evaluation: {models: {a: 1}}", r"evaluation\.models"),
     ],
 )
-def test_sections_of_another_form_are_refused(content: str, message: str, tmp_path: Path) -> None:
+def test_sections_of_another_form_are_refused(content: str, named: str, tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(content)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=named):
         read_params(tmp_path / "params.yaml")

@@ -52,7 +52,7 @@ def test_tables_give_their_distinct_documents(tmp_path: Path, kind: str) -> None
     write_table(file, ROWS)
     assert read_rows(file) == ROWS
     assert read_documents([file], "passage", None) == ["one", "two"]
-    with pytest.raises(SourceError, match=r"no column 'text' .it has passage, id.; correct"):
+    with pytest.raises(SourceError, match=r"'text' .*passage, id"):
         read_documents([file], "text", None)
 
 
@@ -60,7 +60,7 @@ def test_tables_give_their_distinct_documents(tmp_path: Path, kind: str) -> None
 def test_damaged_tables_are_named(tmp_path: Path, kind: str) -> None:
     file = tmp_path / f"part{kind}"
     file.write_bytes(b"{broken")
-    with pytest.raises(SourceError, match=f"part{kind}: damaged, or no {kind} file"):
+    with pytest.raises(SourceError, match=f"part{kind}"):
         read_documents([file], "passage", None)
 
 
@@ -73,7 +73,7 @@ def test_text_files_are_documents(tmp_path: Path) -> None:
 
 def test_text_must_be_utf8(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(SourceError, match=r"a.txt: not UTF-8"):
+    with pytest.raises(SourceError, match=r"a\.txt"):
         read_documents([tmp_path / "a.txt"], "text", None)
 
 
@@ -93,16 +93,16 @@ def test_standard_library_is_bounded_python_in_a_fixed_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "says"),
+    ("values", "named"),
     [
-        ({"python_stdlib": True, "path": "x"}, "takes no package, hub or path"),
-        ({}, "exactly one of package, hub and path"),
-        ({"path": "x", "fields": "y"}, "no setting 'fields': did you mean 'field'"),
+        ({"python_stdlib": True, "path": "x"}, "python_stdlib"),
+        ({}, "package, hub and path"),
+        ({"path": "x", "fields": "y"}, "'fields'.* 'field'"),
     ],
     ids=["two", "none", "unknown"],
 )
-def test_corpus_source_is_validated(values: dict[str, Any], says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
+def test_corpus_source_is_validated(values: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
         build(CorpusSource, {"license": "MIT", **values}, "corpora.c")
 
 
@@ -115,7 +115,7 @@ def test_splits_are_a_partition_that_depends_on_the_seed(documents: list[str]) -
 
 
 def test_too_few_documents_are_refused(documents: list[str]) -> None:
-    with pytest.raises(SourceError, match="9 documents cannot be split"):
+    with pytest.raises(SourceError, match="9 documents"):
         split_documents(documents[:9], seed=0)
 
 
@@ -124,9 +124,9 @@ def test_text_survives_the_disk(tmp_path: Path) -> None:
     sizes = write_text(tmp_path, {"test": documents})
     assert load_text(tmp_path, "test") == documents
     assert sizes == {"test": {"documents": 3, "characters": sum(map(len, documents))}}
-    with pytest.raises(ArtifactError, match=r"validation.txt: no such file; fetch the corpus"):
+    with pytest.raises(ArtifactError, match=r"validation\.txt"):
         load_text(tmp_path, "validation")
-    with pytest.raises(ValueError, match="split 'train' is none of calibration"):
+    with pytest.raises(ValueError, match="split 'train'"):
         load_text(tmp_path, "train")
 
 
@@ -194,7 +194,7 @@ def test_every_window_starts_with_the_bos_that_a_tokenizer_demands(
 def test_too_little_text_is_refused(
     tokenizer: PreTrainedTokenizerBase, documents: list[str]
 ) -> None:
-    with pytest.raises(SourceError, match="4 windows of 32 tokens were asked for, the text gives"):
+    with pytest.raises(SourceError, match="4 windows of 32 tokens"):
         token_windows(documents, tokenizer, length=32, count=4)
 
 
@@ -202,5 +202,5 @@ def test_too_little_text_is_refused(
 def test_empty_windows_are_refused(
     tokenizer: PreTrainedTokenizerBase, documents: list[str], length: int, count: int
 ) -> None:
-    with pytest.raises(ValueError, match="leave no room for text"):
+    with pytest.raises(ValueError, match=f"{length}.*{count}|{count}.*{length}"):
         token_windows(documents, tokenizer, length, count)

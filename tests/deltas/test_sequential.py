@@ -84,7 +84,7 @@ def test_layers_that_share_an_input_share_a_forward(
 def test_blocks_cannot_be_visited_again(tiny_model_folder: Path, tiny_windows: Tensor) -> None:
     statistics = sequential(tiny_model_folder, tiny_windows)
     assert statistics["model.layers.1.self_attn.q_proj"].num_tokens
-    with pytest.raises(ValueError, match="block 0 is done, 1 is being compressed"):
+    with pytest.raises(ValueError, match=r"block 0 .*1"):
         statistics["model.layers.0.self_attn.q_proj"]
 
 

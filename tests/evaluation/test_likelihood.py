@@ -89,14 +89,14 @@ def test_another_vocabulary_is_refused(tiny_model: PreTrainedModel, tiny_windows
         num_hidden_layers=1,
         num_attention_heads=1,
     )
-    with pytest.raises(ArtifactError, match="vocabulary of 512 tokens compared with one of 520"):
+    with pytest.raises(ArtifactError, match=r"512 .*520"):
         likelihood(tiny_model, LlamaForCausalLM(config).eval(), tiny_windows[:1], "code")
 
 
 def test_not_a_number_is_an_error(tiny_model: PreTrainedModel, tiny_windows: Tensor) -> None:
     broken = copy.deepcopy(tiny_model)
     broken.model.norm.weight.data[0] = torch.nan
-    with pytest.raises(NumericalError, match="likelihood on code: the model computes NaN or Inf"):
+    with pytest.raises(NumericalError, match=r"code: .*NaN"):
         likelihood(broken, tiny_model, tiny_windows[:1], "code")
 
 
@@ -105,7 +105,7 @@ def test_an_infinite_perplexity_is_an_error(
 ) -> None:
     broken = copy.deepcopy(tiny_model)
     broken.model.norm.weight.data *= 1e6
-    with pytest.raises(NumericalError, match="nats has no perplexity"):
+    with pytest.raises(NumericalError, match=r"code: .*nats"):
         likelihood(broken, None, tiny_windows[:1], "code")
 
 
@@ -113,5 +113,5 @@ def test_an_infinite_perplexity_is_an_error(
 def test_windows_without_predictions_are_refused(
     shape: tuple[int, ...], tiny_model: PreTrainedModel
 ) -> None:
-    with pytest.raises(ValueError, match="windows: shape"):
+    with pytest.raises(ValueError, match="windows"):
         likelihood(tiny_model, None, torch.zeros(shape, dtype=torch.int64), "code")

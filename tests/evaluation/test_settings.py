@@ -27,13 +27,13 @@ def test_a_model_and_what_is_compared_with_it_are_asked_their_own_tasks_too() ->
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"windows": 0}, "windows is 0, at least 1"),
-        ({"length": 1}, "length is 1, at least 2"),
-        ({"decode_tokens": 1}, "decode_tokens is 1, at least 2"),
-        ({"tasks": {"choice": 1}}, "tasks.choice: 1 items give no standard error"),
-        ({"own_tasks": {"tuned": {"choice": 1}}}, "tasks.choice: 1 items give no standard error"),
-        ({"dtype": "float16"}, "evaluation.dtype"),
-        ({"window": 3}, "did you mean 'windows'"),
+        ({"windows": 0}, "windows .*0"),
+        ({"length": 1}, "length .*1"),
+        ({"decode_tokens": 1}, "decode_tokens .*1"),
+        ({"tasks": {"choice": 1}}, r"tasks\.choice: 1 "),
+        ({"own_tasks": {"tuned": {"choice": 1}}}, r"tasks\.choice: 1 "),
+        ({"dtype": "float16"}, r"evaluation\.dtype"),
+        ({"window": 3}, "'window'.* 'windows'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

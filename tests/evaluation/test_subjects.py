@@ -44,9 +44,7 @@ def test_what_a_name_stands_for(name: str, expected: Subject) -> None:
 
 
 def test_an_unknown_name_gets_a_suggestion() -> None:
-    with pytest.raises(
-        ConfigError, match=r"'rtn-tunde' is no model or run.*did you mean 'rtn-tuned'"
-    ):
+    with pytest.raises(ConfigError, match=r"'rtn-tunde'.* 'rtn-tuned'"):
         find_subject(PARAMS, "rtn-tunde")
 
 
@@ -57,7 +55,7 @@ def test_sections_may_be_empty_or_missing() -> None:
 
 def test_a_name_twice_is_an_error() -> None:
     params = {**PARAMS, "runs": {"tiny": PARAMS["runs"]["rtn"]}}
-    with pytest.raises(ConfigError, match=r"runs and evaluation.models: rename one"):
+    with pytest.raises(ConfigError, match=r"'tiny'.* runs and evaluation\.models"):
         find_subject(params, "tiny")
 
 
@@ -85,5 +83,5 @@ def test_a_delta_is_put_on_its_base_with_the_tokenizer_of_the_finetuned_model() 
 
 @pytest.mark.usefixtures("project")
 def test_what_was_not_made_yet_is_named() -> None:
-    with pytest.raises(ArtifactError, match=r"data/finetuned/rtn-tuned: no artifact here"):
+    with pytest.raises(ArtifactError, match=r"data/finetuned/rtn-tuned"):
         find_subject(PARAMS, "rtn-tuned").load(torch.float32, "cpu")

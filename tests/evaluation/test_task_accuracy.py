@@ -95,7 +95,7 @@ def test_more_items_than_there_are_is_an_error(
     tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     folder = write_task(tmp_path / "choice", CHOICE_TASK, choice_rows())
-    with pytest.raises(ArtifactError, match="9 items were asked for, the task has 8"):
+    with pytest.raises(ArtifactError, match=r"9 .*8"):
         evaluate_tasks(tiny_model, tiny_tokenizer, {"choice": folder}, {"choice": 9})
 
 
@@ -117,7 +117,7 @@ def damaged(config: Any) -> str:
 def test_a_damaged_task_is_named(text: str, tmp_path: Path) -> None:
     folder = write_task(tmp_path / "choice", CHOICE_TASK, choice_rows())
     (folder / "task.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(ArtifactError, match=r"choice/task.yaml: no usable lm-eval task"):
+    with pytest.raises(ArtifactError, match=r"choice/task\.yaml"):
         read_task(folder)
 
 

@@ -63,7 +63,7 @@ def test_base_and_delta_become_one_model(
 def test_a_delta_of_another_base_is_refused(
     tiny_finetuned_folder: Path, compressed_delta: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ArtifactError, match="is another model"):
+    with pytest.raises(ArtifactError, match="tiny"):
         llmpress.export_dense(tiny_finetuned_folder, tmp_path / "out", delta=compressed_delta)
     assert not list(tmp_path.iterdir())
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -233,68 +234,34 @@ def spoil(copy: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "says"),
+    ("how", "named"),
     [
-        ("changed", "model.safetensors: differs from its checksum in provenance.json"),
-        ("missing", "config.json: is missing; make the artifact again"),
-        ("no-provenance", "no artifact here (provenance.json is missing)"),
-        ("no-layers", "neither a compressed model nor a compressed delta"),
-        ("code", "provenance.json lists 'own.py'; an artifact holds only *.safetensors, *.json"),
+        ("changed", "model.safetensors"),
+        ("missing", "config.json"),
+        ("no-provenance", "provenance.json"),
+        ("no-layers", "rtn-4bit"),
+        ("code", "'own.py'"),
     ],
     ids=["changed", "missing", "no-provenance", "no-layers", "code"],
 )
-def test_no_artifact_is_not_pushed(how: str, says: str, copy: Path, writer: StandIn) -> None:
+def test_no_artifact_is_not_pushed(how: str, named: str, copy: Path, writer: StandIn) -> None:
     spoil(copy, how)
-    with pytest.raises(ArtifactError) as caught:
+    with pytest.raises(ArtifactError, match=re.escape(named)):
         push_artifact(copy, NAME)
-    assert says in str(caught.value)
     assert not writer.seen
 
 
 @pytest.mark.parametrize(
-    ("name", "token", "says"),
+    ("name", "token", "named"),
     [
-        (
-            NAME,
-            None,
-            "hub repository team/small: no token: set HF_TOKEN to one that may write, or run "
-            "`hf auth login`",
-        ),
-        (
-            NAME,
-            READER,
-            "hub repository team/small: the token has no permission (You don't have the rights to "
-            "do this): use one that may write there",
-        ),
-        (
-            "team/mine",
-            READER,
-            "hub repository team/mine: the token has no permission (You don't have the rights to "
-            "do this): use one that may write there",
-        ),
-        (
-            NAME,
-            "hf_expired",
-            "hub repository team/small: the token is not accepted (Invalid credentials in "
-            "Authorization header): set HF_TOKEN to a valid one",
-        ),
-        (
-            "team/public",
-            WRITER,
-            "hub repository team/public: is public; pass private=False (--public) to publish there",
-        ),
-        (
-            "team/theirs",
-            WRITER,
-            "hub repository team/theirs: holds model.safetensors and no llmpress artifact; name "
-            "another repository, or a new one",
-        ),
-        ("small", WRITER, "hub repository small: write it as owner/name"),
-        (
-            "team/a--b",
-            WRITER,
-            "hub repository team/a--b: Cannot have -- or .. in repo_id: 'team/a--b'.",
-        ),
+        (NAME, None, "HF_TOKEN"),
+        (NAME, READER, "permission .You don't have the rights"),
+        ("team/mine", READER, "permission .You don't have the rights"),
+        (NAME, "hf_expired", "Invalid credentials.* HF_TOKEN"),
+        ("team/public", WRITER, "private=False .--public"),
+        ("team/theirs", WRITER, r"model\.safetensors"),
+        ("small", WRITER, "owner/name"),
+        ("team/a--b", WRITER, "--"),
     ],
     ids=[
         "no-token",
@@ -310,7 +277,7 @@ def test_no_artifact_is_not_pushed(how: str, says: str, copy: Path, writer: Stan
 def test_a_refused_upload_is_one_line(
     name: str,
     token: str | None,
-    says: str,
+    named: str,
     artifact: Path,
     hub: StandIn,
     monkeypatch: pytest.MonkeyPatch,
@@ -320,9 +287,8 @@ def test_a_refused_upload_is_one_line(
     hub.add("team/public", {})
     hub.add("team/mine", {}, private=True)
     hub.add("team/theirs", {"model.safetensors": b""}, private=True)
-    with pytest.raises(HubError) as caught:
+    with pytest.raises(HubError, match=f"^hub repository {name}: .*{named}"):
         push_artifact(artifact, name)
-    assert str(caught.value) == says
     assert all(len(repository.commits) == 1 for repository in hub.repositories.values())
 
 
@@ -338,12 +304,8 @@ def test_an_upload_without_a_network_is_one_line(
     artifact: Path, writer: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(HubError) as caught:
+    with pytest.raises(HubError, match=f"^hub repository {NAME}: .*Connection refused"):
         push_artifact(artifact, NAME)
-    assert str(caught.value) == (
-        "hub repository team/small: the upload failed ([Errno 111] Connection refused): run it "
-        "again, files that arrived are not sent twice"
-    )
     assert not writer.seen
 
 
@@ -351,28 +313,27 @@ def test_a_refused_object_leaves_the_repository_as_it_was(
     artifact: Path, writer: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hub_stand_in.sha", lambda _: "another")
-    with pytest.raises(HubError, match=r"the hub answers 400 .the content is not what was annou"):
+    with pytest.raises(HubError, match="400"):
         push_artifact(artifact, NAME)
     assert writer.repositories[NAME].files().keys() == {".gitattributes"}
 
 
 @pytest.mark.usefixtures("writer")
 @pytest.mark.parametrize(
-    ("spec", "error", "says"),
+    ("spec", "error", "named"),
     [
-        (NAME, ValueError, "is not pinned: write owner/name@revision"),
-        ("team/gone@main", SourceError, "hub repository team/gone: not found, or private"),
-        ("team/plain@main", SourceError, "team/plain has no file that matches provenance.json"),
+        (NAME, ValueError, "owner/name@revision"),
+        ("team/gone@main", SourceError, "hub repository team/gone"),
+        ("team/plain@main", SourceError, r"team/plain .*provenance\.json"),
     ],
     ids=["unpinned", "missing", "no-artifact"],
 )
 def test_what_is_no_artifact_is_not_fetched(
-    spec: str, error: type[Exception], says: str, hub: StandIn
+    spec: str, error: type[Exception], named: str, hub: StandIn
 ) -> None:
     hub.add("team/plain", {"model.safetensors": b""})
-    with pytest.raises(error) as caught:
+    with pytest.raises(error, match=named):
         fetch_artifact(spec)
-    assert says in str(caught.value)
 
 
 def changed(files: dict[str, bytes], name: str, content: bytes) -> dict[str, bytes]:
@@ -389,45 +350,25 @@ def relisted(files: dict[str, bytes], name: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("edit", "says"),
+    ("edit", "named"),
     [
-        (
-            lambda files: changed(files, "config.json", b"{}"),
-            "hub repository team/small: config.json: differs from provenance.json; run it again to "
-            "fetch it anew, and if it stays so, it was changed after the upload",
-        ),
-        (
-            lambda files: changed(files, "model.safetensors", b"other"),
-            "hub repository team/small: model.safetensors: differs from provenance.json; run it "
-            "again to fetch it anew, and if it stays so, it was changed after the upload",
-        ),
-        (
-            lambda files: {n: c for n, c in files.items() if n != "layers.json"},
-            "hub repository team/small: layers.json is missing; push it again",
-        ),
-        (
-            lambda files: relisted(files, "own.py"),
-            "hub repository team/small: provenance.json lists 'own.py'; an artifact holds only "
-            "*.safetensors, *.json, *.txt, *.model, *.jinja, in no folders",
-        ),
-        (
-            lambda files: relisted(files, "../../own.json"),
-            "hub repository team/small: provenance.json lists '../../own.json'; an artifact holds "
-            "only *.safetensors, *.json, *.txt, *.model, *.jinja, in no folders",
-        ),
+        (lambda files: changed(files, "config.json", b"{}"), "config.json"),
+        (lambda files: changed(files, "model.safetensors", b"other"), "model.safetensors"),
+        (lambda files: {n: c for n, c in files.items() if n != "layers.json"}, "layers.json"),
+        (lambda files: relisted(files, "own.py"), "provenance.json lists 'own.py'"),
+        (lambda files: relisted(files, "../../own.json"), "provenance.json lists '../../own.json'"),
     ],
     ids=["small-file", "weights", "missing", "code", "outside"],
 )
 def test_a_changed_artifact_is_refused(
     edit: Callable[[dict[str, bytes]], dict[str, bytes]],
-    says: str,
+    named: str,
     artifact: Path,
     hub: StandIn,
 ) -> None:
     commit = hub.add(NAME, edit(contents(artifact)))
-    with pytest.raises(ArtifactError) as caught:
+    with pytest.raises(ArtifactError, match=re.escape(f"hub repository {NAME}: {named}")):
         fetch_artifact(f"{NAME}@main")
-    assert str(caught.value) == says
     hub.add(NAME, contents(artifact))
     assert contents(fetch_artifact(f"{NAME}@main")) == contents(artifact)
     assert commit in hub.repositories[NAME].commits
@@ -451,7 +392,7 @@ def test_no_earlier_download_is_trusted(artifact: Path, writer: StandIn) -> None
     folder = fetch_artifact(f"{NAME}@main")
     with (folder / "model.safetensors").open("r+b") as file:
         file.write(b"x")
-    with pytest.raises(SourceError, match="the damaged copy is deleted"):
+    with pytest.raises(SourceError, match=r"model\.safetensors"):
         fetch_artifact(f"{NAME}@main")
     assert contents(fetch_artifact(f"{NAME}@main")) == contents(artifact)
     assert len(writer.gets("model.safetensors")) == 2

@@ -380,9 +380,9 @@ def test_every_method_that_is_told_bits_knows_the_smallest() -> None:
 @pytest.mark.parametrize("name", BUDGETED)
 def test_the_smallest_budget_is_named_and_enough_for_all_layers(name: str) -> None:
     cls = method_class(name)
-    with pytest.raises(ValueError, match=r"smallest possible budget here is ") as caught:
+    with pytest.raises(ValueError, match=r"bits=0\.11") as caught:
         cls(bits=0.11, **BUDGETED[name]).plan(SHAPES, 1)
-    found = re.search(r"here is (\d+\.\d+) bits", str(caught.value))
+    found = re.search(r"(\d+\.\d+) bits", str(caught.value))
     assert found is not None
     enough = cls(bits=float(found[1]), **BUDGETED[name])
     stored, weights = 0, 0
@@ -393,12 +393,12 @@ def test_the_smallest_budget_is_named_and_enough_for_all_layers(name: str) -> No
         weights += weight.numel()
     assert stored <= float(found[1]) * weights
     less = cls(bits=float(found[1]) * 0.99, **BUDGETED[name])
-    with pytest.raises(ValueError, match="smallest possible budget"):
+    with pytest.raises(ValueError, match="bits="):
         less.plan(SHAPES, 1)
     with pytest.raises(ValueError, match="bits"):
         less.compress(torch.randn(*SHAPES["small"]))
 
 
 def test_unknown_methods_get_a_suggestion() -> None:
-    with pytest.raises(ValueError, match="did you mean 'gptq'"):
+    with pytest.raises(ValueError, match=r"'gtpq'.* 'gptq'"):
         method_class("gtpq")

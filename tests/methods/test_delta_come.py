@@ -138,13 +138,13 @@ def test_the_size_of_a_delta_does_not_matter(factor: float) -> None:
 
 def test_an_unreachable_budget_names_the_smallest_one() -> None:
     delta, statistics = sample()
-    with pytest.raises(ValueError, match="smallest possible budget is") as error:
+    with pytest.raises(ValueError, match=r"bits=0\.01") as error:
         DeltaCoMe(bits=0.01).compress(delta, statistics)
     smallest = float(str(error.value).split()[-1])
     layer = DeltaCoMe(bits=smallest).compress(delta, statistics)
     assert isinstance(layer, MixedLowRankLinear)
     assert layer.rank == 1
-    with pytest.raises(ValueError, match="smallest possible"):
+    with pytest.raises(ValueError, match="bits="):
         DeltaCoMe(bits=smallest - 2e-4).compress(delta, statistics)
 
 

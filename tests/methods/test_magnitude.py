@@ -43,9 +43,7 @@ def test_dare_is_right_on_average() -> None:
 
 
 def test_a_budget_without_an_entry_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"bits=0.001: a matrix of shape \[4, 5\] needs at least 3.6000"
-    ):
+    with pytest.raises(ValueError, match=r"bits=0\.001: .*\[4, 5\] .*3\.6000"):
         Magnitude(bits=0.001).compress(torch.randn(4, 5))
 
 
@@ -62,5 +60,5 @@ def test_a_budget_without_an_entry_is_refused() -> None:
     ids=str,
 )
 def test_bad_settings_are_refused(settings: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"exactly one|must be|allowed"):
+    with pytest.raises(ValueError, match="|".join(settings) or "sparsity"):
         Magnitude(**settings)

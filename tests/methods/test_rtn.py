@@ -57,7 +57,7 @@ def test_size_is_that_of_codes_scales_and_zero_points() -> None:
 
 
 def test_weights_beyond_fp16_are_refused() -> None:
-    with pytest.raises(ValueError, match="too large for fp16"):
+    with pytest.raises(ValueError, match="fp16"):
         RTN(4, 8).compress(torch.full((2, 8), 1e6))
 
 

@@ -53,13 +53,11 @@ def test_keep_is_a_share_of_the_parameters() -> None:
 
 
 def test_budgets_without_a_rank_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"bits=0.01: rank 1 of shape \[10, 20\] needs at least 2.4000"
-    ):
+    with pytest.raises(ValueError, match=r"bits=0\.01: rank 1 .*\[10, 20\] .*2\.4000"):
         SVD(bits=0.01).compress(torch.randn(10, 20))
-    with pytest.raises(ValueError, match=r"keep=0\.01: rank 1 .* needs at least 0.1500"):
+    with pytest.raises(ValueError, match=r"keep=0\.01: rank 1 .* 0\.1500"):
         SVD(keep=0.01).compress(torch.randn(10, 20))
-    with pytest.raises(ValueError, match="allowed are 1 to 10"):
+    with pytest.raises(ValueError, match=r"rank=11: .*1 to 10"):
         SVD(rank=11).compress(torch.randn(10, 20))
 
 
@@ -77,5 +75,5 @@ def test_budgets_without_a_rank_are_refused() -> None:
     ids=str,
 )
 def test_bad_settings_are_refused(settings: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=r"exactly one|must be|allowed"):
+    with pytest.raises(ValueError, match="|".join(settings) or "rank"):
         SVD(**settings)

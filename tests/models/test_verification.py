@@ -1,6 +1,7 @@
 """A damaged file never becomes a model, whichever door it comes in by."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,7 @@ DOORS: dict[str, Callable[[Path], object]] = {
 def test_one_flipped_bit_of_the_weights_is_refused(door: str, position: int, model: Path) -> None:
     DOORS[door](model)
     flip(model / "model.safetensors", position)
-    with pytest.raises(ArtifactError, match=r"model\.safetensors: differs from its checksum"):
+    with pytest.raises(ArtifactError, match=r"model\.safetensors"):
         DOORS[door](model)
 
 
@@ -47,7 +48,7 @@ def test_an_edited_configuration_is_refused(door: str, model: Path) -> None:
     config = read_json(model / "config.json")
     config["rms_norm_eps"] *= 2  # loads, and computes something else
     (model / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ArtifactError, match=r"config\.json: differs .*delete provenance\.json"):
+    with pytest.raises(ArtifactError, match=r"config\.json: .*provenance\.json"):
         DOORS[door](model)
 
 
@@ -56,13 +57,13 @@ def test_a_forged_list_of_files_is_refused(model: Path) -> None:
     name = next(iter(record["files"]))
     record["files"][name] = "0" * 64
     (model / "provenance.json").write_text(json.dumps(record))
-    with pytest.raises(ArtifactError, match="its fingerprint does not fit"):
+    with pytest.raises(ArtifactError, match="fingerprint"):
         verify(model)
 
 
 def test_a_missing_file_is_named(model: Path) -> None:
     (model / "tokenizer.json").unlink()
-    with pytest.raises(ArtifactError, match=r"tokenizer\.json: is missing"):
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json"):
         llmpress.load_model(model)
 
 
@@ -70,7 +71,7 @@ def test_foreign_weights_beside_an_artifact_are_refused(model: Path) -> None:
     index = {"metadata": {}, "weight_map": {"model.norm.weight": "other.safetensors"}}
     (model / "model.safetensors").rename(model / "other.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ArtifactError, match=r"other\.safetensors: is not in provenance"):
+    with pytest.raises(ArtifactError, match=r"other\.safetensors"):
         AutoModelForCausalLM.from_pretrained(model)
 
 
@@ -84,7 +85,7 @@ def test_a_file_is_read_once_while_it_stays_the_same(
     verify(model)
     monkeypatch.undo()
     flip(model / "model.safetensors", -1)
-    with pytest.raises(ArtifactError, match="differs"):
+    with pytest.raises(ArtifactError, match=r"model\.safetensors"):
         verify(model)
 
 
@@ -94,7 +95,7 @@ def test_a_damaged_delta_is_refused(
     folder = shutil.copytree(compressed_delta, tmp_path / "delta")
     flip(Path(folder) / "delta.safetensors", -1)
     base = llmpress.load_model(tiny_model_folder)
-    with pytest.raises(ArtifactError, match=r"delta\.safetensors: differs from its checksum"):
+    with pytest.raises(ArtifactError, match=r"delta\.safetensors"):
         llmpress.load_delta(base, folder)
 
 
@@ -102,7 +103,7 @@ def test_damaged_inputs_stop_an_artifact_before_it_begins(model: Path, tmp_path:
     flip(model / "model.safetensors", -1)
     out = tmp_path / "out"
     with (
-        pytest.raises(ArtifactError, match="differs"),
+        pytest.raises(ArtifactError, match=r"model\.safetensors"),
         artifact_folder(out, stage="x", settings={}, inputs={"model": model}),
     ):
         pytest.fail("began")
@@ -115,7 +116,7 @@ def test_a_plain_model_is_known_by_its_content(tiny_model_folder: Path, tmp_path
     assert fingerprint(copy) == fingerprint(tiny_model_folder)
     flip(copy / "model.safetensors", -1)
     assert fingerprint(copy) != fingerprint(tiny_model_folder)
-    with pytest.raises(ArtifactError, match="no artifact here"):
+    with pytest.raises(ArtifactError, match=re.escape(str(tmp_path))):
         fingerprint(tmp_path)
 
 

@@ -51,18 +51,18 @@ def test_rows_are_read_in_order(num_bits: int) -> None:
 
 @pytest.mark.parametrize("value", [-1, 8])
 def test_value_out_of_range_is_refused(value: int) -> None:
-    with pytest.raises(ValueError, match="do not fit 3 bits"):
+    with pytest.raises(ValueError, match="3 bits"):
         pack(torch.tensor([0, value, 7]), 3)
 
 
 @pytest.mark.parametrize("num_bits", [0, -1, 17])
 def test_width_out_of_range_is_refused(num_bits: int) -> None:
-    with pytest.raises(ValueError, match="allowed are 1 to 16"):
+    with pytest.raises(ValueError, match=f"num_bits={num_bits}"):
         pack(torch.zeros(3, dtype=torch.int32), num_bits)
-    with pytest.raises(ValueError, match="allowed are 1 to 16"):
+    with pytest.raises(ValueError, match=f"num_bits={num_bits}"):
         unpack(torch.zeros(3, dtype=torch.uint8), num_bits, 1)
 
 
 def test_byte_string_of_another_length_is_refused() -> None:
-    with pytest.raises(ValueError, match="take 3 bytes, not 4"):
+    with pytest.raises(ValueError, match=r"3 bytes.* 4"):
         unpack(torch.zeros(4, dtype=torch.uint8), 3, 8)

@@ -41,12 +41,12 @@ def test_dampening_starts_somewhere_after_zero() -> None:
 
 
 def test_hopeless_matrices_are_refused() -> None:
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match="diagonal"):
         damped_cholesky(torch.zeros(3, 3), 0.01)
-    with pytest.raises(ValueError, match="must not be negative"):
+    with pytest.raises(ValueError, match="dampening"):
         damped_cholesky(torch.eye(3), -0.1)
     hopeless = torch.tensor([[1.0, 1e6], [1e6, 1.0]])
-    with pytest.raises(ValueError, match="statistics are damaged"):
+    with pytest.raises(ValueError, match="matrix of size 2"):
         damped_cholesky(hopeless, 0.01)
 
 
@@ -68,7 +68,7 @@ def test_svd_error_is_what_was_cut() -> None:
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_rank_outside_the_matrix_is_refused(rank: int) -> None:
-    with pytest.raises(ValueError, match="allowed are 1 to 3"):
+    with pytest.raises(ValueError, match=f"rank={rank}"):
         truncated_svd(torch.randn(3, 5), rank)
 
 

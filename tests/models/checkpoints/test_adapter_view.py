@@ -114,7 +114,7 @@ def test_a_head_that_an_adapter_saves_is_shared_no_more(tmp_path: Path) -> None:
         tensors = {**saved, f"base_model.model.{name}.weight": embeddings}
         save_file(tensors, tmp_path / "adapter/adapter_model.safetensors")
         if tied is None:
-            with pytest.raises(SourceError, match="saves the embeddings of a model whose head"):
+            with pytest.raises(SourceError, match="embeddings"):
                 AdapterCheckpoint(Checkpoint(base), tmp_path / "adapter")
         else:
             view = AdapterCheckpoint(Checkpoint(base), tmp_path / "adapter")
@@ -157,31 +157,31 @@ A, B = (f"{PREFIX}{QUERY}.lora_{side}.weight" for side in "AB")
 Break = Callable[[dict[str, Any], dict[str, Tensor]], object]
 
 BROKEN: dict[str, tuple[Break, type[Exception], str]] = {
-    "dora": (lambda c, _: c.update(use_dora=True), SourceError, "with use_dora"),
+    "dora": (lambda c, _: c.update(use_dora=True), SourceError, "use_dora"),
     "transposed": (lambda c, _: c.update(fan_in_fan_out=True), SourceError, "fan_in_fan_out"),
     "tokens": (lambda c, _: c.update(trainable_token_indices=[1]), SourceError, "trainable_token"),
     "parameters": (lambda c, _: c.update(target_parameters=["x"]), SourceError, "target_param"),
-    "other type": (lambda c, _: c.update(peft_type="IA3"), SourceError, "of type IA3"),
-    "no alpha": (lambda c, _: c.pop("lora_alpha"), ArtifactError, "lacks lora_alpha"),
-    "other rank": (lambda c, _: c.update(r=5), ArtifactError, "does not fit rank 5"),
+    "other type": (lambda c, _: c.update(peft_type="IA3"), SourceError, "IA3"),
+    "no alpha": (lambda c, _: c.pop("lora_alpha"), ArtifactError, "lora_alpha"),
+    "other rank": (lambda c, _: c.update(r=5), ArtifactError, "down_proj.* rank 5"),
     "cut": (lambda _, t: t.update({A: t[A][:, :-1]}), ArtifactError, r"q_proj.* \[4, 31\]"),
-    "no factor": (lambda _, t: t.pop(A), ArtifactError, "q_proj.* lacks the other factor"),
+    "no factor": (lambda _, t: t.pop(A), ArtifactError, "q_proj"),
     "no linear": (
         lambda _, t: t.update({n.replace("q_proj", "x"): t.pop(n) for n in (A, B)}),
         ArtifactError,
-        "matches no linear",
+        r"\.x",
     ),
     "no tensor": (
         lambda _, t: t.update({f"{PREFIX}x.lora_embedding_A": torch.ones(2)}),
         ArtifactError,
-        "matches no tensor",
+        "x.lora_embedding_A",
     ),
     "other vocabulary": (
         lambda _, t: t.update({f"{PREFIX}lm_head.weight": torch.ones(97, 32)}),
         ArtifactError,
-        r"lm_head.weight is \[97, 32\], the base's is \[96, 32\]",
+        r"lm_head\.weight .*\[97, 32\].*\[96, 32\]",
     ),
-    "nan": (lambda _, t: t[A].fill_(torch.nan), NumericalError, "q_proj.* holds NaN or Inf"),
+    "nan": (lambda _, t: t[A].fill_(torch.nan), NumericalError, "q_proj"),
 }
 
 
@@ -206,10 +206,10 @@ def test_damaged_weights_of_an_adapter_are_named(base: Path, tmp_path: Path) -> 
     build_adapter(base, tmp_path / "adapter")
     weights = tmp_path / "adapter/adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
-    with pytest.raises(ArtifactError, match=r"adapter_model\.safetensors: damaged"):
+    with pytest.raises(ArtifactError, match=r"adapter_model\.safetensors"):
         AdapterCheckpoint(Checkpoint(base), tmp_path / "adapter")
     weights.unlink()
-    with pytest.raises(ArtifactError, match=r"adapter_model\.safetensors: is missing"):
+    with pytest.raises(ArtifactError, match=r"adapter_model\.safetensors"):
         AdapterCheckpoint(Checkpoint(base), tmp_path / "adapter")
 
 
@@ -306,15 +306,15 @@ def write_delta(out: Path, base: Path, layers: dict[str, Any]) -> None:
 
 def test_what_no_adapter_can_hold_is_refused_by_name(base: Path, tmp_path: Path) -> None:
     small = compressed(base, tmp_path, "rtn", {"num_bits": 4, "group_size": 16}, "q_proj.weight")
-    with pytest.raises(ArtifactError, match=r"q_proj is stored as quantized, which has no factors"):
+    with pytest.raises(ArtifactError, match=r"q_proj .*quantized"):
         export_adapter(small, tmp_path / "adapter")
     layer = LowRankLinear.from_factors(torch.randn(32, 5), torch.randn(5, 32))
     write_delta(tmp_path / "moe", base, {"model.layers.0.mlp.experts.3.down_proj": layer})
-    with pytest.raises(ArtifactError, match=r"experts.3.down_proj is one expert's matrix"):
+    with pytest.raises(ArtifactError, match=r"experts\.3\.down_proj"):
         export_adapter(tmp_path / "moe", tmp_path / "adapter")
     empty = MixedLowRankLinear(32, 32, groups=[], group_size=16)
     write_delta(tmp_path / "empty", base, {QUERY: empty})
-    with pytest.raises(ArtifactError, match="rank 0; nothing to export"):
+    with pytest.raises(ArtifactError, match="rank 0"):
         export_adapter(tmp_path / "empty", tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 

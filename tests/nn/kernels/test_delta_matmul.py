@@ -92,7 +92,7 @@ def test_rows_do_not_see_other_rows(device: torch.device) -> None:
 
 def test_what_does_not_fit_is_named() -> None:
     deltas = [random_delta([(1, 2)], SHAPE, 16, torch.device("cpu"))]
-    with pytest.raises(ValueError, match=r"tenants: \[1\] unknown; there are 1 deltas"):
+    with pytest.raises(ValueError, match=r"tenants: \[1\]"):
         RowDeltas(deltas, [0, 1], 16)
-    with pytest.raises(ValueError, match="rows: 2 have tenants, the input has 3"):
+    with pytest.raises(ValueError, match=r"rows: 2 .*3"):
         delta_matmul(torch.zeros(3, 70), torch.zeros(3, 50), RowDeltas(deltas, [0, 0], 16))

@@ -56,12 +56,12 @@ def test_same_seed_same_result() -> None:
 
 @pytest.mark.parametrize("K", [0, 11])
 def test_more_clusters_than_points_are_refused(K: int) -> None:
-    with pytest.raises(ValueError, match=rf"num_clusters={K}: allowed are 1 to 10"):
+    with pytest.raises(ValueError, match=f"num_clusters={K}: .*10"):
         kmeans(torch.randn(10, 2), K)
 
 
 def test_weights_of_another_length_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"one per point is needed, \[10\]"):
+    with pytest.raises(ValueError, match=r"weights.*\[10\]"):
         kmeans(torch.randn(10, 2), 2, weights=torch.ones(9))
 
 

@@ -155,7 +155,7 @@ def test_the_environment_sets_the_limit(compressed: Make, monkeypatch: pytest.Mo
         model(torch.arange(4).view(1, 4))
     assert dense_bytes(model) == 0
     monkeypatch.setenv(LIMIT, "a lot")
-    with pytest.raises(ConfigError, match="LLMPRESS_DENSE_BYTES=a lot: give a number of bytes"):
+    with pytest.raises(ConfigError, match="LLMPRESS_DENSE_BYTES=a lot"):
         DenseStore()
 
 

@@ -52,8 +52,8 @@ def test_numbers_below_the_normal_ones_stay_finite() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_nonzeros": 13, "index": "bitmap"}, "allowed are 0 to 12"),
-        ({"num_nonzeros": -1, "index": "bitmap"}, "allowed are 0 to 12"),
+        ({"num_nonzeros": 13, "index": "bitmap"}, "num_nonzeros=.*12"),
+        ({"num_nonzeros": -1, "index": "bitmap"}, "num_nonzeros=.*12"),
         ({"num_nonzeros": 3, "index": "rows"}, "'bitmap' and 'columns'"),
     ],
 )
