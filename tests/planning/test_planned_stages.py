@@ -11,10 +11,10 @@ from planning_examples import REFERENCE_RATES, large_shapes
 from llmpress.calibration.settings import CalibrationSettings
 from llmpress.core.errors import ConfigError
 from llmpress.evaluation.settings import EvaluationSettings
-from llmpress.methods.base import Shape
+from llmpress.methods.base import Shape, Work
 from llmpress.methods.registry import build_method
-from llmpress.planning import ModelShapes, estimates, evaluation, stages
-from llmpress.planning.costs import METHOD_COSTS, Work, dequantize_bytes, layer_work
+from llmpress.planning import ModelShapes, costs, estimates, evaluation, stages
+from llmpress.planning.costs import layer_work
 from llmpress.planning.estimates import Estimate, TaskText
 from llmpress.planning.plan import FASTER, SLOWER
 from llmpress.planning.sizes import planned_layers
@@ -90,13 +90,13 @@ def estimate(model: ModelShapes, stage: str, run: str) -> Estimate:
     name, settings = RUNS[run]
     method = build_method(name, settings, run)
     if stage == "compress":
-        return stages.compress(model, name, method)
+        return stages.compress(model, method)
     if stage == "compress_delta":
-        return stages.compress_delta(model, name, method)
+        return stages.compress_delta(model, method)
     if stage == "finetune":
         rate = TuningSettings(epochs=3, learning_rate=1e-3)
         return stages.finetune(model, name, method, rate, CALIBRATION)
-    layers = planned_layers(model, name, method)
+    layers = planned_layers(model, method)
     delta = run.startswith("delta")
     return evaluation.evaluate(model, EVALUATION, TEXTS, layers, delta=delta)
 
@@ -116,7 +116,7 @@ def test_default_run(stage: str, run: str, smollm2: ModelShapes) -> None:
         computed += Work(
             fixed_seconds=estimates.EVALUATION_STARTUP_SECONDS - estimates.STARTUP_SECONDS
         )
-    expected = computed.seconds(REFERENCE_RATES.with_threads(threads))
+    expected = costs.seconds(computed, REFERENCE_RATES.with_threads(threads))
     if (stage, run) not in CONTENDED:
         assert FASTER * expected < seconds < SLOWER * expected
 
@@ -133,20 +133,20 @@ def test_trainings_of_the_default_run(
     trains: Trains, seconds: float, peak_bytes: int, tensor_bytes: int, smollm2: ModelShapes
 ) -> None:
     method = build_method("cluscomp", {"bits": 4.3}, "test")
-    layers = planned_layers(smollm2, "cluscomp", method) if trains == "compressed" else {}
+    layers = planned_layers(smollm2, method) if trains == "compressed" else {}
     settings = FinetuningSettings(steps=120, learning_rate=1e-3)
 
     predicted = stages.train(smollm2, trains, settings, TaskText(1, 45, 60, 0, 4000), layers)
 
     assert predicted.artifact.tensor_bytes == pytest.approx(tensor_bytes, rel=0.02)
     assert 0.85 < (predicted.host_bytes + predicted.mapped_bytes) / peak_bytes < 1.25
-    expected = replace(predicted.work, fixed_seconds=0.0).seconds(REFERENCE_RATES)
+    expected = costs.seconds(replace(predicted.work, fixed_seconds=0.0), REFERENCE_RATES)
     assert FASTER * expected < seconds < SLOWER * expected
 
 
 def test_distillation_holds_the_teacher_and_follows_it(smollm2: ModelShapes) -> None:
     plain = FinetuningSettings(steps=60, learning_rate=5e-3)
-    layers = planned_layers(smollm2, "cluscomp", build_method("cluscomp", {"bits": 2.2}, "test"))
+    layers = planned_layers(smollm2, build_method("cluscomp", {"bits": 2.2}, "test"))
     alone, distilled = (
         stages.train(smollm2, "compressed", settings, None, layers)
         for settings in (plain, replace(plain, objective="distillation"))
@@ -162,7 +162,7 @@ def test_compression_of_70b_is_bounded(llama_70b: ModelShapes) -> None:
     """Far below the model's 141 GB: one layer, one block, one shard."""
     for name, settings in RUNS.values():
         method = build_method(name, settings, "test")
-        needed = stages.compress(llama_70b, name, method)
+        needed = stages.compress(llama_70b, method)
         assert 3e9 < needed.host_bytes < 45e9, name
         assert needed.artifact.tensor_bytes < 0.85 * llama_70b.num_bytes, name
         assert needed.device_bytes < needed.host_bytes, name
@@ -172,7 +172,7 @@ def test_bytes_of_a_compressed_70b(llama_70b: ModelShapes) -> None:
     method = build_method("rtn", {"num_bits": 4, "group_size": 128}, "test")
     rest = 2 * (llama_70b.num_weights - llama_70b.linear_weights)
 
-    predicted = stages.compress(llama_70b, "rtn", method).artifact
+    predicted = stages.compress(llama_70b, method).artifact
 
     bits = 4 + (16 + 4) / 128
     assert predicted.tensor_bytes - rest == pytest.approx(
@@ -201,13 +201,13 @@ def test_depth_does_not_change_memory(
         shallow, deep = (
             stages.finetune(model, name, method, rate, CALIBRATION)
             if stage == "finetune"
-            else stages.compress(model, name, method)
+            else stages.compress(model, method)
             for model in (half, llama_70b)
         )
     else:
         if run == "cluscomp":  # the same codebooks at both depths
             method = build_method("cluscomp", {"bits": 2.6, "allocation": "uniform"}, run)
-            shallow, deep = (stages.compress(m, "cluscomp", method) for m in (half, llama_70b))
+            shallow, deep = (stages.compress(m, method) for m in (half, llama_70b))
         else:
             shallow, deep = estimate(half, stage, run), estimate(llama_70b, stage, run)
 
@@ -215,7 +215,7 @@ def test_depth_does_not_change_memory(
     assert shallow.device_bytes == deep.device_bytes
     assert shallow.artifact.tensor_bytes < 0.65 * deep.artifact.tensor_bytes
     computed = [
-        replace(e.work, fixed_seconds=0.0).seconds(REFERENCE_RATES) for e in (shallow, deep)
+        costs.seconds(replace(e.work, fixed_seconds=0.0), REFERENCE_RATES) for e in (shallow, deep)
     ]
     assert computed[1] == pytest.approx(2 * computed[0], rel=0.05)
 
@@ -242,7 +242,9 @@ def test_more_calibration_text_needs_more_of_everything(key: str, smollm2: Model
 
     for less, larger in (calibrated, tuned):
         assert larger.host_bytes > less.host_bytes
-        assert larger.work.seconds(REFERENCE_RATES) > 2 * less.work.seconds(REFERENCE_RATES)
+        assert costs.seconds(larger.work, REFERENCE_RATES) > 2 * costs.seconds(
+            less.work, REFERENCE_RATES
+        )
     states = 4 * 576 * 512  # hidden states of one window
     assert tuned[1].staging_bytes - tuned[0].staging_bytes >= 4 * states * (3 * 16 - 4)
 
@@ -257,8 +259,8 @@ def test_larger_batches_and_more_epochs(smollm2: ModelShapes) -> None:
 
     assert tuned(batch_size=8).device_bytes > 1.5 * tuned().device_bytes
     assert tuned(epochs=6).host_bytes == tuned().host_bytes
-    assert tuned(epochs=6).work.seconds(REFERENCE_RATES) > 1.5 * tuned().work.seconds(
-        REFERENCE_RATES
+    assert costs.seconds(tuned(epochs=6).work, REFERENCE_RATES) > 1.5 * costs.seconds(
+        tuned().work, REFERENCE_RATES
     )
 
 
@@ -271,7 +273,9 @@ def test_evaluation_grows_with_windows_in_time_and_with_length_in_memory(
 
     assert longer.host_bytes > plain.host_bytes
     assert more.host_bytes == plain.host_bytes
-    assert more.work.seconds(REFERENCE_RATES) > 1.5 * plain.work.seconds(REFERENCE_RATES)
+    assert costs.seconds(more.work, REFERENCE_RATES) > 1.5 * costs.seconds(
+        plain.work, REFERENCE_RATES
+    )
 
 
 def test_methods_without_training_are_refused(smollm2: ModelShapes) -> None:
@@ -284,18 +288,17 @@ def test_methods_without_training_are_refused(smollm2: ModelShapes) -> None:
 def test_cost_of_a_layer_grows_with_its_size(run: str) -> None:
     name, settings = RUNS[run]
     settings = {"rank": 64} if name == "lillama" else settings
-    method, cost = build_method(name, settings, run), METHOD_COSTS[name]
+    method = build_method(name, settings, run)
     shapes = [Shape(512, 512), Shape(512, 1024), Shape(1024, 1024)]
 
-    seconds = [layer_work(name, method, shape).seconds(REFERENCE_RATES) for shape in shapes]
-    workspace = [cost.workspace_bytes(method, shape) for shape in shapes]
+    times = [costs.seconds(layer_work(method, shape), REFERENCE_RATES) for shape in shapes]
+    workspace = [method.workspace_bytes(shape) for shape in shapes]
 
-    assert seconds == sorted(seconds)
-    assert seconds[2] > 1.5 * seconds[0] > 0
+    assert times == sorted(times)
+    assert times[2] > 1.5 * times[0] > 0
     assert workspace == sorted(workspace)
     assert workspace[0] > 4 * 512 * 512  # the weight itself
-    with_layers = dequantize_bytes(cost.layer(method, shapes[0]))
-    assert with_layers >= 0
+    assert method.empty_layer(shapes[0]).dequantize_bytes() >= 0
 
 
 @pytest.mark.parametrize(
@@ -319,9 +322,7 @@ def test_settings_that_cost_time(
     name: str, plain: Mapping[str, Any], dearer: Mapping[str, Any]
 ) -> None:
     cheap, dear = (
-        METHOD_COSTS[name]
-        .work(build_method(name, settings, "test"), Shape(1024, 1024))
-        .seconds(REFERENCE_RATES)
+        costs.seconds(build_method(name, settings, "test").work(Shape(1024, 1024)), REFERENCE_RATES)
         for settings in (plain, dearer)
     )
     assert dear > 1.05 * cheap
@@ -332,7 +333,7 @@ def test_work_adds_up() -> None:
 
     assert work == Work(fp32_flops=3e9, calls=10.0, fixed_seconds=1.0)
     faster = replace(REFERENCE_RATES, fp32_flops_per_second=210e9)
-    assert 1.0 < work.seconds(faster) < work.seconds(REFERENCE_RATES)
+    assert 1.0 < costs.seconds(work, faster) < costs.seconds(work, REFERENCE_RATES)
 
 
 def test_blocks_above_the_last_compressed_one_are_not_finetuned(tiny: ModelShapes) -> None:

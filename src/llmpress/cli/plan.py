@@ -66,7 +66,7 @@ def plan(
             raise ConfigError("--method plans one compression: leave the names of runs out")
         settings = method_settings(method, bits, set_)
         name = model.parent.name if model.is_file() else model.name
-        made = plan_compression(shapes, name, method, settings, measure_machine())
+        made = plan_compression(shapes, name, settings, measure_machine())
     elif set_ or bits is not None:
         raise ConfigError("--set and --bits need a --method; runs have theirs in params.yaml")
     else:

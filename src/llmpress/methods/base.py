@@ -8,7 +8,7 @@ dataclass whose fields are its settings. Tensors in, modules out: it knows no mo
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -31,6 +31,44 @@ class Shape(NamedTuple):
 
     out_features: int
     in_features: int
+
+    @property
+    def num_weights(self) -> int:
+        """Number of entries."""
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class Work:
+    """Amounts of work of each kind; they add up and scale.
+
+    Attributes:
+        fp32_flops: Operations of fp32 matrix products, two per multiply-add.
+        bf16_flops: The same in bfloat16.
+        fp64_flops: The same in fp64.
+        svd_cubes: ``m · n · min(m, n)`` of fp32 singular value decompositions.
+        eigh_cubes: ``n³`` of fp64 eigendecompositions.
+        bytes_moved: Bytes read and written by elementwise passes.
+        calls: Operations whose start takes longer than their work.
+        fixed_seconds: What no rate shortens: starting Python, importing packages.
+    """
+
+    fp32_flops: float = 0.0
+    bf16_flops: float = 0.0
+    fp64_flops: float = 0.0
+    svd_cubes: float = 0.0
+    eigh_cubes: float = 0.0
+    bytes_moved: float = 0.0
+    calls: float = 0.0
+    fixed_seconds: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        """Return both amounts together."""
+        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, factor: float) -> "Work":
+        """Return this amount ``factor`` times."""
+        return Work(*(factor * amount for amount in astuple(self)))
 
 
 @dataclass(frozen=True)
@@ -69,10 +107,13 @@ class Method(ABC):
     Attributes:
         uses_statistics: Whether `compress` does better with `InputStatistics`, or needs them.
         requires_statistics: Whether `compress` raises without them.
+        size_from_shape: Whether `empty_layer` has exactly the bytes of what `compress` makes;
+            otherwise they depend on the values, within the method's budget.
     """
 
     uses_statistics: ClassVar[bool] = False
     requires_statistics: ClassVar[bool] = False
+    size_from_shape: ClassVar[bool] = True
 
     @property
     def spreads_budget(self) -> bool:
@@ -145,6 +186,26 @@ class Method(ABC):
         Raises:
             ValueError: A weight of another shape, NaN or Inf, or settings it cannot take.
         """
+
+    def empty_layer(self, shape: Shape) -> CompressedLinear:
+        """Return the layer that `compress` makes of such a matrix, empty on the meta device.
+
+        By default a random matrix is compressed; a method that can says it without.
+
+        Raises:
+            ValueError: Settings that cannot be met for this shape.
+        """
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        statistics = InputStatistics(torch.eye(shape.in_features), num_tokens=1)
+        return self.compress(weight, statistics).to("meta")
+
+    def work(self, shape: Shape) -> Work:
+        """Return what `compress` computes for such a matrix: by default some passes over it."""
+        return Work(bytes_moved=280.0 * shape.num_weights)
+
+    def workspace_bytes(self, shape: Shape) -> int:
+        """Return the largest tensors that `compress` holds at a time, the weight included."""
+        return 48 * shape.num_weights
 
 
 class Term(NamedTuple):

@@ -101,3 +101,9 @@ def weight_factors(weight: Tensor, rank: int, *, balanced: bool = True) -> tuple
         return left, values[:, None] * right
     half = values.sqrt()
     return left * half, half[:, None] * right
+
+
+def svd_cubes(rows: int, columns: int) -> float:
+    """Return the work of an SVD, ``m · n · min(m, n)``: half as much again for wide matrices."""
+    wide = 1.5 if columns > rows else 1.0
+    return wide * rows * columns * min(rows, columns)

@@ -1,6 +1,6 @@
 """What a run will need in memory, disk and time, computed from shapes before anything runs.
 
-``shapes`` reads a model's layout, ``costs`` holds the one table of what each method costs,
+``shapes`` reads a model's layout, ``costs`` turns what methods say of their work into time,
 ``sizes`` counts the bytes of every artifact, ``stages`` estimates one stage, ``machine`` says what
 there is, and ``plan`` walks params.yaml.
 

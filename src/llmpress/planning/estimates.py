@@ -3,12 +3,13 @@
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 
-from llmpress.nn.layers import CodebookLinear, CompressedLinear, LowRankLinear
+from llmpress.methods.base import Work
+from llmpress.nn.layers import CompressedLinear
 from llmpress.planning import sizes
-from llmpress.planning.costs import Work
 from llmpress.planning.shapes import ModelShapes
 
 PACKAGES_BYTES = 440_000_000
@@ -122,26 +123,24 @@ def num_trainable(layer: CompressedLinear | None) -> int:
 
 
 def num_multiplied(layer: CompressedLinear | None, shape: Collection[int]) -> int:
-    """Return the multiply-adds per token of a compressed layer in a forward pass."""
-    if isinstance(layer, LowRankLinear):
-        return layer.A.numel() + layer.B.numel()
-    return math.prod(shape)
+    """Return the multiply-adds per token of a linear, compressed or not, in a forward pass."""
+    return math.prod(shape) if layer is None else layer.multiply_adds()
 
 
-def index_bytes(layer: CompressedLinear | None) -> int:
-    """Return the bytes of a codebook's unpacked codes, which are kept while it trains."""
-    return 4 * layer.num_vectors if isinstance(layer, CodebookLinear) else 0
+def held_bytes(layer: CompressedLinear | None) -> int:
+    """Return the bytes of what a compressed layer keeps unpacked while it trains."""
+    return 0 if layer is None else layer.held_bytes()
 
 
 def unpacked_bytes(layer: CompressedLinear | None) -> int:
     """Return what a layer's dense weight takes while it is trained: indices, fp32, bf16."""
-    if layer is None or isinstance(layer, LowRankLinear):
-        return 0
-    return 14 * layer.num_weights
+    return 14 * layer.num_weights if _is_rebuilt(layer) else 0
 
 
 def rebuild_bytes(layer: CompressedLinear | None) -> float:
     """Return what rebuilding a dense weight moves; scattering gradients of codes is slow."""
-    if layer is None or isinstance(layer, LowRankLinear):
-        return 0.0
-    return 200.0 * layer.num_weights
+    return 200.0 * layer.num_weights if _is_rebuilt(layer) else 0.0
+
+
+def _is_rebuilt(layer: CompressedLinear | None) -> TypeGuard[CompressedLinear]:
+    return layer is not None and layer.rebuilt_in_training

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 
 from llmpress.evaluation.settings import EvaluationSettings
+from llmpress.methods.base import Work
 from llmpress.nn.layers import CompressedLinear
 from llmpress.planning import sizes
-from llmpress.planning.costs import Work, dequantize_bytes
 from llmpress.planning.estimates import (
     EVALUATION_PACKAGES_BYTES,
     EVALUATION_STARTUP_SECONDS,
@@ -81,7 +81,7 @@ def _evaluation_work(
     weights = float(model.num_weights)
     task_item = getattr(torch, settings.task_dtype).itemsize
     kind = {"float32": "fp32_flops", "bfloat16": "bf16_flops"}
-    unpacking = sum(dequantize_bytes(x) for x in (layers or {}).values() if x is not None)
+    unpacking = sum(x.dequantize_bytes() for x in (layers or {}).values() if x is not None)
     # packed layers that unpack at every token are slow enough to end the measurement early
     forwards = 4 if unpacking > 10.0 * weights else 2 * (settings.decode_tokens + 1)
     one_token = Work(bytes_moved=1.5 * task_item * weights, calls=60.0 * len(model.linears) / 2)

@@ -10,7 +10,7 @@ from typing import Any
 
 from llmpress.methods.base import Method
 from llmpress.nn.layers import CompressedLinear
-from llmpress.planning import stages
+from llmpress.planning import costs, stages
 from llmpress.planning.estimates import Estimate
 from llmpress.planning.machine import Machine
 from llmpress.planning.shapes import ModelShapes
@@ -113,22 +113,19 @@ class Plan:
         return asdict(self)
 
 
-def plan_compression(
-    model: ModelShapes, name: str, method_name: str, method: Method, machine: Machine
-) -> Plan:
+def plan_compression(model: ModelShapes, name: str, method: Method, machine: Machine) -> Plan:
     """Plan one compression without a params.yaml.
 
     Args:
         model: What is compressed.
         name: What the row is called.
-        method_name: Name of a package in ``llmpress.methods``.
-        method: Its settings.
+        method: How.
         machine: What the plan is compared with.
 
     Raises:
         ValueError: A budget that the model or a layer cannot meet.
     """
-    estimate = stages.compress(model, method_name, method)
+    estimate = stages.compress(model, method)
     return summarize([fitted("compress", name, estimate, machine)], machine)
 
 
@@ -140,7 +137,7 @@ def fitted(
     memory = estimate.staging_bytes if on_device else estimate.host_bytes
     device = estimate.device_bytes if on_device else 0
     disk = estimate.artifact.num_bytes
-    seconds = estimate.work.seconds(machine.rates)
+    seconds = costs.seconds(estimate.work, machine.rates)
     low, high = (FASTER_ON_DEVICE, SLOWER_ON_DEVICE) if on_device else (FASTER, SLOWER)
     remedy = REMEDIES["evaluate" if stage.startswith("evaluate") else stage]
     needed = [

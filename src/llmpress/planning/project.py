@@ -211,9 +211,9 @@ class _Project:
         )
 
     def _compress(self, name: str) -> _Task:
-        model, method_name, method = self._run(name)
+        model, _, method = self._run(name)
         return _Task(
-            lambda: stages.compress(self._layout(model), method_name, method),
+            lambda: stages.compress(self._layout(model), method),
             (("calibrate", model),),
             Path("data/compressed") / name,
         )
@@ -224,7 +224,6 @@ class _Project:
         return _Task(
             lambda: stages.compress_delta(
                 self._layout(run.finetuned),
-                run.method,
                 method,
                 self._exact_tensors(run.delta),
                 self._calibration(run.finetuned) if run.sequential else None,
@@ -273,12 +272,11 @@ class _Project:
             return lambda _: {}
         if made == "compress_delta":
             run = read_delta_run(self.params, name)
-            method_name = run.method
-            method = build_method(method_name, run.settings, f"delta_runs.{name}")
+            method = build_method(run.method, run.settings, f"delta_runs.{name}")
         else:
             of = read_finetune(self.params, name).run if made == "finetune" else name
-            _, method_name, method = self._run(of)
-        return lambda layout: planned_layers(layout, method_name, method)
+            _, _, method = self._run(of)
+        return lambda layout: planned_layers(layout, method)
 
     def _evaluation_settings(self) -> EvaluationSettings:
         if self._evaluation is None:

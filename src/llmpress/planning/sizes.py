@@ -124,9 +124,7 @@ def planned_methods(model: ModelShapes, method: Method) -> Mapping[str, Method |
 
 
 @lru_cache(maxsize=64)
-def planned_layers(
-    model: ModelShapes, method_name: str, method: Method
-) -> Mapping[str, CompressedLinear | None]:
+def planned_layers(model: ModelShapes, method: Method) -> Mapping[str, CompressedLinear | None]:
     """Return the empty compressed layer of each linear, None where the plan leaves it dense.
 
     Raises:
@@ -134,7 +132,7 @@ def planned_layers(
     """
     plan = planned_methods(model, method)
     return {
-        name: None if (own := plan[name]) is None else compressed_layer(method_name, own, shape)
+        name: None if (own := plan[name]) is None else compressed_layer(own, shape)
         for name, shape in model.linears.items()
     }
 

@@ -13,10 +13,10 @@ from dataclasses import replace
 
 from llmpress.calibration.settings import CalibrationSettings
 from llmpress.core.errors import ConfigError
-from llmpress.methods.base import Method, Tunable
+from llmpress.methods.base import Method, Tunable, Work
 from llmpress.nn.layers import CompressedLinear
 from llmpress.planning import sizes
-from llmpress.planning.costs import METHOD_COSTS, Work, knows_layers, layer_work, total
+from llmpress.planning.costs import knows_layers, layer_work, total
 from llmpress.planning.estimates import (
     ACTIVATION_BYTES,
     FORWARD_BYTES,
@@ -27,7 +27,7 @@ from llmpress.planning.estimates import (
     block_bytes,
     embedding_bytes,
     forward_work,
-    index_bytes,
+    held_bytes,
     layer_bytes,
     num_multiplied,
     num_trainable,
@@ -83,24 +83,23 @@ def calibrate(model: ModelShapes, settings: CalibrationSettings) -> Estimate:
     )
 
 
-def compress(model: ModelShapes, method_name: str, method: Method) -> Estimate:
+def compress(model: ModelShapes, method: Method) -> Estimate:
     """One layer's work space, the compressed layers of one block, one shard of the writer.
 
     Raises:
         ValueError: A budget that the model or a layer cannot meet.
     """
-    layers = sizes.planned_layers(model, method_name, method)
-    artifact = sizes.compressed_model_size(model, layers, exact=knows_layers(method_name, method))
+    layers = sizes.planned_layers(model, method)
+    artifact = sizes.compressed_model_size(model, layers, exact=knows_layers(method))
     pending = min(artifact.tensor_bytes, sizes.MODEL_SHARD_BYTES)
     largest_rest = max(t.num_entries * 2 for t in model.tensors.values())  # an embedding, as bf16
     return _compression(
-        model, method_name, method, layers, artifact, max(pending, largest_rest), model.num_bytes
+        model, method, layers, artifact, max(pending, largest_rest), model.num_bytes
     )
 
 
 def compress_delta(
     model: ModelShapes,
-    method_name: str,
     method: Method,
     exact_tensors: Collection[str] = (),
     sequential: CalibrationSettings | None = None,
@@ -109,8 +108,7 @@ def compress_delta(
 
     Args:
         model: The fine-tuned model.
-        method_name: How its delta is compressed.
-        method: The settings.
+        method: How its delta is compressed.
         exact_tensors: What is kept exactly.
         sequential: The calibration whose windows run through the model in true-sequential order:
             one more block and its hidden states, and each block about four times.
@@ -118,13 +116,13 @@ def compress_delta(
     Raises:
         ValueError: A budget that the model or a layer cannot meet.
     """
-    layers = sizes.planned_layers(model, method_name, method)
+    layers = sizes.planned_layers(model, method)
     artifact = sizes.compressed_delta_size(
-        model, layers, exact=knows_layers(method_name, method), exact_tensors=exact_tensors
+        model, layers, exact=knows_layers(method), exact_tensors=exact_tensors
     )
     pending = min(artifact.tensor_bytes, sizes.DELTA_SHARD_BYTES)
     mapped = sizes.delta_size(model, exact_tensors).tensor_bytes
-    alone = _compression(model, method_name, method, layers, artifact, pending, mapped)
+    alone = _compression(model, method, layers, artifact, pending, mapped)
     if sequential is None:
         return alone
     tokens = sequential.num_texts * sequential.windows * sequential.length
@@ -143,7 +141,6 @@ def compress_delta(
 
 def _compression(
     model: ModelShapes,
-    method_name: str,
     method: Method,
     layers: Mapping[str, CompressedLinear | None],
     artifact: sizes.ArtifactSize,
@@ -151,16 +148,15 @@ def _compression(
     mapped: int,
 ) -> Estimate:
     plan = sizes.planned_methods(model, method)
-    cost = METHOD_COSTS[method_name]
     distinct = {
         (settings, model.linears[name]) for name, settings in plan.items() if settings is not None
     }
     # recording a layer compares three fp32 matrices in fp64 and two products with the moment
-    device = max((cost.workspace_bytes(m, shape) for m, shape in distinct), default=0)
+    device = max((m.workspace_bytes(shape) for m, shape in distinct), default=0)
     record = max(
         32 * math.prod(shape) + 4 * shape.in_features**2 for shape in model.linears.values()
     )
-    works = {key: layer_work(method_name, *key) for key in distinct}
+    works = {key: layer_work(*key) for key in distinct}
     work = total([works[m, model.linears[n]] for n, m in plan.items() if m is not None])
     scratch = sizes.checkpoint_bytes(layers)
     block = max(sum(layer_bytes(layers[name]) for name in linears) for linears in model.blocks)
@@ -192,14 +188,12 @@ def finetune(
     """
     if not isinstance(method, Tunable):
         raise ConfigError(f"method {method_name!r} has nothing to finetune")
-    layers = sizes.planned_layers(model, method_name, method)
+    layers = sizes.planned_layers(model, method)
     own = [[layers[name] for name in linears] for linears in model.blocks]
     walked = 1 + max(
         (i for i, block in enumerate(own) if sum(map(num_trainable, block))), default=-1
     )
-    artifact = sizes.compressed_model_size(
-        model, layers, exact=knows_layers(method_name, method), blocks=walked
-    )
+    artifact = sizes.compressed_model_size(model, layers, exact=knows_layers(method), blocks=walked)
     terms = method.loss_terms()
     student_chains = len({term.student_input for term in terms})
     targets = len({"teacher"} | {term.teacher_input for term in terms})
@@ -311,7 +305,7 @@ def train(
     held = {
         "lora": (6 if autocast else 4) * linear,  # and the copies that the backward pass needs
         "qlora": sizes.nf4_bytes(model),
-        "compressed": sum(layer_bytes(layer) + index_bytes(layer) for layer in layers.values()),
+        "compressed": sum(layer_bytes(layer) + held_bytes(layer) for layer in layers.values()),
         "delta": (6 if autocast else 4) * linear
         + sum(layer_bytes(layer) for layer in layers.values()),
     }[trains]

@@ -5,7 +5,14 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from llmpress.methods.base import InputStatistics, Method, checked_statistics, checked_weight
+from llmpress.methods.base import (
+    InputStatistics,
+    Method,
+    Shape,
+    Work,
+    checked_statistics,
+    checked_weight,
+)
 from llmpress.nn.layers import SignLinear
 
 
@@ -46,6 +53,22 @@ class BitDelta(Method):
             moment = checked_statistics(statistics, weight).second_moment
             scale = _output_scale(weight, positive, moment, otherwise=scale)
         return SignLinear.from_signs(positive, scale)
+
+    def empty_layer(self, shape: Shape) -> SignLinear:
+        """Return signs of this shape."""
+        return SignLinear.empty(shape)
+
+    def work(self, shape: Shape) -> Work:
+        """Return the work of packing signs, and of the outputs' products."""
+        o, n = shape
+        flops = 2.0 * o * n * n if self.scale == "output" else 0.0
+        return Work(fp64_flops=flops, bytes_moved=330.0 * o * n + 16.0 * n * n)
+
+    def workspace_bytes(self, shape: Shape) -> int:
+        """Return the bytes of the matrix and its signs, in fp64 for the outputs' products."""
+        o, n = shape
+        output = 8 * (3 * o * n + n * n) if self.scale == "output" else 0
+        return 14 * o * n + max(output, 40 * o * n)
 
 
 def _output_scale(weight: Tensor, positive: Tensor, moment: Tensor, otherwise: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from llmpress.methods.base import (
     Shape,
     Term,
     Tunable,
+    Work,
     checked_statistics,
     checked_weight,
 )
@@ -38,7 +39,7 @@ from llmpress.methods.cluscomp.budget import (
     smallest_true_bits,
 )
 from llmpress.methods.cluscomp.feedback import assign_with_feedback, improve_codes, refit_codebook
-from llmpress.nn.kernels.kmeans import kmeans
+from llmpress.nn.kernels.kmeans import kmeans, num_copies
 from llmpress.nn.layers.base import rounded_to
 from llmpress.nn.layers.codebook import CodebookLinear
 from llmpress.numerics.linalg import damped_inverse_cholesky, with_positive_diagonal
@@ -71,6 +72,7 @@ class ClusComp(Method, Tunable):
     """
 
     uses_statistics: ClassVar[bool] = True
+    size_from_shape: ClassVar[bool] = False
 
     bits: float | None = None
     allocation: Literal["global", "uniform"] = "global"
@@ -206,6 +208,44 @@ class ClusComp(Method, Tunable):
             dtype,
             scales * step if self.scaled else None,
         )
+
+    def empty_layer(self, shape: Shape) -> CodebookLinear:
+        """Return the codebook that a matrix of this shape gets by itself, and its codes."""
+        K, d, dtype = self.codebook_size(shape)
+        return CodebookLinear.empty(
+            shape, num_entries=K, vector_size=d, dtype=dtype, scaled=self.scaled
+        )
+
+    def work(self, shape: Shape) -> Work:
+        """Return the work of k-means, and of the codes with error feedback."""
+        K, d, _ = self.codebook_size(shape)
+        n = shape.in_features
+        N = num_vectors(shape, d)
+        distances = float(N) * K * num_copies(N, K) * (self.iterations + 1)
+        # faiss's products are only d long; comparing distances takes as long as 14 operations
+        clustering = Work(
+            fp32_flops=distances * (2 * d + 10), bytes_moved=200.0 * shape.num_weights
+        )
+        if not self.feedback:
+            return clustering
+        products = 2.0 * shape.num_weights * n  # of a weight and the second moment
+        assigned = Work(fp32_flops=float(N) * K * (2 * d + 4) + 2 * products, calls=8.0 * n)
+        refitted = Work(fp32_flops=11 * products, bytes_moved=11 * 30.0 * shape.num_weights)
+        # the second moment is factorized twice: to weigh the layers, and here
+        factorized = Work(fp32_flops=2 * 4.0 * n**3)
+        passes = self.rounds + 1  # over all codes
+        return clustering + factorized + assigned * passes + refitted * self.rounds
+
+    def workspace_bytes(self, shape: Shape) -> int:
+        """Return the bytes of the vectors, and of k-means or error feedback on them."""
+        K, d, _ = self.codebook_size(shape)
+        N = num_vectors(shape, d)
+        copies = num_copies(N, K)
+        chunk = min(N * copies, 16384) * K  # distances at a time
+        clustering = (2 + copies) * N * d + 6 * N * copies + chunk
+        moments = 4 * shape.in_features**2 if self.feedback else 0
+        feedback = 4 * N * d + 3 * -(-shape.out_features // d) * K if self.feedback else 0
+        return 4 * (shape.num_weights + N * d + moments + max(clustering, feedback))
 
     def loss_terms(self) -> tuple[Term, ...]:
         """Compressed block on its own chain against the original; optionally on the same inputs."""

@@ -7,7 +7,7 @@ error in the space of singular vectors and the 0/1 program are PrinMix's, arXiv 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -21,6 +21,9 @@ from llmpress.numerics.grids import fit_grid, nearest_codes
 
 SAMPLES = 1 << 20
 """Normal numbers, at least, that a distortion is measured on."""
+
+NOISE_FLOOR = 1e-12
+"""Squared singular values below this fraction of the largest are rounding errors of fp64."""
 
 OPTIMALITY_GAP = 1e-4
 """Relative distance from the optimum at which the program over all matrices is solved."""
@@ -140,3 +143,17 @@ def best_sizes(
         raise NumericalError(f"allocation: no choice of sizes fits {budget} bits: {solved.message}")
     chosen = np.split(solved.x, np.cumsum(counts)[:-1])
     return {name: int(part.argmax()) for name, part in zip(names, chosen, strict=True)}
+
+
+def num_meaningful(values: Tensor) -> int:
+    """Return how many of the falling variances are more than rounding errors."""
+    return int((values > NOISE_FLOOR * values[0]).sum())
+
+
+def most_affordable(cost: Callable[[int], int], most: int, budget: int) -> int:
+    """Return the largest rank up to ``most`` whose rising cost stays within the budget."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if cost(middle) <= budget else (low, middle - 1)
+    return low

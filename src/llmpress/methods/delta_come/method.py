@@ -8,7 +8,7 @@ step.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, cast
@@ -21,6 +21,7 @@ from llmpress.methods.base import (
     Method,
     Sensitivity,
     Shape,
+    Work,
     checked_statistics,
     checked_weight,
 )
@@ -29,17 +30,17 @@ from llmpress.methods.delta_come.budget import (
     distortion,
     expected_best_ranks,
     expected_error,
+    most_affordable,
+    num_meaningful,
 )
-from llmpress.methods.delta_come.rounding import Group, TripletRounding
+from llmpress.methods.delta_come.rounding import Group, TripletRounding, groups_of, power_of_two
 from llmpress.nn.layers import MixedLowRankLinear
 from llmpress.nn.layers.mixed_low_rank import SCALE_BITS, UNQUANTIZED, group_bits
+from llmpress.numerics.grids import fitting_bytes
 from llmpress.numerics.low_rank import OutputDirections, output_directions
 
 PAPER_WIDTH = 4096
 """Matrix width that ``ranks`` are meant for; narrower matrices take proportionally fewer."""
-
-NOISE_FLOOR = 1e-12
-"""Squared singular values below this fraction of the largest are rounding errors of fp64."""
 
 SIZES = tuple(2.0 ** (quarter / 4) for quarter in range(-4, 5))
 """What a matrix may get of the model's bits per weight: half to double.
@@ -79,6 +80,7 @@ class DeltaCoMe(Method):
     """
 
     uses_statistics = True
+    size_from_shape = False
 
     bits: float = 1.0
     precisions: tuple[int, ...] = (8, 5, 4, 3, 2)
@@ -209,7 +211,7 @@ class DeltaCoMe(Method):
         delta = checked_weight(weight)
         moment = self._moment(delta, statistics)
         importance = statistics.output_importance if statistics is not None else None
-        scale = _power_of_two(delta)
+        scale = power_of_two(delta)
         started = time.perf_counter()
         directions = self._directions(delta / scale, moment, importance)
         seconds = {"directions_seconds": time.perf_counter() - started}
@@ -237,6 +239,40 @@ class DeltaCoMe(Method):
         )
         layer.notes = {**seconds, **rounding.notes}
         return layer
+
+    def empty_layer(self, shape: Shape) -> MixedLowRankLinear:
+        """Return the groups for singular values that fall like the inverse.
+
+        Which precision a triplet gets depends on the values; any falling row spends the budget up
+        to less than one triplet. Those of the default run's delta fall like this.
+        """
+        with torch.device("cpu"):
+            variances = torch.arange(1, min(shape) + 1, dtype=torch.float64) ** -2
+            groups = [group._asdict() for group in self.plan_groups(variances, *shape)]
+        return MixedLowRankLinear.empty(shape, groups=groups, group_size=self.group_size)
+
+    def work(self, shape: Shape) -> Work:
+        """Return the work of the directions, and of rounding triplets one by one."""
+        o, n = shape
+        layer = self.empty_layer(shape)
+        rank, small = layer.rank, min(shape)
+        by_output = self.basis != "weight"
+        gram = 4.0 * o * n * small + (2.0 * o * n * n if by_output else 0.0)
+        bases = small**3 + (float(n) ** 3 if by_output and o > n else 0.0)
+        per_entry = 600.0 + fitting_bytes(self.search_range)
+        return Work(
+            fp64_flops=gram + 2.0 * rank * o * n,
+            fp32_flops=2.0 * n**3 + rank * (4.0 * o * n + 3.0 * n * n),
+            eigh_cubes=bases * (2 if self.spreads_budget else 1),
+            bytes_moved=per_entry * rank * (o + n) + 120.0 * o * n,
+            calls=14.0 * (n * len(layer.groups) + rank) + 2000.0,
+        )
+
+    def workspace_bytes(self, shape: Shape) -> int:
+        """Return the bytes of the delta in fp32 and fp64, and of the square matrices."""
+        o, n = shape
+        moment = n * n * (8 if self.basis != "weight" else 4)
+        return 4 * 4 * o * n + 8 * (2 * o * n + 5 * min(shape) ** 2) + moment + 8 * n * n
 
     def _moment(self, delta: Tensor, statistics: InputStatistics | None) -> Tensor:
         """Return the dampened second moment of the inputs, scaled to a mean diagonal of one."""
@@ -289,8 +325,8 @@ class DeltaCoMe(Method):
         else:
             fraction = min(1.0, min(shape) / PAPER_WIDTH)
             wanted = [max(1, round(rank * fraction)) for rank in self.ranks] + [0]
-            ranks = self._affordable(wanted, _num_meaningful(values), self.bits, shape)
-        return _groups(ranks, self.precisions)
+            ranks = self._affordable(wanted, num_meaningful(values), self.bits, shape)
+        return groups_of(ranks, self.precisions)
 
     def _budget(self, bits: float, shape: Shape) -> int:
         return int(bits * shape.out_features * shape.in_features) - SCALE_BITS
@@ -300,7 +336,7 @@ class DeltaCoMe(Method):
 
     def _expected_ranks(self, values: Tensor, bits: float, shape: Shape) -> list[int]:
         """Return the ranks of the least expected error."""
-        meaningful = _num_meaningful(values)
+        meaningful = num_meaningful(values)
         costs = [self._cost(shape, num_bits, 1) for num_bits in self.precisions]
         wanted = expected_best_ranks(
             values[:meaningful], self._budget(bits, shape), costs, self._errors_left(shape)
@@ -324,7 +360,7 @@ class DeltaCoMe(Method):
         budget, ranks = self._budget(bits, shape), []
         for number, (rank, num_bits) in enumerate(zip(wanted, self.precisions, strict=True)):
             most = num_triplets if number == len(wanted) - 1 else min(rank, num_triplets)
-            ranks.append(_most_affordable(partial(self._cost, shape, num_bits), most, budget))
+            ranks.append(most_affordable(partial(self._cost, shape, num_bits), most, budget))
             budget -= self._cost(shape, num_bits, ranks[-1]) if ranks[-1] else 0
             num_triplets -= ranks[-1]
         return ranks
@@ -341,12 +377,12 @@ class DeltaCoMe(Method):
         Every group but the last starts empty and doubles as long as the error falls; the last one
         takes the rest of the budget.
         """
-        shape, count = Shape(*delta.shape), _num_meaningful(directions.energy)
+        shape, count = Shape(*delta.shape), num_meaningful(directions.energy)
         if not start:
             return start
 
         def attempt(ranks: Sequence[int]) -> tuple[float, list[Group]]:
-            groups = _groups(self._affordable(ranks, count, self.bits, shape), self.precisions)
+            groups = groups_of(self._affordable(ranks, count, self.bits, shape), self.precisions)
             left = rounding.round_all(delta, directions.vectors, groups).residual
             return float(((left @ rounding.moment) * left).sum()), groups
 
@@ -361,32 +397,3 @@ class DeltaCoMe(Method):
                 least, best, ranks[position] = error, groups, rank
                 rank *= 2
         return best
-
-
-def _groups(ranks: Sequence[int], precisions: Sequence[int]) -> list[Group]:
-    return [Group(r, b) for r, b in zip(ranks, precisions, strict=True) if r]
-
-
-def _num_meaningful(values: Tensor) -> int:
-    """Return how many of the falling variances are more than rounding errors."""
-    return int((values > NOISE_FLOOR * values[0]).sum())
-
-
-def _most_affordable(cost: Callable[[int], int], most: int, budget: int) -> int:
-    """Return the largest rank up to ``most`` whose rising cost stays within the budget."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if cost(middle) <= budget else (low, middle - 1)
-    return low
-
-
-def _power_of_two(delta: Tensor) -> float:
-    """Return ``c`` with which ``σ`` of ``Δ / c`` fill the range of fp16: at most 2¹³ or so.
-
-    Vectors have entries of size one, so ``σ <= ‖Δ‖_F / √(out · in)``.
-    """
-    size = float(delta.double().square().mean().sqrt())
-    if size == 0:
-        return 1.0
-    return 2.0 ** max(-126, min(126, math.frexp(size)[1] - 13))

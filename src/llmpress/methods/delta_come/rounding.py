@@ -3,6 +3,7 @@
 Dimensions: as in `llmpress.methods.delta_come`.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -27,6 +28,11 @@ class Group(NamedTuple):
 
     rank: int
     num_bits: int
+
+
+def groups_of(ranks: Sequence[int], precisions: Sequence[int]) -> list[Group]:
+    """Return the groups that hold a triplet."""
+    return [Group(r, b) for r, b in zip(ranks, precisions, strict=True) if r]
 
 
 class Rounded(NamedTuple):
@@ -189,3 +195,14 @@ def _root_mean_square(vectors: Tensor) -> Tensor:
     return (
         vectors.square().mean(dim=1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     )
+
+
+def power_of_two(delta: Tensor) -> float:
+    """Return ``c`` with which ``σ`` of ``Δ / c`` fill the range of fp16: at most 2¹³ or so.
+
+    Vectors have entries of size one, so ``σ <= ‖Δ‖_F / √(out · in)``.
+    """
+    size = float(delta.double().square().mean().sqrt())
+    if size == 0:
+        return 1.0
+    return 2.0 ** max(-126, min(126, math.frexp(size)[1] - 13))

@@ -10,10 +10,17 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from llmpress.methods.base import InputStatistics, Method, checked_statistics, checked_weight
+from llmpress.methods.base import (
+    InputStatistics,
+    Method,
+    Shape,
+    Work,
+    checked_statistics,
+    checked_weight,
+)
 from llmpress.nn.layers import QuantizedLinear
 from llmpress.numerics.error_feedback import feed_errors_back
-from llmpress.numerics.grids import fit_grid
+from llmpress.numerics.grids import fit_grid, fitting_bytes
 from llmpress.numerics.linalg import damped_inverse_cholesky, with_positive_diagonal
 
 logger = logging.getLogger(__name__)
@@ -104,6 +111,27 @@ class GPTQ(Method):
         if result.attempts > 1:
             layer.notes = {"dampening": result.dampening}
         return layer
+
+    def empty_layer(self, shape: Shape) -> QuantizedLinear:
+        """Return codes and grids of this shape."""
+        return QuantizedLinear.empty(
+            shape,
+            num_bits=self.num_bits,
+            group_size=min(self.group_size, shape.in_features),
+        )
+
+    def work(self, shape: Shape) -> Work:
+        """Return the work of the factorization, of the grids, and of column after column."""
+        n = shape.in_features
+        return Work(
+            fp32_flops=4.0 * n**3 + shape.num_weights * n,
+            bytes_moved=(600.0 + fitting_bytes(self.search_range)) * shape.num_weights,
+            calls=14.0 * n,
+        )
+
+    def workspace_bytes(self, shape: Shape) -> int:
+        """Return the bytes of the matrix in several forms and of the second moment's."""
+        return 4 * (9 * shape.num_weights + 5 * shape.in_features**2)
 
 
 def quantize_gptq(

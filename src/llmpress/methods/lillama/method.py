@@ -22,6 +22,7 @@ from llmpress.methods.base import (
     Shape,
     Term,
     Tunable,
+    Work,
     checked_statistics,
     checked_weight,
 )
@@ -36,7 +37,7 @@ from llmpress.methods.lillama.budget import (
     uniform_ranks,
 )
 from llmpress.nn.layers import LowRankLinear, PivotedLowRankLinear
-from llmpress.numerics.low_rank import output_directions, output_factors, weight_factors
+from llmpress.numerics.low_rank import output_directions, output_factors, svd_cubes, weight_factors
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class Lillama(Method, Tunable):
             )
         rank = min(self.rank, *checked.shape)
         pivoted = self.form == "pivoted"
-        layer = PivotedLowRankLinear if pivoted else LowRankLinear
+        layer = self._layer
         if self.start == "weights":
             return layer.from_factors(*weight_factors(checked, rank, balanced=not pivoted))
         known = checked_statistics(statistics, checked)
@@ -176,6 +177,37 @@ class Lillama(Method, Tunable):
             checked, known.second_moment, rank, importance, balanced=not pivoted
         )
         return layer.from_factors(*factors)
+
+    @property
+    def _layer(self) -> type[LowRankLinear]:
+        return PivotedLowRankLinear if self.form == "pivoted" else LowRankLinear
+
+    def empty_layer(self, shape: Shape) -> LowRankLinear:
+        """Return factors of this object's rank."""
+        return self._layer.empty(shape, rank=min(self.rank or 1, *shape))
+
+    def work(self, shape: Shape) -> Work:
+        """Return the work of the outputs' directions, and of the factors."""
+        o, n = shape
+        rank = min(self.rank or 1, o, n)
+        if self.start == "weights":
+            return Work(svd_cubes=1.7 * svd_cubes(o, n), bytes_moved=60.0 * o * n)
+        small = min(shape)
+        tall = o > n  # then the second moment is decomposed, too, and directions made orthonormal
+        directions = Work(
+            fp64_flops=2.0 * o * n * n + 2.0 * small * o * n + (6.0 * o * n * n if tall else 0.0),
+            eigh_cubes=float(small) ** 3 * (2 if tall else 1),
+        )
+        times = 2 if self.strategy == "loss" else 1  # to weigh the layers, and here
+        pivoting = 6.0 * rank * rank * o if self.form == "pivoted" else 0.0
+        factors = Work(fp64_flops=2.0 * rank * o * n + pivoting, bytes_moved=60.0 * o * n)
+        return directions * times + factors
+
+    def workspace_bytes(self, shape: Shape) -> int:
+        """Return the bytes of the matrix and of its square ones, in fp64."""
+        if self.start == "weights":
+            return 8 * (5 * shape.num_weights + 6 * min(shape) ** 2)
+        return 8 * (5 * shape.num_weights + 3 * shape.in_features**2 + 5 * min(shape) ** 2)
 
     def loss_terms(self) -> tuple[Term, ...]:
         """Student block on the teacher's and on its own states, against the teacher block."""

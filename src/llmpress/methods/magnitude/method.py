@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llmpress.methods.base import InputStatistics, Method, Shape, checked_weight
+from llmpress.methods.base import InputStatistics, Method, Shape, Work, checked_weight
 from llmpress.nn.layers import SparseLinear
-from llmpress.nn.layers.sparse import sparse_bits
+from llmpress.nn.layers.sparse import smaller_index, sparse_bits
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Magnitude(Method):
         """
         del statistics
         weight = checked_weight(weight)
-        count = self.num_kept(weight)
+        count = self.num_kept(Shape(*weight.shape))
         if self.mode == "magnitude":
             # A stable sort, not topk: which of two equal entries stays is the same everywhere.
             kept = weight.flatten().abs().argsort(descending=True, stable=True)[:count]
@@ -72,20 +72,36 @@ class Magnitude(Method):
         out_features, in_features = shape
         return sparse_bits(in_features, out_features, 1) / (out_features * in_features)
 
-    def num_kept(self, weight: Tensor) -> int:
+    def num_kept(self, shape: Shape) -> int:
         """Return how many entries stay: at least one."""
-        out_features, in_features = weight.shape
+        out_features, in_features = shape
         if self.sparsity is not None:
-            return max(1, round((1 - self.sparsity) * weight.numel()))
-        budget = (self.bits or 0.0) * weight.numel()
-        counts = range(weight.numel() + 1)
+            return max(1, round((1 - self.sparsity) * shape.num_weights))
+        budget = (self.bits or 0.0) * shape.num_weights
+        counts = range(shape.num_weights + 1)
         within = bisect_right(
             counts, budget, key=lambda n: sparse_bits(in_features, out_features, n)
         )
         if within < 2:
-            needed = sparse_bits(in_features, out_features, 1) / weight.numel()
+            needed = sparse_bits(in_features, out_features, 1) / shape.num_weights
             raise ValueError(
-                f"bits={self.bits}: a matrix of shape {list(weight.shape)} needs at least "
+                f"bits={self.bits}: a matrix of shape {list(shape)} needs at least "
                 f"{math.ceil(needed * 1e4) / 1e4:.4f} bits per weight"
             )
         return within - 1
+
+    def empty_layer(self, shape: Shape) -> SparseLinear:
+        """Return as many entries as stay."""
+        out_features, in_features = shape
+        count = self.num_kept(shape)
+        index = smaller_index(in_features, out_features, count)
+        return SparseLinear.empty(shape, num_nonzeros=count, index=index)
+
+    def work(self, shape: Shape) -> Work:
+        """Return the work of sorting the entries, or of shuffling them."""
+        per_weight = 1700.0 if self.mode == "magnitude" else 500.0
+        return Work(bytes_moved=per_weight * shape.num_weights)
+
+    def workspace_bytes(self, shape: Shape) -> int:
+        """Return the bytes of the entries, their order and their places."""
+        return 60 * shape.num_weights

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llmpress.methods.base import InputStatistics, Method, checked_weight
+from llmpress.methods.base import InputStatistics, Method, Shape, checked_weight
 from llmpress.nn.layers import QuantizedLinear
 from llmpress.numerics.grids import fit_grid, nearest_codes
 
@@ -44,4 +44,12 @@ class RTN(Method):
         codes = nearest_codes(weight, grid, self.num_bits, group_size)
         return QuantizedLinear.from_codes(
             codes, grid.scales, grid.zero_points, self.num_bits, group_size
+        )
+
+    def empty_layer(self, shape: Shape) -> QuantizedLinear:
+        """Return codes and grids of this shape."""
+        return QuantizedLinear.empty(
+            shape,
+            num_bits=self.num_bits,
+            group_size=min(self.group_size, shape.in_features),
         )

@@ -7,9 +7,16 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llmpress.methods.base import InputStatistics, Method, Shape, checked_statistics, checked_weight
+from llmpress.methods.base import (
+    InputStatistics,
+    Method,
+    Shape,
+    Work,
+    checked_statistics,
+    checked_weight,
+)
 from llmpress.nn.layers import LowRankLinear
-from llmpress.numerics.low_rank import output_factors, weight_factors
+from llmpress.numerics.low_rank import output_factors, svd_cubes, weight_factors
 
 STORED_BITS = 16  # the factors are stored in bfloat16
 
@@ -96,3 +103,19 @@ class SVD(Method):
                 f"{math.ceil(least * 1e4) / 1e4:.4f}"
             )
         return min(rank, out_features, in_features)
+
+    def empty_layer(self, shape: Shape) -> LowRankLinear:
+        """Return factors of the rank that the budget pays for."""
+        rank = min(self.rank_of(*shape), *shape)
+        return LowRankLinear.empty(shape, rank=rank)
+
+    def work(self, shape: Shape) -> Work:
+        """Return the work of the decomposition, and of the outputs' directions."""
+        o, n = shape
+        whitening = Work(fp32_flops=n**3 / 3 + 4.0 * o * n * n) if self.whiten else Work()
+        return whitening + Work(svd_cubes=svd_cubes(o, n), bytes_moved=60.0 * o * n)
+
+    def workspace_bytes(self, shape: Shape) -> int:
+        """Return the bytes of the matrix, of its small square ones, and of the second moment."""
+        moment = 3 * shape.in_features**2 if self.whiten else 0
+        return 4 * (4 * shape.num_weights + 6 * min(shape) ** 2 + moment)

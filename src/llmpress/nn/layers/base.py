@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class CompressedLinear(nn.Module, ABC):
     Attributes:
         kind: The layer's name in an artifact.
         trainable: Names of the float tensors that finetuning may change.
+        rebuilt_in_training: Whether training needs more than is stored, unpacked for each use.
         notes: What the method has to say of how it went, for the record: numbers by name. Not
             stored with the layer.
         dense_store: On a CPU, keeps unpacked weights between calls; without one, and on a GPU,
@@ -36,6 +37,7 @@ class CompressedLinear(nn.Module, ABC):
 
     kind: ClassVar[str]
     trainable: tuple[str, ...] = ()
+    rebuilt_in_training: ClassVar[bool] = True
 
     bias: nn.Parameter | None
 
@@ -48,6 +50,12 @@ class CompressedLinear(nn.Module, ABC):
         self.notes: dict[str, float] = {}
         self.dense_store: DenseStore | None = None
         self.bias = frozen(torch.empty(out_features)) if bias else None
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int], **spec: Any) -> Self:
+        """Build a layer for a weight of ``shape [out, in]`` on the meta device: its bytes alone."""
+        with torch.device("meta"):
+            return cls(shape[1], shape[0], **spec)
 
     @abstractmethod
     def spec(self) -> dict[str, Any]:
@@ -155,6 +163,22 @@ class CompressedLinear(nn.Module, ABC):
     def num_weights(self) -> int:
         """Number of weights this layer stands for."""
         return self.in_features * self.out_features
+
+    def multiply_adds(self) -> int:
+        """Return the multiply-adds of a product with one row."""
+        return self.num_weights
+
+    def dequantize_bytes(self) -> float:
+        """Return what one `dequantize`, or a call that needs it, moves: measured on a CPU."""
+        return 300.0 * self.num_weights
+
+    def dequantize_flops(self) -> float:
+        """Return the operations of its products in fp32."""
+        return 0.0
+
+    def held_bytes(self) -> int:
+        """Return the bytes of what is kept unpacked while the layer trains."""
+        return 0
 
     def extra_repr(self) -> str:
         """Show shape, settings and true size."""

@@ -24,6 +24,7 @@ class LowRankLinear(CompressedLinear):
 
     kind = "low_rank"
     trainable = ("A", "B")
+    rebuilt_in_training = False
 
     def __init__(
         self,
@@ -66,6 +67,18 @@ class LowRankLinear(CompressedLinear):
         """Return the product of the factors as fp32 ``[out, in]``."""
         left, right = self.factors()
         return left @ right
+
+    def multiply_adds(self) -> int:
+        """Return the entries of the factors."""
+        return self.A.numel() + self.B.numel()
+
+    def dequantize_bytes(self) -> float:
+        """Return nothing: factors are products, which count as such."""
+        return 0.0
+
+    def dequantize_flops(self) -> float:
+        """Return the operations of multiplying the factors."""
+        return 2.0 * self.rank * self.num_weights
 
     def product(self, x: Tensor) -> Tensor:
         """Return ``x Wᵀ``, ``[..., out]``, by the factors.

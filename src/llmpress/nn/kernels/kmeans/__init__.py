@@ -55,6 +55,13 @@ def kmeans(
     return _kmeans_faiss(points, start, weights, iterations)
 
 
+def num_copies(num_points: int, num_clusters: int) -> int:
+    """Return how often few points are repeated on the CPU, where faiss is slow with them."""
+    if num_points * num_clusters <= FAISS_FAST_POINTS:
+        return 1
+    return -(-FAISS_FAST_POINTS // num_points)
+
+
 def _kmeans_faiss(
     points: Tensor, start: Tensor, weights: Tensor, iterations: int
 ) -> tuple[Tensor, Tensor]:
@@ -62,7 +69,7 @@ def _kmeans_faiss(
 
     N, d = points.shape
     K = start.shape[0]
-    copies = -(-FAISS_FAST_POINTS // N) if N * K > FAISS_FAST_POINTS else 1
+    copies = num_copies(N, K)
     data = points.repeat(copies, 1).numpy()  # copies beyond the first weigh nothing
     mass = torch.nn.functional.pad(weights, (0, N * (copies - 1))).numpy()
     clustering = faiss.Kmeans(
