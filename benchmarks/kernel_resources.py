@@ -67,15 +67,18 @@ Launch = Callable[[], Any]
 
 
 def main(
-    only: str = typer.Option("", help="Launches whose name holds this."),
+    only: list[str] = typer.Option([""], help="Launches whose name holds one of these."),
     out: Path = typer.Option(
         Path("benchmarks/results/kernel_resources.csv"), help="Rows are appended."
     ),
 ) -> None:
-    """Compile every kernel and append what it takes."""
-    wanted = {name: launch for name, launch in launches().items() if only in name}
-    if not wanted:
-        raise SystemExit(f"error: no launch holds {only!r}; known are {', '.join(launches())}")
+    """Compile every kernel, append what it takes, and fail if one spills or fits nowhere."""
+    known = launches()
+    for part in only:
+        if not any(part in name for name in known):
+            raise SystemExit(f"error: no launch holds {part!r}; known are {', '.join(known)}")
+    wanted = {name: known[name] for name in known if any(part in name for part in only)}
+    misfits = []
     for name, launch in tqdm(wanted.items(), desc="compile", unit="variant"):
         with recorded() as calls:
             launch()
@@ -88,6 +91,13 @@ def main(
                 for target in TARGETS
             ]
             append_rows(out, rows)
+            misfits += [
+                f"{kernel.fn.__name__} of {name} on {row['target']}"
+                for row in rows
+                if row["spilled_bytes"] or not row["programs_per_multiprocessor"]
+            ]
+    if misfits:
+        raise SystemExit(f"error: spills, or fits on no multiprocessor: {'; '.join(misfits)}")
 
 
 def launches() -> dict[str, Launch]:

@@ -16,6 +16,7 @@ from huggingface_hub.utils import enable_progress_bars
 from tiny_models import (
     ARCHITECTURES,
     HELD_OUT_PACKAGES,
+    QUICK_ARCHITECTURES,
     build_architecture,
     build_tiny_finetuned,
     build_tiny_model,
@@ -52,9 +53,15 @@ def tiny_finetuned_folder(shared_folder: Path, tiny_model_folder: Path) -> Path:
     )
 
 
-@pytest.fixture(scope="session", params=list(ARCHITECTURES))
+@pytest.fixture(
+    scope="session",
+    params=[
+        pytest.param(name, marks=() if name in QUICK_ARCHITECTURES else pytest.mark.slow)
+        for name in ARCHITECTURES
+    ],
+)
 def architecture(request: pytest.FixtureRequest) -> str:
-    """Each architecture other than Llama in turn."""
+    """Each architecture other than Llama in turn; make quick takes some of them."""
     name: str = request.param
     return name
 

@@ -51,6 +51,7 @@ ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
     ),
 }
 """Other architectures than Llama, as small; each is there for what its comment or name says."""
+QUICK_ARCHITECTURES = ("phi3", "mixtral", "qwen3_moe")
 
 
 def library_text(packages: tuple[str, ...]) -> list[str]:

@@ -145,6 +145,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_transformers_loads_it_by_name(
     artifact: Path,
     writer: StandIn,

@@ -195,6 +195,7 @@ def test_step_by_step_it_computes_what_it_computes_at_once(
     torch.testing.assert_close(last, whole, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call:UserWarning")  # in transformers' Mamba
 @pytest.mark.parametrize("architecture", ["phi3", "mixtral", "mamba"], indirect=True)
 def test_it_compiles(architecture: str, low_rank: Path, tiny_windows: Tensor) -> None:
@@ -254,6 +255,7 @@ def test_two_plain_linears_need_no_llmpress(
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_distillation_learns_in_every_block(
     architecture_folder: Path, low_rank: Path, calibrated: Path, tmp_path: Path
 ) -> None:

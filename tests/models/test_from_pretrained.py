@@ -34,6 +34,7 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
         torch.testing.assert_close(second[key], tensor, rtol=0, atol=0, msg=key)
 
 
+@pytest.mark.slow
 def test_importing_llmpress_is_all_it_takes(compressed: Make) -> None:
     """In a fresh process, and before anything heavy is imported."""
     script = (

@@ -309,24 +309,18 @@ for name in NAMES:
     print(json.dumps([name, code, err.getvalue(), out.getvalue()]))
 """
 WRONG = {
-    "missing": "hub repository team/missing: not found, or private: check the name, or set "
-    "HF_TOKEN to a token that may read it",
-    "gated": "hub repository team/gated: access is gated, and the token's account has none: accept "
-    "its terms on the hub",
-    "norevision": "hub repository team/sharded: has no revision 'v9': name a branch, a tag or a "
-    "commit",
-    "pickled": "team/pickled@main: no model*.safetensors (pickled weights run code when they are "
-    "read): name a revision that has them, or save_pretrained() it where you trust it and use "
-    "`path:`",
-    "own-code": "team/own-code@main: transformers has no such architecture of its own, and code "
-    "that comes with a model is never run",
-    "damaged": "hub repository team/damaged: model-damaged.safetensors: the SHA-256 is not the one "
-    "the hub lists; the damaged copy is deleted, run it again to fetch it anew",
-    "cut": "run it again, it resumes where it stopped",
-    "unpinned": "models.unpinned: hub 'team/sharded' is not pinned: write owner/name@revision",
+    "missing": "team/missing.* HF_TOKEN",
+    "gated": "team/gated.* account",
+    "norevision": "team/sharded.* 'v9'",
+    "pickled": r"team/pickled@main.* model\*\.safetensors",
+    "own-code": "team/own-code@main.* architecture",
+    "damaged": r"team/damaged: model-damaged\.safetensors: ",
+    "cut": "team/cut",
+    "unpinned": r"models\.unpinned: .*'team/sharded'",
 }
 
 
+@pytest.mark.slow
 def test_the_script_fetches_or_says_why_not(
     hub: StandIn, tmp_path: Path, elsewhere: Callable[[str], list[str]]
 ) -> None:
@@ -359,10 +353,10 @@ def test_the_script_fetches_or_says_why_not(
     assert "resumes" in text
     assert "model-00001-of-00002.safetensors: 100%" in bars
     assert "model-cut.safetensors: 100%" in more
-    for (name, code, err, _), says in zip(wrong, WRONG.values(), strict=True):
+    for (name, code, err, _), named in zip(wrong, WRONG.values(), strict=True):
         assert code == 1, name
         (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert says in line
+        assert re.search(named, line)
         assert "Traceback" not in err
     assert not hub.gets("model-own.safetensors"), "refused before the weights are fetched"
     assert hub.gets("model-cut.safetensors")[-1].range == "bytes=20971520-"

@@ -46,7 +46,9 @@ EVERY_WIDTH = [(3, 8), (2, 7), (1, 6), (20, 5), (2, 4), (18, 3), (33, 2), (1, 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(64, 96), (576, 2112)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(64, 96), pytest.param((576, 2112), marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize(
     "tenants", [[0, -1, 2, 1], [1, 0, 1, -1, 0, 1] + 15 * [1]], ids=["one row each", "several"]
 )

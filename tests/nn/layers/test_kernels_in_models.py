@@ -38,6 +38,7 @@ def test_packed_models_compute_through_kernels(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "cluscomp", "svd", "bitdelta"])
 def test_compiled_models_compute_through_kernels(
     method: str, compressed: Make, tiny_windows: Tensor, monkeypatch: pytest.MonkeyPatch
@@ -119,6 +120,7 @@ def test_a_delta_that_has_moved_is_found_again(
         torch.testing.assert_close(delta.added_to(y, x), y + delta(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_rows_of_several_tenants_go_through_one_kernel(
     tiny_model_folder: Path, tiny_delta: Path, tiny_windows: Tensor, tmp_path: Path
 ) -> None:
