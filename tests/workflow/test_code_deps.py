@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 import code_deps
 
@@ -41,6 +42,21 @@ def test_dvc_yaml_names_exactly_the_code_of_each_stage(monkeypatch: pytest.Monke
     text = Path("dvc.yaml").read_text(encoding="utf-8")
     assert text == code_deps.rewrite(text), "run python workflow/code_deps.py --write"
     assert 0 < len(re.findall("- (?:src|workflow)/", text)) <= MOST_ENTRIES
+
+
+@pytest.mark.parametrize("package", ["cli", "export", "planning", "report", "serving"])
+def test_what_shows_plans_or_serves_reruns_no_stage_that_computes(package: str) -> None:
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    folder = f"src/llmpress/{package}"
+    assert (ROOT / folder).is_dir()
+    depending = {
+        name
+        for name, definition in stages.items()
+        if any(
+            f"{path}/".startswith(f"{folder}/") for path in definition.get("do", definition)["deps"]
+        )
+    }
+    assert depending <= {"report"}
 
 
 def test_closure_follows_packages_functions_relative_imports_and_data(tmp_path: Path) -> None:
