@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from planning_examples import CALIBRATION, REFERENCE_RATES, large_shapes, write_config
+from planning_examples import CALIBRATION, large_shapes, write_config
 
 from llmpress.calibration.stage import CalibrationText, calibrate_model
 from llmpress.planning import Machine, ModelShapes, read_shapes
@@ -43,10 +43,9 @@ def machine() -> Machine:
     return Machine(
         memory_available_bytes=16 * 10**9,
         disk_free_bytes=10**12,
-        device_memory_free_bytes=None,
-        device="cpu",
-        threads=1,
-        rates=REFERENCE_RATES,
+        device_memory_free_bytes=0,
+        processor="a processor",
+        gpu="",
     )
 
 

@@ -1,5 +1,7 @@
 """``llmpress plan``: memory, disk and time before anything runs."""
 
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,8 +46,8 @@ def plan(
 ) -> None:
     """Say what each stage will need in memory, disk and time, and whether it fits this machine.
 
-    Bytes are counted from the model's shapes. Times are estimates from the speed of this machine at
-    this moment, with as many threads as OMP_NUM_THREADS says; expect a factor of two.
+    Bytes are counted from the model's shapes. Times are those of finished stages, scaled by work:
+    this project's, or the records that llmpress comes with. The last column says whose they are.
 
     Exit codes: 0 when everything fits, 3 when something does not, 1 for a mistake.
 
@@ -55,7 +57,7 @@ def plan(
     from llmpress.cli.output import print_json
     from llmpress.core.errors import ConfigError
     from llmpress.core.params import read_params
-    from llmpress.planning import measure_machine, plan_compression, plan_project, read_shapes
+    from llmpress.planning import measure_machine, plan_project, read_shapes
 
     quiet()
     shapes = None if model is None else read_shapes(model)
@@ -64,9 +66,10 @@ def plan(
             raise ConfigError("--method needs a --model: a model folder or a config.json")
         if names:
             raise ConfigError("--method plans one compression: leave the names of runs out")
-        settings = method_settings(method, bits, set_)
         name = model.parent.name if model.is_file() else model.name
-        made = plan_compression(shapes, name, settings, measure_machine())
+        settings = asdict(method_settings(method, bits, set_))
+        run = {"model": name, "method": method, "settings": settings}
+        made = plan_project({"runs": {name: run}}, measure_machine(), model=shapes)
     elif set_ or bits is not None:
         raise ConfigError("--set and --bits need a --method; runs have theirs in params.yaml")
     else:
@@ -76,7 +79,7 @@ def plan(
             content, measure_machine(root), names=names or (), model=shapes, root=root
         )
     if as_json:
-        print_json(made.as_dict())
+        print_json(asdict(made))
     else:
         _print_plan(made)
     if not made.fits:
@@ -86,10 +89,10 @@ def plan(
 def _print_plan(plan: "Plan") -> None:
     from llmpress.cli.output import bytes_text, console, print_facts, print_table
 
-    on_device = plan.machine.device != "cpu"
-    columns = ["stage", "name", "memory", *(["GPU memory"] if on_device else []), "disk", "time"]
-    print_table("plan", [*columns, "fits"], [_cells(row, on_device=on_device) for row in plan.rows])
     machine = plan.machine
+    columns = ["stage", "name", "memory", *(["GPU memory"] if machine.gpu else []), "disk"]
+    rows = [_cells(row, on_gpu=bool(machine.gpu)) for row in plan.rows]
+    print_table("plan", [*columns, "fits", "time", "by records"], rows)
     facts = [
         (
             "memory",
@@ -101,13 +104,9 @@ def _print_plan(plan: "Plan") -> None:
             f"{bytes_text(plan.disk_bytes)} in all, {bytes_text(plan.disk_missing_bytes)} "
             f"still to be written; {bytes_text(machine.disk_free_bytes)} free",
         ),
-        (
-            "time",
-            f"{duration_text(plan.seconds_low, plan.seconds_high)} one stage after another, "
-            f"estimated for {machine.device}, {machine.threads} threads, as fast as now",
-        ),
+        ("time", f"{duration_text(plan.seconds)} one stage after another, {_basis(plan)}"),
     ]
-    if machine.device_memory_free_bytes is not None:
+    if machine.gpu:
         facts.append(
             (
                 "GPU memory",
@@ -116,39 +115,47 @@ def _print_plan(plan: "Plan") -> None:
             )
         )
     print_facts("total", facts)
-    lines = [f"{row.stage} {row.name}: {row.unknown}" for row in plan.rows if row.unknown]
-    lines += [f"{row.stage} {row.name}: {text}" for row in plan.rows for text in row.problems]
+    lines = [f"{row.stage} {row.name}: {text}" for row in plan.rows for text in row.problems]
     for line in [*lines, *plan.problems]:
         console().print(line)
 
 
-def _cells(row: "PlanRow", *, on_device: bool) -> list[str]:
+def _cells(row: "PlanRow", *, on_gpu: bool) -> list[str]:
     from llmpress.cli.output import bytes_text
 
-    if row.unknown:
-        return [row.stage, row.name, *["—"] * (3 + on_device), "unknown"]
-    disk = bytes_text(row.disk_bytes)
-    if row.scratch_bytes:
-        disk += f" + {bytes_text(row.scratch_bytes)} scratch"
+    if row.need is None:
+        return [row.stage, row.name, *["—"] * (2 + on_gpu), "unknown", "—", ""]
+    time = row.time
     return [
         row.stage,
         row.name,
-        bytes_text(row.memory_bytes),
-        *([bytes_text(row.device_memory_bytes)] if on_device else []),
-        disk,
-        duration_text(row.seconds_low, row.seconds_high),
-        ("yes, made" if row.present else "yes") if row.fits else "NO",
+        bytes_text(row.need.host_bytes),
+        *([bytes_text(row.need.device_bytes)] if on_gpu else []),
+        bytes_text(row.need.artifact.num_bytes),
+        "NO" if row.problems else "yes, made" if row.present else "yes",
+        duration_text(time.seconds, time.low, time.high) if time else "—",
+        time.basis if time else "no record",
     ]
 
 
-def duration_text(low: float, high: float) -> str:
-    """Return a range of seconds in the unit that suits its upper end, ``2-5 min``."""
+def _basis(plan: "Plan") -> str:
+    """Return what the total rests on."""
+    rows = [row for row in plan.rows if row.need]
+    counts = Counter(row.time.machine for row in rows if row.time)
+    text = ", ".join(f"{count} by records of {name}" for name, count in counts.items())
+    untimed = sum(not row.time for row in rows)
+    return text + (f"; without {untimed} that have no record" if untimed else "")
+
+
+def duration_text(seconds: float, low: float | None = None, high: float | None = None) -> str:
+    """Return seconds in the unit that suits them, and their range: ``3 min (2-5)``."""
     unit, size = next(
-        (name, seconds)
-        for name, seconds in (("days", 86400), ("h", 3600), ("min", 60), ("s", 1))
-        if high >= 2 * seconds or seconds == 1
+        (name, size)
+        for name, size in (("days", 86400), ("h", 3600), ("min", 60), ("s", 1))
+        if seconds >= 2 * size or size == 1
     )
-    return f"{_short(low / size)}-{_short(high / size)} {unit}"
+    value, *ends = (_short(x / size) for x in (seconds, low, high) if x is not None)
+    return f"{value} {unit}" + (f" ({'-'.join(ends)})" if len(set(ends)) > 1 else "")
 
 
 def _short(value: float) -> str:

@@ -44,23 +44,26 @@ class Work:
 
     Attributes:
         fp32_flops: Operations of fp32 matrix products, two per multiply-add.
-        bf16_flops: The same in bfloat16.
         fp64_flops: The same in fp64.
         svd_cubes: ``m · n · min(m, n)`` of fp32 singular value decompositions.
         eigh_cubes: ``n³`` of fp64 eigendecompositions.
         bytes_moved: Bytes read and written by elementwise passes.
         calls: Operations whose start takes longer than their work.
-        fixed_seconds: What no rate shortens: starting Python, importing packages.
     """
 
     fp32_flops: float = 0.0
-    bf16_flops: float = 0.0
     fp64_flops: float = 0.0
     svd_cubes: float = 0.0
     eigh_cubes: float = 0.0
     bytes_moved: float = 0.0
     calls: float = 0.0
-    fixed_seconds: float = 0.0
+
+    @property
+    def operations(self) -> float:
+        """All of it in operations of fp32 matrix products that take a processor as long."""
+        rates = (1.0, 2.0, 20.0, 15.0, 7.0, 500_000.0)
+        amounts: tuple[float, ...] = astuple(self)
+        return sum(rate * amount for rate, amount in zip(rates, amounts, strict=True))
 
     def __add__(self, other: "Work") -> "Work":
         """Return both amounts together."""

@@ -1,31 +1,18 @@
-"""From params.yaml to one row per stage instance: what it needs and whether that fits.
+"""What stages need and how long they take, compared with a machine."""
 
-Stages that fetch something and the report are left out: what is downloaded is not known before,
-and the report takes seconds. A model that is not there yet gives rows that say how to get it.
-"""
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+import psutil  # type: ignore[import-untyped]  # its stubs are a package of their own
+import torch
 
-from llmpress.methods.base import Method
-from llmpress.nn.layers import CompressedLinear
-from llmpress.planning import costs, stages
-from llmpress.planning.estimates import Estimate
-from llmpress.planning.machine import Machine
-from llmpress.planning.shapes import ModelShapes
+from llmpress.core.environment import hardware
+from llmpress.planning.records import Record, Time, estimate_time
+from llmpress.planning.stages import Need
 
-Layers = Mapping[str, CompressedLinear | None]
-
-FASTER, SLOWER = 0.5, 2.0
-"""A stage is expected to take between these multiples of the estimate. Of the 28 stages of the
-default run, which shared two hyperthreads with other work, 27 lie in that range; the other one, a
-delta_come compression, took three times as long as its layers take on the idle machine."""
-
-FASTER_ON_DEVICE, SLOWER_ON_DEVICE = 0.3, 4.0
-"""The same on a GPU, where the constants were never calibrated."""
-
-
+CGROUP = Path("/sys/fs/cgroup")
 REMEDIES = {
     "calibrate": "lower `windows` or `length` of the calibration, or use a smaller model",
     "compress": "use a smaller model, or a method with a smaller work space",
@@ -39,42 +26,43 @@ REMEDIES = {
 
 
 @dataclass(frozen=True)
+class Machine:
+    """What a plan is compared with.
+
+    Attributes:
+        memory_available_bytes: Host memory that can be used without swapping, the limit of a
+            container included.
+        disk_free_bytes: On the file system that the plan writes to.
+        device_memory_free_bytes: Of the GPU; 0 without one.
+        processor: Its name.
+        gpu: Its name; empty without one.
+    """
+
+    memory_available_bytes: int
+    disk_free_bytes: int
+    device_memory_free_bytes: int
+    processor: str
+    gpu: str
+
+
+@dataclass(frozen=True)
 class PlanRow:
-    """One stage instance; every number is an estimate but for exact disk bytes.
+    """One stage instance.
 
     Attributes:
         stage: Name in dvc.yaml without its key.
         name: Its key.
-        unknown: Why nothing is known, with what to do; None where the rest holds.
-        memory_bytes: Memory of the computer at the peak.
-        device_memory_bytes: Memory of the GPU at the peak; 0 without a GPU.
-        mapped_bytes: Pages of weight files that show in the resident size on top of
-            ``memory_bytes`` and that the system drops when it needs them.
-        disk_bytes: The artifact that stays; DVC's cache shares it by a link.
-        disk_exact: Whether its tensor files are counted exactly; otherwise the values decide.
-        scratch_bytes: Disk used on top until the stage is done.
-        seconds: Expected time.
-        seconds_low: Lower end of the expected range.
-        seconds_high: Upper end.
+        need: Memory and disk; without a GPU all memory is the computer's. None if not known yet.
+        time: Seconds, and what they rest on; None without a record.
         present: Whether the artifact lies there already; the engine decides if it is up to date.
-        fits: Whether it fits the machine by itself; None where nothing is known.
-        problems: What does not fit, by how much, what to lower.
+        problems: What does not fit, by how much, what to lower; or why nothing is known.
     """
 
     stage: str
     name: str
-    unknown: str | None = None
-    memory_bytes: int = 0
-    device_memory_bytes: int = 0
-    mapped_bytes: int = 0
-    disk_bytes: int = 0
-    disk_exact: bool = True
-    scratch_bytes: int = 0
-    seconds: float = 0.0
-    seconds_low: float = 0.0
-    seconds_high: float = 0.0
+    need: Need | None
+    time: Time | None = None
     present: bool = False
-    fits: bool | None = None
     problems: tuple[str, ...] = ()
 
 
@@ -89,111 +77,87 @@ class Plan:
         device_memory_bytes: The same on the GPU.
         disk_bytes: Of all artifacts.
         disk_missing_bytes: Of the artifacts that are not there yet, with the largest scratch.
-        seconds: Of all rows one after another, artifacts that are there included.
-        seconds_low: Lower end of the expected range.
-        seconds_high: Upper end.
-        fits: Whether every row fits, and all missing artifacts together fit the disk.
+        seconds: Of all rows with a time, one after another, artifacts that are there included.
         problems: Of all artifacts together.
+        fits: Whether every row fits, and all missing artifacts together fit the disk.
     """
 
     rows: tuple[PlanRow, ...]
     machine: Machine
-    memory_bytes: int = 0
-    device_memory_bytes: int = 0
-    disk_bytes: int = 0
-    disk_missing_bytes: int = 0
-    seconds: float = 0.0
-    seconds_low: float = 0.0
-    seconds_high: float = 0.0
-    fits: bool = True
-    problems: tuple[str, ...] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain values for JSON."""
-        return asdict(self)
+    memory_bytes: int
+    device_memory_bytes: int
+    disk_bytes: int
+    disk_missing_bytes: int
+    seconds: float
+    problems: tuple[str, ...]
+    fits: bool
 
 
-def plan_compression(model: ModelShapes, name: str, method: Method, machine: Machine) -> Plan:
-    """Plan one compression without a params.yaml.
+def measure_machine(folder: Path = Path()) -> Machine:
+    """Look at this machine; ``folder`` lies on the disk that is written to."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit = (CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        used = int((CGROUP / "memory.current").read_text(encoding="ascii"))
+        available = min(available, max(0, int(limit) - used))
+    except (OSError, ValueError):
+        pass  # no limit
+    found = hardware()
+    return Machine(
+        memory_available_bytes=available,
+        disk_free_bytes=shutil.disk_usage(folder).free,
+        device_memory_free_bytes=torch.cuda.mem_get_info()[0] if found["gpu"] else 0,
+        processor=found["processor"],
+        gpu=found["gpu"] or "",
+    )
 
-    Args:
-        model: What is compressed.
-        name: What the row is called.
-        method: How.
-        machine: What the plan is compared with.
 
-    Raises:
-        ValueError: A budget that the model or a layer cannot meet.
-    """
-    estimate = stages.compress(model, method)
-    return summarize([fitted("compress", name, estimate, machine)], machine)
-
-
-def fitted(
-    stage: str, name: str, estimate: Estimate, machine: Machine, *, present: bool = False
+def make_row(
+    stage: str,
+    name: str,
+    need: Need,
+    machine: Machine,
+    records: Sequence[Record],
+    kind: tuple[str, str],
+    *,
+    present: bool = False,
 ) -> PlanRow:
-    """Return an estimate as a row, compared with the machine."""
-    on_device = machine.device != "cpu"
-    memory = estimate.staging_bytes if on_device else estimate.host_bytes
-    device = estimate.device_bytes if on_device else 0
-    disk = estimate.artifact.num_bytes
-    seconds = costs.seconds(estimate.work, machine.rates)
-    low, high = (FASTER_ON_DEVICE, SLOWER_ON_DEVICE) if on_device else (FASTER, SLOWER)
+    """Compare what a stage needs with the machine; ``kind`` is that of its records."""
+    if not machine.gpu:
+        need = replace(need, host_bytes=need.host_bytes + need.device_bytes, device_bytes=0)
     remedy = REMEDIES["evaluate" if stage.startswith("evaluate") else stage]
-    needed = [
-        ("memory", memory, machine.memory_available_bytes, remedy),
-        ("disk", disk + estimate.scratch_bytes, machine.disk_free_bytes, "free some disk"),
-    ]
-    if machine.device_memory_free_bytes is not None:
-        needed.append(("GPU memory", device, machine.device_memory_free_bytes, remedy))
+    written = 0 if present else need.artifact.num_bytes + need.scratch_bytes
     problems = tuple(
-        f"{what}: {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free, "
-        f"{(need - free) / 1e9:.1f} GB too much; {advice}"
-        for what, need, free, advice in needed
-        if need > free and not (what == "disk" and present)
+        f"{what}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free, "
+        f"{(needed - free) / 1e9:.1f} GB too much; {advice}"
+        for what, needed, free, advice in (
+            ("memory", need.host_bytes, machine.memory_available_bytes, remedy),
+            ("GPU memory", need.device_bytes, machine.device_memory_free_bytes, remedy),
+            ("disk", written, machine.disk_free_bytes, "free some disk"),
+        )
+        if needed > free
     )
-    return PlanRow(
-        stage=stage,
-        name=name,
-        memory_bytes=memory,
-        device_memory_bytes=device,
-        mapped_bytes=estimate.mapped_bytes,
-        disk_bytes=disk,
-        disk_exact=estimate.artifact.exact,
-        scratch_bytes=estimate.scratch_bytes,
-        seconds=seconds,
-        seconds_low=low * seconds,
-        seconds_high=high * seconds,
-        present=present,
-        fits=not problems,
-        problems=problems,
-    )
+    time = estimate_time(records, kind, need.work, (machine.processor, machine.gpu))
+    return PlanRow(stage, name, need, time, present, problems)
 
 
 def summarize(rows: Sequence[PlanRow], machine: Machine) -> Plan:
     """Add rows up and compare all missing artifacts together with the free disk."""
-    missing = [row for row in rows if not row.present]
-    scratch = max((row.scratch_bytes for row in missing), default=0)
-    disk_missing = sum(row.disk_bytes for row in missing) + scratch
+    known = [(row, row.need) for row in rows if row.need]
+    missing = [need for row, need in known if not row.present]
+    scratch = max((need.scratch_bytes for need in missing), default=0)
+    disk_missing = sum(need.artifact.num_bytes for need in missing) + scratch
     over = disk_missing - machine.disk_free_bytes
-    problems = (
-        (
-            f"disk: all artifacts together need {over / 1e9:.1f} GB more than are free; "
-            "free some disk, or leave some runs out",
-        )
-        if over > 0 and not any(problem.startswith("disk") for r in rows for problem in r.problems)
-        else ()
-    )
+    fits = not any(row.problems for row, _ in known)
+    text = f"disk: all artifacts together need {over / 1e9:.1f} GB more than are free; "
     return Plan(
         rows=tuple(rows),
         machine=machine,
-        memory_bytes=max((row.memory_bytes for row in rows), default=0),
-        device_memory_bytes=max((row.device_memory_bytes for row in rows), default=0),
-        disk_bytes=sum(row.disk_bytes for row in rows),
+        memory_bytes=max((need.host_bytes for _, need in known), default=0),
+        device_memory_bytes=max((need.device_bytes for _, need in known), default=0),
+        disk_bytes=sum(need.artifact.num_bytes for _, need in known),
         disk_missing_bytes=disk_missing,
-        seconds=sum(row.seconds for row in rows),
-        seconds_low=sum(row.seconds_low for row in rows),
-        seconds_high=sum(row.seconds_high for row in rows),
-        fits=over <= 0 and all(row.fits is not False for row in rows),
-        problems=problems,
+        seconds=sum(row.time.seconds for row, _ in known if row.time),
+        problems=(text + "free some disk, or leave some runs out",) if over > 0 and fits else (),
+        fits=fits and over <= 0,
     )

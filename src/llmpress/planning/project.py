@@ -1,34 +1,61 @@
-"""A row of the plan for every stage instance of params.yaml."""
+"""A row of the plan for every stage instance of params.yaml, and the records it left.
+
+Stages that fetch something and the report are left out: what is downloaded is not known before,
+and the report takes seconds. A model that is not there yet gives rows that say how to get it.
+"""
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from llmpress.calibration.settings import CalibrationSettings
 from llmpress.compression.settings import read_run
-from llmpress.core.artifacts import read_json
+from llmpress.core.artifacts import PROVENANCE, read_json
 from llmpress.core.errors import ArtifactError, ConfigError
 from llmpress.core.params import build, section, suggestion
 from llmpress.deltas.settings import read_delta, read_delta_run
 from llmpress.evaluation.settings import EvaluationSettings
 from llmpress.methods.base import Method
 from llmpress.methods.registry import build_method
-from llmpress.planning import evaluation, stages
-from llmpress.planning.estimates import Estimate, TaskText
-from llmpress.planning.machine import Machine
-from llmpress.planning.plan import Layers, Plan, PlanRow, fitted, summarize
+from llmpress.planning import stages
+from llmpress.planning.plan import Machine, Plan, PlanRow, make_row, summarize
+from llmpress.planning.records import Record, read_records
 from llmpress.planning.shapes import ModelShapes, read_shapes
-from llmpress.planning.sizes import planned_layers
+from llmpress.planning.sizes import Layers, planned_layers
+from llmpress.planning.stages import Need, TaskText
 from llmpress.training.full import TrainingSettings
-from llmpress.training.settings import Training, read_training
+from llmpress.training.settings import FinetuningSettings, read_training
 from llmpress.tuning.settings import read_finetune
 
 CHARACTERS_PER_TOKEN = 4.2
-"""Of English; every digit is taken for a token of its own."""
+
+Key = tuple[str, str]
+"""Stage and name; of records stage and method."""
+
+SECTIONS = {
+    "train_task": ("finetuned_models", "data/models"),
+    "extract_delta": ("deltas", "data/deltas"),
+    "calibrate": ("calibrations", "data/calibration"),
+    "compress": ("runs", "data/compressed"),
+    "compress_delta": ("delta_runs", "data/compressed"),
+    "finetune": ("finetunes", "data/finetuned"),
+    "train": ("trainings", "data/trained"),
+}
+"""Of each stage the section of params.yaml, and the folder of its artifacts."""
+
+EVALUATIONS = {
+    "compress": "evaluate",
+    "compress_delta": "evaluate_delta",
+    "finetune": "evaluate_finetuned",
+    "train": "evaluate_trained",
+}
 
 
 def plan_project(
@@ -47,122 +74,156 @@ def plan_project(
         names: Runs, delta runs, finetunes or models to plan with all they are made from; all by
             default.
         model: Layout that stands for every model, instead of those of data/models.
-        root: The project's folder.
+        root: The project's folder, whose finished stages tell how long others take.
 
     Raises:
-        ConfigError: An unknown name, or a mistake in params.yaml.
+        ConfigError: An unknown name, a mistake in params.yaml, or a budget that cannot be met.
     """
-    project = _Project(params, machine, model, root)
-    tasks = project.tasks()
-    known = sorted({name for _, name in tasks})
+    project = _Project(params, model, root)
+    known = {name for _, name in project.tasks}
     for name in names:
         if name not in known:
             raise ConfigError(f"{name!r} is nothing to plan{suggestion(name, known)}")
-    wanted = [key for key in tasks if not names or key[1] in names]
-    closure: set[tuple[str, str]] = set()
-    while wanted:
-        key = wanted.pop()
-        if key in tasks and key not in closure:
-            closure.add(key)
-            wanted.extend(tasks[key].needs)
-    rows = [project.row(key, tasks[key]) for key in tasks if key in closure]
+    wanted = [key for key in project.tasks if not names or key[1] in names]
+    for key in wanted:  # grows
+        made_from = project.tasks[key].made_from
+        wanted += [other for other in made_from if other in project.tasks and other not in wanted]
+    records = read_records() + project_records(params, root)
+    rows = [project.row(key, machine, records) for key in project.tasks if key in wanted]
     return summarize(rows, machine)
+
+
+def project_records(params: Mapping[str, Any], root: Path) -> list[Record]:
+    """Return how long the finished stages of a project took, with the settings they had then."""
+    project, records = _Project(params, None, root), []
+    for key in project.tasks:
+        with suppress(ArtifactError, ConfigError, KeyError, ValueError):  # not there, or too old
+            records.append(project.record(key))
+    return records
 
 
 @dataclass(frozen=True)
 class _Task:
-    """A stage instance: how it is estimated, what it is made from, where its artifact lies."""
+    """A stage instance.
 
-    estimate: Callable[[], Estimate]
-    needs: tuple[tuple[str, str], ...]
-    folder: Path
+    Attributes:
+        kind: Stage and method of its records.
+        model: Whose shapes it depends on.
+        settings: What else it depends on and its provenance holds; None for a stage without.
+        need: Computes what it needs from both.
+        made_from: Stages and names of what it is made from.
+        method: Of the layers in its artifact.
+    """
+
+    kind: Key
+    model: str
+    settings: Any
+    need: Callable[[ModelShapes, Any], Need]
+    made_from: tuple[Key, ...]
+    method: Method | None = None
+
+    def layers(self, layout: ModelShapes) -> Layers:
+        """Return the compressed layers of its artifact; models and adapters have none."""
+        return planned_layers(layout, self.method) if self.method else {}
 
 
-@dataclass
 class _Project:
-    """params.yaml with the layouts of its models, each read once."""
+    """params.yaml as stages in the order of dvc.yaml, with each model's layout read once."""
 
-    params: Mapping[str, Any]
-    machine: Machine
-    model: ModelShapes | None
-    root: Path
-    _shapes: dict[str, ModelShapes] = field(default_factory=dict)
-    _evaluation: EvaluationSettings | None = None
-    _answers: dict[tuple[str, int | None], TaskText] = field(default_factory=dict)
+    def __init__(self, params: Mapping[str, Any], model: ModelShapes | None, root: Path) -> None:
+        self.params, self.model, self.root = params, model, root
+        self.layout, self.text = cache(self._layout), cache(self._text)
+        self.tasks: dict[Key, _Task] = {}
+        for stage, (group, _) in SECTIONS.items():
+            for name in map(str, params.get(group) or {}):
+                self.tasks[stage, name] = getattr(self, f"_{stage}")(name)
+        if "evaluation" in params:
+            models = [("train_task", str(name)) for name in section(params, "evaluation.models")]
+            for stage, name in [*models, *(key for key in self.tasks if key[0] in EVALUATIONS)]:
+                evaluation = EVALUATIONS.get(stage, "evaluate_model")
+                self.tasks[evaluation, name] = self._evaluate(stage, name)
 
-    def row(self, key: tuple[str, str], task: _Task) -> PlanRow:
+    def row(self, key: Key, machine: Machine, records: Sequence[Record]) -> PlanRow:
         """Estimate one stage instance, or say why that is not possible yet."""
-        stage, name = key
+        task = self.tasks[key]
         try:
-            estimate = task.estimate()
+            need = task.need(self.layout(task.model), task.settings)
         except ArtifactError as error:
-            return PlanRow(stage, name, unknown=str(error))
+            return PlanRow(*key, need=None, problems=(str(error),))
         except ConfigError:
             raise
         except ValueError as error:
-            raise ConfigError(f"{stage} {name}: {error}") from None
-        present = self.model is None and (self.root / task.folder).exists()
-        return fitted(stage, name, estimate, self.machine, present=present)
+            raise ConfigError(f"{' '.join(key)}: {error}") from None
+        present = self.model is None and self._provenance(key).exists()
+        return make_row(*key, need, machine, records, task.kind, present=present)
 
-    def tasks(self) -> dict[tuple[str, str], _Task]:
-        """Return every stage instance in the order of dvc.yaml."""
-        groups: tuple[tuple[str, str, Callable[[str], _Task]], ...] = (
-            ("finetuned_models", "train_task", self._train_task),
-            ("deltas", "extract_delta", self._extract_delta),
-            ("calibrations", "calibrate", self._calibrate),
-            ("runs", "compress", self._compress),
-            ("delta_runs", "compress_delta", self._compress_delta),
-            ("finetunes", "finetune", self._finetune),
-            ("trainings", "train", self._train),
-        )
-        tasks = {
-            (stage, str(name)): make(str(name))
-            for group, stage, make in groups
-            for name in self.params.get(group) or {}
-        }
-        if "evaluation" not in self.params:
-            return tasks
-        for name in section(self.params, "evaluation.models"):
-            tasks["evaluate_model", name] = self._evaluate_model(name)
-        for group, stage, made in (
-            ("runs", "evaluate", "compress"),
-            ("delta_runs", "evaluate_delta", "compress_delta"),
-            ("finetunes", "evaluate_finetuned", "finetune"),
-            ("trainings", "evaluate_trained", "train"),
-        ):
-            for name in self.params.get(group) or {}:
-                tasks[stage, str(name)] = self._evaluate(str(name), made)
-        return tasks
-
-    def _layout(self, name: str) -> ModelShapes:
-        """Return the layout of a model of params.yaml.
+    def record(self, key: Key) -> Record:
+        """Return how long a finished stage took.
 
         Raises:
-            ArtifactError: It has to be fetched first.
+            ArtifactError: It is not finished.
+            ConfigError: It was made by another method than params.yaml says now.
         """
+        task = self.tasks[key]
+        made = read_json(self._provenance(key))
+        if task.kind[0] == "evaluate":
+            about, made = made["evaluation"], made["provenance"]["evaluation"]
+            then = {"tasks": about["task_items"], "corpora": list(about["tokens_scored"]), **about}
+            seconds = made["seconds"]["all"]
+        else:
+            then, seconds = made["settings"], made["seconds"]
+        method, settings = task.kind[1], task.settings
+        if then.get("trains", then.get("method", method)) != method:
+            raise ConfigError(f"{' '.join(key)}: was made by another method")
+        if settings is not None:
+            now = {f.name: getattr(settings, f.name) for f in fields(settings)}
+            values = {name: then.get(name, value) for name, value in now.items()}
+            settings = build(type(settings), values, " ".join(key))
+        hardware = made["hardware"]
+        return Record(
+            *task.kind,
+            model=task.model,
+            work=task.need(self.layout(task.model), settings).work,
+            seconds=seconds,
+            processor=hardware["processor"],
+            gpu=hardware["gpu"] or "",
+            threads=hardware["threads"],
+            date=made["created"][:10],
+        )
+
+    def _provenance(self, key: Key) -> Path:
+        if key[0] in SECTIONS:
+            return self.root / SECTIONS[key[0]][1] / key[1] / PROVENANCE
+        return self.root / "results/details" / f"{key[1]}.json"
+
+    def _layout(self, name: str) -> ModelShapes:
         if self.model is not None:
             return self.model
-        if name not in self._shapes:
-            self._shapes[name] = self._read_layout(name)
-        return self._shapes[name]
-
-    def _read_layout(self, name: str) -> ModelShapes:
         folder = self.root / "data/models" / name
         if (folder / "config.json").is_file():
             return read_shapes(folder)
         trained = (self.params.get("finetuned_models") or {}).get(name)
         if trained is not None:
-            import torch
-
-            return self._layout(str(trained["base"])).stored_as(torch.float32)
+            return self.layout(str(trained["base"])).stored_as(torch.float32)
         source = section(self.params, f"models.{name}")
         if "path" in source and "file" not in source and Path(source["path"]).is_dir():
             return read_shapes(Path(source["path"]))
         raise ArtifactError(f"fetch the model first: python workflow/scripts/fetch_model.py {name}")
 
-    def _calibration(self, name: str) -> CalibrationSettings:
-        where = f"calibrations.{name}"
-        return build(CalibrationSettings, section(self.params, where), where)
+    def _text(self, task: str, split: str, drawn: int | None = None) -> TaskText:
+        """Return the tokens of a task's items, guessed where the task is not there yet."""
+        folder = self.root / "data/tasks" / task
+        if not (folder / split).is_file():
+            generator = (self.params.get("tasks") or {}).get(task, {}).get("generator")
+            return TaskText(45, 70, 32) if generator else TaskText()
+        lines = (folder / split).read_text(encoding="utf-8").splitlines()
+        config = yaml.safe_load((folder / "task.yaml").read_text(encoding="utf-8"))
+        generates = config.get("output_type") == "generate_until"
+        tokens = config.get("generation_kwargs", {}).get("max_gen_toks", 256) if generates else 0
+        return task_text([json.loads(line) for line in lines if line.strip()], tokens, drawn)
+
+    def _settings(self, cls: type, where: str) -> Any:
+        return build(cls, section(self.params, where), where)
 
     def _exact_tensors(self, name: str) -> Collection[str]:
         """Return what fine-tuning changes outside the linears: as known, or at most everything."""
@@ -172,216 +233,120 @@ class _Project:
         finetuned = read_delta(self.params, name).finetuned
         if finetuned in (self.params.get("finetuned_models") or {}):
             return ()  # train_task leaves everything else alone, but for rows of added tokens
-        layout = self._layout(finetuned)
-        linears = {f"{linear}.weight" for linear in layout.linears}
-        return [tensor for tensor in layout.tensors if tensor not in linears]
+        layout = self.layout(finetuned)
+        return set(layout.tensors) - {f"{linear}.weight" for linear in layout.linears}
 
     def _train_task(self, name: str) -> _Task:
-        where = f"finetuned_models.{name}"
-        settings = build(TrainingSettings, section(self.params, where), where)
-        return _Task(
-            lambda: stages.train_task(
-                self._layout(settings.base),
-                settings.steps,
-                settings.batch_size,
-                self._text(settings.task, "train.jsonl")
-                if settings.task
-                else TaskText(settings.windows, settings.length, settings.length, 0),
-            ),
-            (),
-            Path("data/models") / name,
-        )
+        settings = self._settings(TrainingSettings, f"finetuned_models.{name}")
+
+        def need(layout: ModelShapes, settings: TrainingSettings) -> Need:
+            text = self.text(settings.task, "train.jsonl") if settings.task else TaskText()
+            return stages.train_task(layout, settings, text)
+
+        return _Task(("train_task", ""), settings.base, settings, need, ())
 
     def _extract_delta(self, name: str) -> _Task:
         delta = read_delta(self.params, name)
-        made = {"compressed": "compress", "finetuned": "finetune"}
-        kind, _, base = delta.base.partition("/")
-        return _Task(
-            lambda: stages.extract_delta(self._layout(delta.finetuned), self._exact_tensors(name)),
-            (("train_task", delta.finetuned), (made.get(kind, "fetch_model"), base)),
-            Path("data/deltas") / name,
-        )
+
+        def need(layout: ModelShapes, _: None) -> Need:
+            return stages.extract_delta(layout, self._exact_tensors(name))
+
+        made_from = (("train_task", delta.finetuned), _maker(delta.base))
+        return _Task(("extract_delta", ""), delta.finetuned, None, need, made_from)
 
     def _calibrate(self, name: str) -> _Task:
-        settings = self._calibration(name)
-        return _Task(
-            lambda: stages.calibrate(self._layout(name), settings),
-            (("train_task", name),),
-            Path("data/calibration") / name,
-        )
+        settings = self._settings(CalibrationSettings, f"calibrations.{name}")
+        made_from = (("train_task", name),)
+        return _Task(("calibrate", ""), name, settings, stages.calibrate, made_from)
 
     def _compress(self, name: str) -> _Task:
-        model, _, method = self._run(name)
-        return _Task(
-            lambda: stages.compress(self._layout(model), method),
-            (("calibrate", model),),
-            Path("data/compressed") / name,
-        )
+        run = read_run(self.params, name)
+        method = build_method(run.method, run.settings, f"runs.{name}")
+        kind, made_from = ("compress", run.method), (("calibrate", run.model),)
+        return _Task(kind, run.model, method, stages.compress, made_from, method)
 
     def _compress_delta(self, name: str) -> _Task:
         run = read_delta_run(self.params, name)
         method = build_method(run.method, run.settings, f"delta_runs.{name}")
-        return _Task(
-            lambda: stages.compress_delta(
-                self._layout(run.finetuned),
-                method,
-                self._exact_tensors(run.delta),
-                self._calibration(run.finetuned) if run.sequential else None,
-            ),
-            (("extract_delta", run.delta), ("calibrate", run.finetuned)),
-            Path("data/compressed") / name,
-        )
+        calibration = ("calibrate", run.finetuned)
+        order = self.tasks[calibration].settings if run.sequential else None
+
+        def need(layout: ModelShapes, method: Method) -> Need:
+            return stages.compress_delta(layout, method, self._exact_tensors(run.delta), order)
+
+        made_from = (("extract_delta", run.delta), calibration)
+        return _Task(("compress", run.method), run.finetuned, method, need, made_from, method)
 
     def _finetune(self, name: str) -> _Task:
         finetune = read_finetune(self.params, name)
-        model, method_name, method = self._run(finetune.run)
+        start = self.tasks["compress", finetune.run]
+        texts = self._settings(CalibrationSettings, f"calibrations.{finetune.model}")
         return _Task(
-            lambda: stages.finetune(
-                self._layout(model),
-                method_name,
-                method,
-                finetune.settings,
-                self._calibration(model),
-            ),
+            ("finetune", finetune.method),
+            finetune.model,
+            finetune.settings,
+            lambda layout, settings: stages.finetune(layout, start.settings, settings, texts),
             (("compress", finetune.run),),
-            Path("data/finetuned") / name,
+            start.method,
         )
 
     def _train(self, name: str) -> _Task:
         training = read_training(self.params, name)
-        start = _start(training)
-        layers = self._planned_layers(*start)
+        maker = _maker(training.start, delta=training.trains == "delta")
+        start = self.tasks.get(maker)  # a fetched model has none
 
-        def estimate() -> Estimate:
-            layout = self._layout(training.model)
-            text = None if training.task is None else self._text(training.task, "train.jsonl")
-            return stages.train(layout, training.trains, training.settings, text, layers(layout))
+        def need(layout: ModelShapes, settings: FinetuningSettings) -> Need:
+            text = self.text(training.task, "train.jsonl") if training.task else None
+            layers = start.layers(layout) if start else {}
+            return stages.train(layout, training.trains, settings, text, layers)
 
-        return _Task(estimate, (start,), Path("data/trained") / name)
+        kind, method = ("train", training.trains), start.method if start else None
+        return _Task(kind, training.model, training.settings, need, (maker,), method)
 
-    def _run(self, name: str) -> tuple[str, str, Method]:
-        """Return model, method's name and method of a run."""
-        run = read_run(self.params, name)
-        return run.model, run.method, build_method(run.method, run.settings, f"runs.{name}")
+    def _evaluate(self, stage: str, name: str) -> _Task:
+        made = self.tasks[stage, name] if stage in EVALUATIONS else None
+        original = made.model if made else name
+        values = {k: v for k, v in section(self.params, "evaluation").items() if k != "models"}
+        settings = build(EvaluationSettings, values, "evaluation")
+        settings = replace(settings, tasks=settings.tasks_of(original), own_tasks={})
 
-    def _planned_layers(self, made: str, name: str) -> Callable[[ModelShapes], Layers]:
-        """Return the compressed layers of an artifact by what made it; adapters have none."""
-        if made == "train":
-            made, name = _start(read_training(self.params, name))
-        if made == "train_task":
-            return lambda _: {}
-        if made == "compress_delta":
-            run = read_delta_run(self.params, name)
-            method = build_method(run.method, run.settings, f"delta_runs.{name}")
-        else:
-            of = read_finetune(self.params, name).run if made == "finetune" else name
-            _, _, method = self._run(of)
-        return lambda layout: planned_layers(layout, method)
+        def need(layout: ModelShapes, settings: EvaluationSettings) -> Need:
+            texts = {n: self.text(n, "test.jsonl", few) for n, few in settings.tasks.items()}
+            layers, delta = made.layers(layout) if made else None, stage == "compress_delta"
+            return stages.evaluate(layout, settings, texts, layers, delta=delta)
 
-    def _evaluation_settings(self) -> EvaluationSettings:
-        if self._evaluation is None:
-            values = {k: v for k, v in section(self.params, "evaluation").items() if k != "models"}
-            self._evaluation = build(EvaluationSettings, values, "evaluation")
-        return self._evaluation
-
-    def _asked(self, original: str) -> EvaluationSettings:
-        """Return the settings with the tasks of one model, and of all that is compared with it."""
-        settings = self._evaluation_settings()
-        return replace(settings, tasks=settings.tasks_of(original), own_tasks={})
-
-    def _texts(self, settings: EvaluationSettings) -> dict[str, TaskText]:
-        for name, drawn in settings.tasks.items():
-            if (name, drawn) not in self._answers:
-                self._answers[name, drawn] = self._text(name, "test.jsonl", drawn)
-        return {name: self._answers[name, drawn] for name, drawn in settings.tasks.items()}
-
-    def _evaluate_model(self, name: str) -> _Task:
-        settings = self._asked(name)
-        return _Task(
-            lambda: evaluation.evaluate(self._layout(name), settings, self._texts(settings)),
-            (("train_task", name),),
-            Path("results/metrics") / f"{name}.json",
-        )
-
-    def _evaluate(self, name: str, made: str) -> _Task:
-        delta = made == "compress_delta"
-        read: Callable[..., Any] = {
-            "compress": read_run,
-            "compress_delta": read_delta_run,
-            "finetune": read_finetune,
-            "train": read_training,
-        }[made]
-        entry = read(self.params, name)
-        original = entry.finetuned if delta else entry.model
-        settings = self._asked(original)
-        layers = self._planned_layers(made, name)
-
-        def estimate() -> Estimate:
-            layout = self._layout(original)
-            return evaluation.evaluate(
-                layout, settings, self._texts(settings), layers(layout), delta=delta
-            )
-
-        return _Task(estimate, ((made, name),), Path("results/metrics") / f"{name}.json")
-
-    def _text(self, task: str, split: str, drawn: int | None = None) -> TaskText:
-        """Return the tokens of a task's items, guessed where the task is not there yet."""
-        folder = self.root / "data/tasks" / task
-        generator = (self.params.get("tasks") or {}).get(task, {}).get("generator")
-        guess = TaskText(1, 45, 70, 32) if generator else TaskText()
-        if not (folder / split).is_file():
-            return guess
-        lines = (folder / split).read_text(encoding="utf-8").splitlines()
-        items = [json.loads(line) for line in lines if line.strip()]
-        if not items:
-            return guess
-        return task_text(items, drawn, _generated_tokens(folder / "task.yaml"))
+        return _Task(("evaluate", ""), original, settings, need, ((stage, name),))
 
 
-def _start(training: Training) -> tuple[str, str]:
-    """Return stage and key of what makes the start of a training."""
-    kind, _, name = training.start.partition("/")
-    compressed = "compress_delta" if training.trains == "delta" else "compress"
-    made = {"models": "train_task", "compressed": compressed, "finetuned": "finetune"}
-    return made[kind], name
+def _maker(folder: str, *, delta: bool = False) -> Key:
+    """Return stage and name of what makes a folder below data/."""
+    kind, _, name = folder.partition("/")
+    compressed = "compress_delta" if delta else "compress"
+    makers = {"models": "train_task", "compressed": compressed, "finetuned": "finetune"}
+    return makers[kind], name
 
 
 def task_text(
-    items: Sequence[Mapping[str, Any]], drawn: int | None = None, generated_tokens: int = 0
+    items: Sequence[Mapping[str, Any]], generated: int = 0, drawn: int | None = None
 ) -> TaskText:
     """Measure items with a ``query`` and either ``choices`` or a ``target``.
 
+    A token is taken for 4.2 characters, as in English, but every digit for one of its own.
+
     Args:
         items: At least one.
-        drawn: How many of them will be drawn at random; None for all. The longest of a few is
-            shorter than the longest of all.
-        generated_tokens: Of each item, where answers are generated.
+        generated: Tokens that each lets a model generate.
+        drawn: How many of them will be drawn at random, of which the longest is shorter.
     """
+
+    def num_tokens(text: str) -> float:
+        digits = sum(map(str.isdigit, text))
+        return digits + (len(text) - digits) / CHARACTERS_PER_TOKEN
+
     lengths = sorted(
-        _num_tokens(item.get("query", "") + str(answer))
+        num_tokens(item.get("query", "") + str(answer))
         for item in items
         for answer in item.get("choices") or [item.get("target", "")]
     )
-    beyond = 0 if drawn is None else len(items) // (2 * drawn)  # of twice as many items, one
-    requests = len(lengths) / len(items)
-    return TaskText(
-        requests=requests,
-        tokens=sum(lengths) / len(lengths),
-        longest_tokens=lengths[-1 - min(int(beyond * requests), len(lengths) - 1)],
-        generated_tokens=generated_tokens,
-        items=len(items),
-    )
-
-
-def _num_tokens(text: str) -> float:
-    digits = sum(character.isdigit() for character in text)
-    return digits + (len(text) - digits) / CHARACTERS_PER_TOKEN
-
-
-def _generated_tokens(file: Path) -> int:
-    if not file.is_file():
-        return 0
-    config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if config.get("output_type") != "generate_until":
-        return 0
-    return int(config.get("generation_kwargs", {}).get("max_gen_toks", 256))
+    beyond = len(lengths) // (2 * drawn) if drawn else 0  # of twice as many items, one
+    return TaskText(sum(lengths) / len(items), lengths[-1 - beyond], generated, len(items))

@@ -1,52 +1,38 @@
 """The bytes of every artifact, counted from shapes and settings.
 
-Tensor files are exact where a method's layers follow from its settings: payload, header, shards and
-index as safetensors and the writers lay them out. Records (JSON) are printed here with numbers of
-typical length, which is within some percent.
+Tensor files are exact where a method's layers follow from its settings: payload, header and shards
+as safetensors and the writers lay them out. Records (JSON) are taken for as long as they usually
+are, which is within some percent.
 """
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from llmpress.compression.records import LayerRecord
+from llmpress.calibration.settings import CalibrationSettings
+from llmpress.compression.writing import REST_DTYPE
 from llmpress.methods.base import Method
 from llmpress.nn.layers import CompressedLinear
-from llmpress.planning.costs import compressed_layer
-from llmpress.planning.shapes import ModelShapes, TensorSpec
+from llmpress.planning.shapes import ModelShapes
 
-REST_DTYPE = torch.bfloat16
 MODEL_SHARD_BYTES = 2 << 30
 DELTA_SHARD_BYTES = 1 << 30
-LARGEST_HUB_SHARD_BYTES = 50 * 10**9
 PROVENANCE_BYTES = 1300
 PROVENANCE_FILE_BYTES = 90
-TYPICAL_NUMBER = 0.0123456789012345678
-"""Prints as long as most errors and seconds of a record."""
+RECORD_BYTES = 405
+"""Of a linear in layers.json and in config.json or delta.json, without its name and settings."""
 
-Tensors = Mapping[str, TensorSpec]
-NamedTensor = tuple[str, TensorSpec]
+ORDER = "BOOL U8 I8 F8_E5M2 F8_E4M3 I16 F16 BF16 I32 F32 F64 I64"
+"""Dtypes as safetensors calls them, in the order in which it sorts them from behind."""
 
-_NAMES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.int16: "I16",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int64: "I64",
-}
-"""Names of dtypes in a safetensors header, in the order in which it sorts them from behind."""
+Layers = Mapping[str, CompressedLinear | None]
+"""The empty layer of each linear; None where it stays dense."""
 
 
 @dataclass(frozen=True)
@@ -69,119 +55,70 @@ class ArtifactSize:
         return self.tensor_bytes + self.other_bytes
 
 
-def safetensors_bytes(tensors: Iterable[NamedTensor], metadata: bool = True) -> int:
-    """Return the bytes of one safetensors file.
+@lru_cache(maxsize=64)
+def planned_methods(model: ModelShapes, method: Method) -> Mapping[str, Method | None]:
+    """Return what the method's plan gives each linear, None where it stays dense.
 
-    Args:
-        tensors: Names, dtypes and shapes.
-        metadata: Whether the header carries ``{"format": "pt"}``.
+    Raises:
+        ValueError: A budget that the model or a layer cannot meet.
     """
-    order = list(_NAMES)
+    return method.plan(model.linears, model.num_weights)
+
+
+@lru_cache(maxsize=64)
+def planned_layers(model: ModelShapes, method: Method) -> Layers:
+    """Return the empty compressed layer of each linear; raises as `planned_methods` does."""
+    plan = planned_methods(model, method)
+    alike = {(own, model.linears[name]) for name, own in plan.items() if own is not None}
+    made = {(own, shape): own.empty_layer(shape) for own, shape in alike}
+    return {
+        name: None if (own := plan[name]) is None else made[own, shape]
+        for name, shape in model.linears.items()
+    }
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], *, metadata: bool = True) -> int:
+    """Return the bytes of one file; ``metadata``: whether its header says ``{"format": "pt"}``."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}} if metadata else {}
     offset = 0
-    for name, tensor in sorted(tensors, key=lambda item: (-order.index(item[1].dtype), item[0])):
-        end = offset + tensor.num_bytes
-        entry = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape)}
+    for name, tensor in sorted(tensors.items(), key=lambda t: (-ORDER.index(_code(t[1])), t[0])):
+        end = offset + tensor.nbytes
+        entry = {"dtype": _code(tensor), "shape": list(tensor.shape)}
         header[name] = {**entry, "data_offsets": [offset, end]}
         offset = end
     length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + -(-length // 8) * 8 + offset
 
 
-def sharded_bytes(tensors: Iterable[NamedTensor], shard_bytes: int) -> tuple[int, list[list[str]]]:
-    """Return the bytes of the files that a writer makes of tensors in this order, and the shards.
-
-    Args:
-        tensors: In the order in which they are added.
-        shard_bytes: A shard is closed before it would exceed this.
-    """
-    shards: list[list[NamedTensor]] = [[]]
+def shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:
+    """Return the shards that a writer makes of tensors in this order."""
+    made: list[dict[str, Tensor]] = [{}]
     pending = 0
-    for name, tensor in tensors:
-        if shards[-1] and pending + tensor.num_bytes > shard_bytes:
-            shards.append([])
+    for name, tensor in tensors.items():
+        if made[-1] and pending + tensor.nbytes > shard_bytes:
+            made.append({})
             pending = 0
-        shards[-1].append((name, tensor))
-        pending += tensor.num_bytes
-    files = [shard for shard in shards if shard]
-    return (
-        sum(safetensors_bytes(shard) for shard in files),
-        [[name for name, _ in shard] for shard in files],
-    )
+        made[-1][name] = tensor
+        pending += tensor.nbytes
+    return made
 
 
-def layer_tensors(name: str, layer: CompressedLinear) -> list[NamedTensor]:
-    """Return what a writer adds for one compressed layer."""
-    return [
-        (f"{name}.{key}", TensorSpec(t.dtype, tuple(t.shape))) for key, t in layer.tensors().items()
-    ]
-
-
-@lru_cache(maxsize=64)
-def planned_methods(model: ModelShapes, method: Method) -> Mapping[str, Method | None]:
-    """Return what the method's plan gives each linear, None where it stays dense."""
-    return method.plan(model.linears, model.num_weights)
-
-
-@lru_cache(maxsize=64)
-def planned_layers(model: ModelShapes, method: Method) -> Mapping[str, CompressedLinear | None]:
-    """Return the empty compressed layer of each linear, None where the plan leaves it dense.
-
-    Raises:
-        ValueError: A budget that the model or a layer cannot meet.
-    """
-    plan = planned_methods(model, method)
-    return {
-        name: None if (own := plan[name]) is None else compressed_layer(own, shape)
-        for name, shape in model.linears.items()
-    }
-
-
-def compressed_model_size(
-    model: ModelShapes,
-    layers: Mapping[str, CompressedLinear | None],
-    *,
-    exact: bool,
-    blocks: int = 0,
-) -> ArtifactSize:
-    """Count a folder of `llmpress.compression.writing`.
-
-    Args:
-        model: What is compressed.
-        layers: See `planned_layers`.
-        exact: Whether the layers are exactly those that will be made.
-        blocks: Records of finetuned blocks in layers.json.
-    """
-    kept = {name: layer for name, layer in layers.items() if layer is not None}
-    packed = [t for name, layer in kept.items() for t in layer_tensors(name, layer)]
-    rest = [
-        (name, TensorSpec(REST_DTYPE, t.shape) if t.dtype.is_floating_point else t)
+def compressed_model_size(model: ModelShapes, layers: Layers) -> ArtifactSize:
+    """Count a compressed model with layers as of `planned_layers`."""
+    replaced = {f"{name}.weight" for name, layer in layers.items() if layer}
+    rest = {
+        name: t.to(REST_DTYPE) if t.is_floating_point() else t
         for name, t in sorted(model.tensors.items())
-        if name.removesuffix(".weight") not in kept or not name.endswith(".weight")
-    ]
-    num_bytes, shards = sharded_bytes([*packed, *rest], MODEL_SHARD_BYTES)
-    entries = {name: {"kind": layer.kind, "spec": layer.spec()} for name, layer in kept.items()}
-    quantization = {"quant_method": "llmpress", "format_version": 1, "layers": entries}
-    config = {**model.config, "architectures": [""], "quantization_config": quantization}
-    records = {
-        "layers": [_record(name, layers[name], model) for name in model.linears],
-        "totals": dict.fromkeys(("stored_bits", "bits_per_weight", "model_weights"), 123456789),
-        "blocks": [_block_record()] * blocks,
+        if name not in replaced
     }
-    other = _json_bytes(config) + _json_bytes(records) + sum(model.companion_files.values())
-    if len(shards) > 1:
-        where = {n: "model-00001-of-00001.safetensors" for shard in shards for n in shard}
-        other += _json_bytes({"metadata": {"total_size": num_bytes}, "weight_map": where})
-    files = 3 + len(model.companion_files) + len(shards)
-    return ArtifactSize(num_bytes, other + _provenance_bytes(files), exact)
+    files = shards(_packed(layers) | rest, MODEL_SHARD_BYTES)
+    return _folder(files, _config_bytes(model) + _record_bytes(layers), model.companion_bytes)
 
 
 def trained_model_size(model: ModelShapes) -> ArtifactSize:
     """Count the folder that ``train_task`` writes: every tensor in fp32."""
     trained = model.stored_as(torch.float32)
-    num_bytes, shards = sharded_bytes(trained.tensors.items(), LARGEST_HUB_SHARD_BYTES)
-    other = _json_bytes(model.config) + sum(model.companion_files.values())
-    return ArtifactSize(num_bytes, other + _provenance_bytes(3 + len(shards)))
+    return _folder([trained.tensors], _config_bytes(model), model.companion_bytes)
 
 
 def nf4_bytes(model: ModelShapes) -> int:
@@ -191,164 +128,98 @@ def nf4_bytes(model: ModelShapes) -> int:
 
 
 def adapter_size(model: ModelShapes, rank: int, *, quantized: bool) -> ArtifactSize:
-    """Count an adapter folder of `llmpress.models.adapters`.
-
-    Args:
-        model: What it lies beside.
-        rank: Of every adapter.
-        quantized: Whether the folder holds the model in NF4 too.
-    """
-    factors = [
-        (f"base_model.model.{name}.lora_{key}.weight", TensorSpec(REST_DTYPE, sides))
-        for name, shape in model.linears.items()
-        for key, sides in (
-            ("A", (rank, shape.in_features)),
-            ("B", (shape.out_features, rank)),
-        )
-    ]
-    num_bytes = safetensors_bytes(factors)
-    other = sum(model.companion_files.values())
-    if quantized:
-        linear = {f"{name}.weight" for name in model.linears}
-        rest = sum(2 * t.num_entries for name, t in model.tensors.items() if name not in linear)
-        num_bytes += nf4_bytes(model) + rest
-        other *= 2
-    files = 3 + len(model.companion_files) * (1 + quantized)
-    return ArtifactSize(num_bytes, other + _provenance_bytes(files), exact=not quantized)
+    """Count LoRA's factors; ``quantized``: and the model in NF4, with a tokenizer of its own."""
+    factors = {
+        f"base_model.model.{name}.lora_{key}.weight": _empty(*sides, dtype=REST_DTYPE)
+        for name, (out_features, in_features) in model.linears.items()
+        for key, sides in (("A", (rank, in_features)), ("B", (out_features, rank)))
+    }
+    size = _folder([factors], 0, model.companion_bytes * (1 + quantized))
+    if not quantized:
+        return size
+    rest = 2 * (model.num_weights - model.linear_weights)
+    return ArtifactSize(size.tensor_bytes + nf4_bytes(model) + rest, size.other_bytes, exact=False)
 
 
 def delta_size(model: ModelShapes, exact_tensors: Collection[str] = ()) -> ArtifactSize:
-    """Count the folder that ``extract_delta`` writes.
+    """Count an extracted delta.
 
     Args:
         model: The fine-tuned model.
         exact_tensors: Names of the tensors outside the linears that fine-tuning changed.
     """
-    linears = [
-        (f"{name}.weight", TensorSpec(torch.float32, tuple(s))) for name, s in model.linears.items()
-    ]
-    kept = [(f"exact.{name}", model.tensors[name]) for name in sorted(exact_tensors)]
-    num_bytes, shards = sharded_bytes([*linears, *kept], DELTA_SHARD_BYTES)
-    header = {
-        "linears": {name: list(shape) for name, shape in model.linears.items()},
-        "exact": {name: model.tensors[name].num_entries for name in exact_tensors},
-        "unchanged": sorted(set(model.tensors) - {f"{n}.weight" for n in model.linears}),
-        "files": dict(enumerate(shards)),
-        "base": dict.fromkeys(("name", "fingerprint"), "f" * 64),
-        "finetuned": dict.fromkeys(("name", "fingerprint"), "f" * 64),
-    }
-    return ArtifactSize(num_bytes, _json_bytes(header) + _provenance_bytes(1 + len(shards)))
+    linears = {f"{name}.weight": _empty(*shape) for name, shape in model.linears.items()}
+    return _delta(model, linears, exact_tensors, sum(map(len, linears)))
 
 
 def compressed_delta_size(
-    model: ModelShapes,
-    layers: Mapping[str, CompressedLinear | None],
+    model: ModelShapes, layers: Layers, exact_tensors: Collection[str] = ()
+) -> ArtifactSize:
+    """Count a compressed delta; arguments as above."""
+    return _delta(model, _packed(layers), exact_tensors, _record_bytes(layers))
+
+
+def calibration_size(model: ModelShapes, settings: CalibrationSettings) -> ArtifactSize:
+    """Count what ``calibrate`` writes: moments per block, windows, sensitivities, an index."""
+    inside = {n: n.removeprefix(f"{model.prefix}.").partition(".")[2] for n in model.linears}
+    moments = [{inside[name]: _empty(n, n) for name, n in block.items()} for block in model.inputs]
+    counts = {"calibration": settings.windows, "validation": settings.validation_windows}
+    windows = {
+        name: _empty(settings.num_texts * count, settings.length, dtype=torch.int64)
+        for name, count in counts.items()
+    }
+    felt = {n: _empty(s.out_features) for n, s in model.linears.items()}
+    files = [*moments, windows, *([felt] if settings.sensitivity_windows else [])]
+    return _folder(files, 150 * len(model.linears), metadata=False)
+
+
+def _folder(
+    files: Collection[Mapping[str, Tensor]],
+    documents: int,
+    copied: Collection[int] = (),
     *,
-    exact: bool,
-    exact_tensors: Collection[str] = (),
+    metadata: bool = True,
 ) -> ArtifactSize:
-    """Count the folder that ``compress_delta`` writes; arguments as above."""
+    """Count a folder of safetensors, JSON, copied files and a provenance.json."""
+    tensor_bytes = sum(safetensors_bytes(file, metadata=metadata) for file in files)
+    listed = PROVENANCE_FILE_BYTES * (len(files) + len(copied) + 2)
+    return ArtifactSize(tensor_bytes, documents + sum(copied) + PROVENANCE_BYTES + listed)
+
+
+def _delta(
+    model: ModelShapes, tensors: Mapping[str, Tensor], exact_tensors: Iterable[str], documents: int
+) -> ArtifactSize:
+    carried = {f"exact.{name}": model.tensors[name] for name in sorted(exact_tensors)}
+    files = shards({**tensors, **carried}, DELTA_SHARD_BYTES)
+    documents += 100 * len(model.linears) + sum(len(name) + 10 for file in files for name in file)
+    return _folder(files, documents)
+
+
+def _packed(layers: Layers) -> dict[str, Tensor]:
+    """Return what a writer adds for compressed layers."""
     kept = {name: layer for name, layer in layers.items() if layer is not None}
-    packed = [t for name, layer in kept.items() for t in layer_tensors(name, layer)]
-    carried = [(f"exact.{name}", model.tensors[name]) for name in sorted(exact_tensors)]
-    num_bytes, shards = sharded_bytes([*packed, *carried], DELTA_SHARD_BYTES)
-    header = {
-        "layers": {
-            name: {"kind": layer.kind, "spec": layer.spec(), "shape": list(model.linears[name])}
-            for name, layer in kept.items()
-        },
-        "exact": {name: model.tensors[name].num_entries for name in exact_tensors},
-        "files": dict(enumerate(shards)),
-        "base": dict.fromkeys(("name", "fingerprint"), "f" * 64),
-        "finetuned": dict.fromkeys(("name", "fingerprint"), "f" * 64),
-    }
-    rows = [_record(name, layer, model) | {"method": "delta_come"} for name, layer in kept.items()]
-    other = _json_bytes(header) + _json_bytes({"layers": rows})
-    return ArtifactSize(num_bytes, other + _provenance_bytes(2 + len(shards)), exact)
-
-
-def calibration_size(
-    model: ModelShapes, windows: int, validation: int, length: int, *, sensitive: bool
-) -> ArtifactSize:
-    """Count the folder that ``calibrate`` writes: moments per block, token windows, an index.
-
-    Args:
-        model: What is calibrated.
-        windows: Calibration windows of all corpora together.
-        validation: Validation windows of all corpora together.
-        length: Tokens of a window.
-        sensitive: Whether the outputs' sensitivity is measured.
-    """
-    prefix = len(model.prefix) + 1
-    num_bytes = sum(
-        safetensors_bytes(
-            [
-                (leader[prefix:].partition(".")[2], TensorSpec(torch.float32, (n, n)))
-                for leader, n in inputs.items()
-            ],
-            metadata=False,
-        )
-        for inputs in model.inputs
-    )
-    tokens = {"calibration": windows, "validation": validation}
-    num_bytes += safetensors_bytes(
-        [(name, TensorSpec(torch.int64, (count, length))) for name, count in tokens.items()],
-        metadata=False,
-    )
-    index = {
-        name: ("moments-000.safetensors", leader[prefix:].partition(".")[2])
-        for name, leader in model.leaders.items()
-    }
-    felt = sorted(model.linears) if sensitive else []
-    if felt:
-        num_bytes += safetensors_bytes(
-            [(n, TensorSpec(torch.float32, (model.linears[n].out_features,))) for n in felt],
-            metadata=False,
-        )
-    other = _json_bytes({"num_tokens": windows * length, "layers": index, "sensitivity": felt})
-    files = 2 + len(model.blocks) + bool(felt)
-    return ArtifactSize(num_bytes, other + _provenance_bytes(files))
-
-
-def checkpoint_bytes(layers: Mapping[str, CompressedLinear | None]) -> int:
-    """Return the bytes of the scratch files of a compression: all compressed layers once more."""
-    return sum(
-        sum(tensor.num_bytes for _, tensor in layer_tensors(name, layer))
-        for name, layer in layers.items()
-        if layer is not None
-    )
-
-
-def _record(name: str, layer: CompressedLinear | None, model: ModelShapes) -> dict[str, Any]:
-    shape = model.linears[name]
-    record = LayerRecord(
-        name=name,
-        kind="dense" if layer is None else layer.kind,
-        settings={} if layer is None else layer.spec(),
-        shape=(shape.out_features, shape.in_features),
-        stored_bits=(16 * shape.out_features * shape.in_features)
-        if layer is None
-        else layer.stored_bits(),
-        bits_per_weight=16.0 if layer is None else layer.stored_bits() / layer.num_weights,
-        relative_weight_error=TYPICAL_NUMBER,
-        relative_output_error=TYPICAL_NUMBER,
-        seconds=TYPICAL_NUMBER,
-    )
-    return record.as_entry()
-
-
-def _block_record() -> dict[str, Any]:
-    losses = [TYPICAL_NUMBER] * 3
     return {
-        **dict.fromkeys(("index", "loss_before", "loss_after", "kept", "seconds"), TYPICAL_NUMBER),
-        **dict.fromkeys(("train_loss", "validation_loss"), losses),
+        f"{name}.{key}": t for name, layer in kept.items() for key, t in layer.tensors().items()
     }
 
 
-def _provenance_bytes(files: int) -> int:
-    return PROVENANCE_BYTES + PROVENANCE_FILE_BYTES * files
+def _record_bytes(layers: Layers) -> int:
+    said = {
+        name: json.dumps(layer.spec(), indent=8) if layer else "" for name, layer in layers.items()
+    }
+    return sum(RECORD_BYTES + 2 * len(name) + 2 * len(spec) for name, spec in said.items())
 
 
-def _json_bytes(value: Any) -> int:
-    printer: Callable[[Any], str] = str
-    return len(json.dumps(value, indent=2, default=printer)) + 1
+def _config_bytes(model: ModelShapes) -> int:
+    return len(json.dumps(model.config, indent=2, default=str))
+
+
+def _code(tensor: Tensor) -> str:
+    name = str(tensor.dtype).removeprefix("torch.").removesuffix("fn")
+    for kind, short in (("uint", "U"), ("bfloat", "BF"), ("float", "F"), ("int", "I")):
+        name = name.replace(kind, short)
+    return name.upper()
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")

@@ -3,99 +3,114 @@
 Memory is what has to be there at the peak: the imported packages, and the tensors that the stage's
 code allocates. Weights that are read from safetensors are mapped: their pages show in the process's
 resident size and are dropped by the system when memory runs short, so the stages that walk a model
-block by block report them apart (``mapped_bytes``). Evaluation and training use all of them all the
-time and count them as memory.
+block by block report them apart. Evaluation and training use all of them all the time and count
+them as memory.
+
+Work is one number that a stage's seconds grow with: operations of matrix products, or what takes as
+long. `llmpress.planning.records` knows how many seconds.
 """
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
 
 from llmpress.calibration.settings import CalibrationSettings
 from llmpress.core.errors import ConfigError
-from llmpress.methods.base import Method, Tunable, Work
+from llmpress.evaluation.settings import EvaluationSettings
+from llmpress.methods.base import Method, Tunable
 from llmpress.nn.layers import CompressedLinear
 from llmpress.planning import sizes
-from llmpress.planning.costs import knows_layers, layer_work, total
-from llmpress.planning.estimates import (
-    ACTIVATION_BYTES,
-    FORWARD_BYTES,
-    PACKAGES_BYTES,
-    STARTUP_SECONDS,
-    Estimate,
-    TaskText,
-    block_bytes,
-    embedding_bytes,
-    forward_work,
-    held_bytes,
-    layer_bytes,
-    num_multiplied,
-    num_trainable,
-    rebuild_bytes,
-    unpacked_bytes,
-    written_work,
-)
 from llmpress.planning.shapes import ModelShapes
+from llmpress.planning.sizes import ArtifactSize, Layers
+from llmpress.training.full import TrainingSettings
 from llmpress.training.objectives import CHUNK
 from llmpress.training.settings import ADAPTERS, FinetuningSettings, Trains, with_precision
 from llmpress.tuning.settings import TuningSettings
 
+PACKAGES_BYTES = 440_000_000
+"""Resident after importing Python, torch, transformers and llmpress and opening a tokenizer:
+437 MB measured (torch 2.13 CPU build, transformers 5.23); a CUDA build takes more."""
+
+EVALUATION_PACKAGES_BYTES = 640_000_000
+"""The same with lm-eval and datasets (100 MB measured), and what the allocator keeps of the speed
+measurement (100 MB, the least of what was seen)."""
+
+ACTIVATION_BYTES = 9
+"""Kept for the backward pass per token, and per input and output of a block's linears: two fp32
+and some bf16 copies. Measured: a block of 10,176 of them keeps 95 kB a token."""
+
+FORWARD_BYTES = 4
+"""The same in a forward pass without gradients."""
+
+STEP_TOKENS = 10
+"""Tokens at once that take as long as a single one, which reads all weights too."""
+
 PROPAGATE_WINDOWS = 8  # the batch size of BlockWalk.propagate
+SCORED_REQUESTS = 16  # of one batch of lm-eval
+LOGIT_CHUNK = 128
 
 
-def calibrate(model: ModelShapes, settings: CalibrationSettings) -> Estimate:
+class TaskText(NamedTuple):
+    """What the items of a task make a model read and write; by default a guess."""
+
+    tokens: float = 240.0  # of an item: of all its requests, one for each answer
+    longest: float = 150.0  # of the longest request
+    generated: int = 0  # tokens per item; 0 where answers are scored
+    items: int = 1000
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one stage needs.
+
+    Attributes:
+        work: What its time is proportional to.
+        artifact: Bytes of the artifact that stays.
+        device_bytes: Memory of the device that computes.
+        host_bytes: Memory of the computer on top, also when a GPU computes.
+        mapped_bytes: Pages of weight files on top, which the system may drop.
+        scratch_bytes: Disk used on top until the stage is done.
+    """
+
+    work: float
+    artifact: ArtifactSize
+    device_bytes: int
+    host_bytes: int = PACKAGES_BYTES
+    mapped_bytes: int = 0
+    scratch_bytes: int = 0
+
+
+def calibrate(model: ModelShapes, settings: CalibrationSettings) -> Need:
     """One block, its moments, the hidden states of all windows before and after it."""
-    windows = settings.num_texts * settings.windows
-    tokens = windows * settings.length
-    batch = min(windows, PROPAGATE_WINDOWS) * settings.length
-    states = 4 * tokens * model.hidden
-    moments = 2 * max(sum(4 * n * n for n in block.values()) for block in model.inputs)
-    block = block_bytes(model)
-    activations = int(FORWARD_BYTES * batch * model.block_features)
-    embedding = embedding_bytes(model)
+    windows, length = settings.num_texts * settings.windows, settings.length
     felt = settings.num_texts * min(settings.sensitivity_windows, settings.windows)
-    artifact = sizes.calibration_size(
-        model,
-        windows,
-        settings.num_texts * settings.validation_windows,
-        settings.length,
-        sensitive=felt > 0,
-    )
+    moments = max(sum(4 * n * n for n in block.values()) for block in model.inputs)
+    block = 4 * model.block_weights + _forward_bytes(model, windows, length) + moments
     squares = sum(n * n for inputs in model.inputs for n in inputs.values())
-    gradients = (
-        forward_work(model, felt * settings.length, model.linear_weights, settings.autocast) * 4
-    )
-    work = (
-        forward_work(model, tokens, model.linear_weights, settings.autocast)
-        + gradients  # twice forward, and back
-        + Work(fp32_flops=2.0 * tokens * squares, fixed_seconds=STARTUP_SECONDS)
-        + written_work(artifact)
-    )
-    device = max(block + activations + moments, embedding)
-    return Estimate(
-        host_bytes=PACKAGES_BYTES + 3 * states + device,
-        staging_bytes=PACKAGES_BYTES + 3 * states + moments // 2,
-        device_bytes=device,
+    passes = windows + 4 * felt  # gradients: twice forward, and back
+    return Need(
+        work=2.0 * length * (passes * model.linear_weights + windows * squares),
+        artifact=sizes.calibration_size(model, settings),
+        device_bytes=max(block, _embedding_bytes(model)),
+        host_bytes=PACKAGES_BYTES + moments + 3 * _states_bytes(model, windows, length),
         mapped_bytes=model.num_bytes,
-        artifact=artifact,
-        scratch_bytes=0,
-        work=work,
     )
 
 
-def compress(model: ModelShapes, method: Method) -> Estimate:
+def compress(model: ModelShapes, method: Method) -> Need:
     """One layer's work space, the compressed layers of one block, one shard of the writer.
 
     Raises:
         ValueError: A budget that the model or a layer cannot meet.
     """
     layers = sizes.planned_layers(model, method)
-    artifact = sizes.compressed_model_size(model, layers, exact=knows_layers(method))
-    pending = min(artifact.tensor_bytes, sizes.MODEL_SHARD_BYTES)
-    largest_rest = max(t.num_entries * 2 for t in model.tensors.values())  # an embedding, as bf16
-    return _compression(
-        model, method, layers, artifact, max(pending, largest_rest), model.num_bytes
-    )
+    artifact = _exact(sizes.compressed_model_size(model, layers), method)
+    largest = 2 * max(t.numel() for t in model.tensors.values())  # an embedding, as bf16
+    pending = max(min(artifact.tensor_bytes, sizes.MODEL_SHARD_BYTES), largest)
+    return _compression(model, method, artifact, pending, model.num_bytes)
 
 
 def compress_delta(
@@ -103,83 +118,33 @@ def compress_delta(
     method: Method,
     exact_tensors: Collection[str] = (),
     sequential: CalibrationSettings | None = None,
-) -> Estimate:
-    """The same for the delta of a fine-tuned model of this layout.
-
-    Args:
-        model: The fine-tuned model.
-        method: How its delta is compressed.
-        exact_tensors: What is kept exactly.
-        sequential: The calibration whose windows run through the model in true-sequential order:
-            one more block and its hidden states, and each block about four times.
+) -> Need:
+    """The same for a delta; in true-sequential order one more block, and its hidden states.
 
     Raises:
         ValueError: A budget that the model or a layer cannot meet.
     """
     layers = sizes.planned_layers(model, method)
-    artifact = sizes.compressed_delta_size(
-        model, layers, exact=knows_layers(method), exact_tensors=exact_tensors
-    )
+    artifact = _exact(sizes.compressed_delta_size(model, layers, exact_tensors), method)
     pending = min(artifact.tensor_bytes, sizes.DELTA_SHARD_BYTES)
     mapped = sizes.delta_size(model, exact_tensors).tensor_bytes
-    alone = _compression(model, method, layers, artifact, pending, mapped)
+    alone = _compression(model, method, artifact, pending, mapped)
     if sequential is None:
         return alone
-    tokens = sequential.num_texts * sequential.windows * sequential.length
-    batch = min(PROPAGATE_WINDOWS, tokens // sequential.length) * sequential.length
-    states = 4 * tokens * model.hidden
-    device = block_bytes(model) + int(FORWARD_BYTES * batch * model.block_features)
+    windows, length = sequential.num_texts * sequential.windows, sequential.length
+    block = 4 * model.block_weights + _forward_bytes(model, windows, length)
     return replace(
         alone,
-        host_bytes=alone.host_bytes + 2 * states + device,
-        staging_bytes=alone.staging_bytes + 2 * states,
-        device_bytes=alone.device_bytes + device,
+        work=alone.work + 4 * 2.0 * windows * length * model.linear_weights,
+        device_bytes=alone.device_bytes + block,
+        host_bytes=alone.host_bytes + 2 * _states_bytes(model, windows, length),
         mapped_bytes=alone.mapped_bytes + model.num_bytes,
-        work=alone.work + forward_work(model, tokens, model.linear_weights, autocast=True) * 4,
-    )
-
-
-def _compression(
-    model: ModelShapes,
-    method: Method,
-    layers: Mapping[str, CompressedLinear | None],
-    artifact: sizes.ArtifactSize,
-    pending: int,
-    mapped: int,
-) -> Estimate:
-    plan = sizes.planned_methods(model, method)
-    distinct = {
-        (settings, model.linears[name]) for name, settings in plan.items() if settings is not None
-    }
-    # recording a layer compares three fp32 matrices in fp64 and two products with the moment
-    device = max((m.workspace_bytes(shape) for m, shape in distinct), default=0)
-    record = max(
-        32 * math.prod(shape) + 4 * shape.in_features**2 for shape in model.linears.values()
-    )
-    works = {key: layer_work(*key) for key in distinct}
-    work = total([works[m, model.linears[n]] for n, m in plan.items() if m is not None])
-    scratch = sizes.checkpoint_bytes(layers)
-    block = max(sum(layer_bytes(layers[name]) for name in linears) for linears in model.blocks)
-    return Estimate(
-        host_bytes=PACKAGES_BYTES + pending + block + max(device, record),
-        staging_bytes=PACKAGES_BYTES + pending + block + record,
-        device_bytes=device,
-        mapped_bytes=mapped,
-        artifact=artifact,
-        scratch_bytes=scratch,
-        work=work
-        + written_work(artifact)
-        + Work(bytes_moved=20.0 * scratch, fixed_seconds=STARTUP_SECONDS),
     )
 
 
 def finetune(
-    model: ModelShapes,
-    method_name: str,
-    method: Method,
-    settings: TuningSettings,
-    calibration: CalibrationSettings,
-) -> Estimate:
+    model: ModelShapes, method: Method, settings: TuningSettings, calibration: CalibrationSettings
+) -> Need:
     """Two blocks, both chains of hidden states, gradients and optimizer states of one block.
 
     Raises:
@@ -187,92 +152,44 @@ def finetune(
         ValueError: A budget that the model or a layer cannot meet.
     """
     if not isinstance(method, Tunable):
-        raise ConfigError(f"method {method_name!r} has nothing to finetune")
+        raise ConfigError(f"{type(method).__name__} has nothing to finetune; leave it out")
     layers = sizes.planned_layers(model, method)
     own = [[layers[name] for name in linears] for linears in model.blocks]
-    walked = 1 + max(
-        (i for i, block in enumerate(own) if sum(map(num_trainable, block))), default=-1
-    )
-    artifact = sizes.compressed_model_size(model, layers, exact=knows_layers(method), blocks=walked)
+    walked = 1 + max((i for i, b in enumerate(own) if sum(map(_num_trainable, b))), default=-1)
+    artifact = _exact(sizes.compressed_model_size(model, layers), method)
     terms = method.loss_terms()
-    student_chains = len({term.student_input for term in terms})
-    targets = len({"teacher"} | {term.teacher_input for term in terms})
-    texts, length = calibration.num_texts, calibration.length
-    trained, held_out = texts * calibration.windows, texts * calibration.validation_windows
-    batch = min(settings.batch_size, trained) * length
-    states = 4 * (trained + held_out) * length * model.hidden
-
-    parameters = max(sum(num_trainable(layer) for layer in block) for block in own)
-    unpacked = max(sum(unpacked_bytes(layer) for layer in block) for block in own)
-    activations = int(ACTIVATION_BYTES * batch * model.block_features) * student_chains
-    propagating = int(
-        FORWARD_BYTES * min(trained + held_out, PROPAGATE_WINDOWS) * length * model.block_features
-    )
+    students = len({term.student_input for term in terms})
+    teachers = len({"teacher"} | {term.teacher_input for term in terms})
+    trained = calibration.num_texts * calibration.windows
+    windows = trained + calibration.num_texts * calibration.validation_windows
+    length = calibration.length
+    features = min(settings.batch_size, trained) * length * model.block_features
     # fp32 master, gradient, two moments, the best, the stored and the current state
-    training = 28 * parameters + unpacked * student_chains + activations
-    device = 2 * block_bytes(model) + max(training, propagating)
-    chains = (2 + targets + 1) * states
-    pending = min(artifact.tensor_bytes, sizes.MODEL_SHARD_BYTES)
-    tokens = {
-        "propagate": (trained + held_out) * length * (targets + 1),
-        "train": trained * length * settings.epochs * student_chains,
-        "judge": held_out * length * (settings.epochs + 1) * student_chains,
-    }
-    steps = settings.epochs * -(-trained // settings.batch_size)
-    passes = steps * 3 + (settings.epochs + 1) + (trained + held_out) // PROPAGATE_WINDOWS + 1
-    student_weights = sum(num_multiplied(layers[n], s) for n, s in model.linears.items())
-    forwards = (
-        forward_work(model, tokens["propagate"], model.linear_weights, settings.autocast)
-        + forward_work(model, tokens["judge"], student_weights, settings.autocast)
-        + forward_work(model, tokens["train"], student_weights, settings.autocast) * 3
+    training = 28 * max(sum(map(_num_trainable, block)) for block in own) + students * (
+        max(sum(map(_unpacked_bytes, block)) for block in own) + ACTIVATION_BYTES * features
     )
-    work = (
-        forwards * (walked / len(model.blocks))
-        + Work(
-            bytes_moved=passes * student_chains * sum(rebuild_bytes(x) for x in layers.values())
-            + steps * 60.0 * sum(num_trainable(layer) for layer in layers.values()),
-            fixed_seconds=STARTUP_SECONDS,
-        )
-        + written_work(artifact)
-    )
-    return Estimate(
-        host_bytes=PACKAGES_BYTES + chains + pending + max(device, embedding_bytes(model)),
-        staging_bytes=PACKAGES_BYTES + chains + pending,
-        device_bytes=max(device, embedding_bytes(model)),
+    block = 2 * 4 * model.block_weights + max(training, _forward_bytes(model, windows, length))
+    states = (3 + teachers) * _states_bytes(model, windows, length)
+    passes = windows * (teachers + 1) + 4 * students * settings.epochs * trained
+    return Need(
+        work=2.0 * length * passes * model.linear_weights * walked / len(own),
+        artifact=artifact,
+        device_bytes=max(block, _embedding_bytes(model)),
+        host_bytes=PACKAGES_BYTES + states + min(artifact.tensor_bytes, sizes.MODEL_SHARD_BYTES),
         mapped_bytes=model.num_bytes + artifact.tensor_bytes,
-        artifact=artifact,
-        scratch_bytes=2 * sum(num_trainable(layer) for layer in layers.values()),
-        work=work,
+        scratch_bytes=2 * sum(map(_num_trainable, layers.values())),
     )
 
 
-def train_task(model: ModelShapes, steps: int, batch_size: int, text: TaskText) -> Estimate:
-    """All weights in fp32; gradients, two moments and bf16 copies of the blocks' linears.
-
-    Args:
-        model: The base.
-        steps: Optimizer steps.
-        batch_size: Items per step, padded to the longest of them.
-        text: Tokens of a training item.
-    """
-    linear = model.linear_weights
-    tokens = batch_size * text.longest_tokens
+def train_task(model: ModelShapes, settings: TrainingSettings, text: TaskText) -> Need:
+    """All weights in fp32; gradients, two moments and bf16 copies of the blocks' linears."""
+    tokens = settings.batch_size * (text.longest if settings.task else settings.length)
     activations = int(ACTIVATION_BYTES * tokens * model.block_features) * len(model.blocks)
-    logits = int(10 * tokens * model.vocabulary) // 2  # only where an answer is learnt
-    device = 4 * model.num_weights + (12 + 2) * linear + activations + logits
-    artifact = sizes.trained_model_size(model)
-    head = float(model.hidden * model.vocabulary)
-    step = forward_work(model, int(tokens), linear, autocast=True) * 3 + Work(
-        bf16_flops=6.0 * head * tokens / 2, bytes_moved=70.0 * linear
-    )
-    return Estimate(
-        host_bytes=PACKAGES_BYTES + device,
-        staging_bytes=PACKAGES_BYTES,
-        device_bytes=device,
-        mapped_bytes=0,
-        artifact=artifact,
-        scratch_bytes=0,
-        work=step * steps + written_work(artifact) + Work(fixed_seconds=STARTUP_SECONDS),
+    logits = int(5 * tokens * model.vocabulary)  # only where an answer is learnt
+    return Need(
+        work=6.0 * settings.steps * tokens * model.num_weights,
+        artifact=sizes.trained_model_size(model),
+        device_bytes=4 * model.num_weights + 14 * model.linear_weights + activations + logits,
     )
 
 
@@ -281,96 +198,167 @@ def train(
     trains: Trains,
     settings: FinetuningSettings,
     text: TaskText | None,
-    layers: Mapping[str, CompressedLinear | None],
-) -> Estimate:
+    layers: Layers,
+) -> Need:
     """The whole model, activations of all blocks, gradients and optimizer of what trains.
 
     Args:
         model: The original.
         trains: What trains.
         settings: How.
-        text: Tokens of a training item; None for windows of text.
+        text: Of a training item; None for windows of text.
         layers: Compressed layers of the start; none for adapters.
     """
     settings = with_precision(trains, settings)
-    longest = settings.length if text is None else text.longest_tokens
-    learnt = 1.0 if text is None else 0.5  # of an item the answer
+    longest, learnt = (settings.length, 1.0) if text is None else (text.longest, 0.5)  # the answer
     tokens = settings.batch_size * longest
-    positions = min(CHUNK, tokens * learnt)
-    linear, rest = model.linear_weights, model.num_weights - model.linear_weights
     distills, autocast = settings.objective == "distillation", settings.precision == "bfloat16"
     item = 2 if autocast else 4  # bytes of a number in a matrix product
-    adapters = sum(settings.rank * sum(shape) for shape in model.linears.values())
-    trained = adapters if trains in ADAPTERS else sum(num_trainable(x) for x in layers.values())
-    held = {
-        "lora": (6 if autocast else 4) * linear,  # and the copies that the backward pass needs
-        "qlora": sizes.nf4_bytes(model),
-        "compressed": sum(layer_bytes(layer) + held_bytes(layer) for layer in layers.values()),
-        "delta": (6 if autocast else 4) * linear
-        + sum(layer_bytes(layer) for layer in layers.values()),
-    }[trains]
-    unpacked = max((unpacked_bytes(layer) for layer in layers.values()), default=0)
-    activations = int(ACTIVATION_BYTES * tokens * model.block_features) * len(model.blocks)
-    logits = int(4 * 4 * positions * model.vocabulary) * (2 if distills else 1)
-    head_copy = item * model.hidden * model.vocabulary if autocast else 0
-    teacher = item * model.num_weights if distills else 0
-    # fp32 values, their gradients, two moments; the best state as it is stored
-    state = (16 + 2) * trained
-    whole = held + 4 * rest + head_copy + teacher
-    device = whole + state + unpacked + activations + logits
+    dense = (6 if autocast else 4) * model.linear_weights  # with copies for the backward pass
+    packed = sum(map(_layer_bytes, layers.values()))
+    unpacked = sum(layer.held_bytes() for layer in layers.values() if layer)
+    trained = sum(map(_num_trainable, layers.values()))
     if trains in ADAPTERS:
+        trained = settings.rank * sum(sum(shape) for shape in model.linears.values())
         artifact = sizes.adapter_size(model, settings.rank, quantized=trains == "qlora")
     elif trains == "delta":
-        artifact = sizes.compressed_delta_size(model, layers, exact=False, exact_tensors=())
+        artifact = sizes.compressed_delta_size(model, layers)
     else:
-        artifact = sizes.compressed_model_size(model, layers, exact=False)
+        artifact = sizes.compressed_model_size(model, layers)
+    held = {
+        "lora": dense,
+        "qlora": sizes.nf4_bytes(model),
+        "compressed": packed + unpacked,
+        "delta": dense + packed,
+    }[trains]
+    head = model.hidden * model.vocabulary
+    logits = int(16 * min(CHUNK, tokens * learnt) * model.vocabulary)
+    device = (
+        held
+        + 4 * (model.num_weights - model.linear_weights)
+        + (item * head if autocast else 0)
+        + (item * model.num_weights + logits if distills else 0)  # the teacher
+        + 18 * trained  # fp32 values, gradients, two moments; the best state as it is stored
+        + max(map(_unpacked_bytes, layers.values()), default=0)
+        + int(ACTIVATION_BYTES * tokens * model.block_features) * len(model.blocks)
+        + logits
+    )
     looks = 1 + -(-settings.steps // settings.check_every)
-    judged = looks * settings.held_out * longest
-    seen = settings.steps * tokens
-    head = 2.0 * model.hidden * model.vocabulary * learnt
-    kind = "bf16_flops" if autocast else "fp32_flops"
-    forward = forward_work(model, int(seen + judged), linear, autocast) + Work(
-        **{kind: head * (seen + judged)}
-    )
-    backward = forward_work(model, int(seen), linear, autocast) * 2 + Work(
-        **{kind: 3 * head * seen}
-    )
-    followed = forward if distills else Work()
-    passes = 2 * settings.steps + looks * settings.held_out / settings.batch_size
-    rebuilt = sum(rebuild_bytes(layer) for layer in layers.values())
-    if trains in ADAPTERS:
-        rebuilt = 12.0 * linear  # frozen weights cast, or unpacked, at every pass
-    return Estimate(
-        host_bytes=PACKAGES_BYTES + device,
-        staging_bytes=PACKAGES_BYTES,
+    seen, judged = settings.steps * tokens, looks * settings.held_out * longest
+    forwards = (4 if distills else 3) * seen + (2 if distills else 1) * judged
+    return Need(
+        work=2.0 * forwards * (model.linear_weights + learnt * head),
+        artifact=artifact,
         device_bytes=device,
         mapped_bytes=model.num_bytes if trains in ADAPTERS else artifact.tensor_bytes,
-        artifact=artifact,
         scratch_bytes=2 * 14 * trained,  # two checkpoints: values, moments, the best state
-        work=forward
-        + backward
-        + followed
-        + Work(
-            bytes_moved=passes * rebuilt + settings.steps * 60.0 * trained,
-            fixed_seconds=STARTUP_SECONDS,
-        )
-        + written_work(artifact),
     )
 
 
-def extract_delta(model: ModelShapes, exact_tensors: Collection[str] = ()) -> Estimate:
-    """One tensor of each model and one shard."""
+def extract_delta(model: ModelShapes, exact_tensors: Collection[str] = ()) -> Need:
+    """One tensor of each model and one shard; never on a GPU."""
     artifact = sizes.delta_size(model, exact_tensors)
-    pending = min(artifact.tensor_bytes, sizes.DELTA_SHARD_BYTES)
     largest = 8 * max(math.prod(shape) for shape in model.linears.values())
-    host = PACKAGES_BYTES + pending + largest
-    return Estimate(
-        host_bytes=host,
-        staging_bytes=host,
-        device_bytes=0,
-        mapped_bytes=2 * model.num_bytes,
+    pending = min(artifact.tensor_bytes, sizes.DELTA_SHARD_BYTES)
+    return Need(
+        work=float(model.num_bytes + artifact.tensor_bytes),
         artifact=artifact,
-        scratch_bytes=0,
-        work=Work(bytes_moved=4.0 * model.num_bytes, fixed_seconds=STARTUP_SECONDS)
-        + written_work(artifact),
+        device_bytes=0,
+        host_bytes=PACKAGES_BYTES + pending + largest,
+        mapped_bytes=2 * model.num_bytes,
     )
+
+
+def evaluate(
+    model: ModelShapes,
+    settings: EvaluationSettings,
+    texts: Mapping[str, TaskText],
+    layers: Layers | None = None,
+    *,
+    delta: bool = False,
+) -> Need:
+    """The model and the original whole, the logits of one window; tasks in their own dtype.
+
+    Args:
+        model: The original.
+        settings: How.
+        texts: Of each task's items, by task.
+        layers: Compressed layers of what is evaluated; None for the original itself.
+        delta: Whether the layers are a delta that lies on a dense base.
+    """
+    item, task_item = (getattr(torch, d).itemsize for d in (settings.dtype, settings.task_dtype))
+    models = 1 if layers is None else 2
+    held = models * item * model.num_weights + sum(map(_layer_bytes, (layers or {}).values()))
+    if delta:  # a dense layer replaces base and delta one by one; the base's file stays mapped
+        held += item * model.linear_weights
+    logits = models * settings.length * item + 4 * LOGIT_CHUNK * (2 if layers is None else 6)
+    longest = max((texts[name].longest for name in settings.tasks), default=0.0)
+    scores = int(SCORED_REQUESTS * longest * (task_item + 8))
+    tokens = float(models * len(settings.corpora) * settings.windows * settings.length)
+    tokens += STEP_TOKENS * (2 * settings.decode_tokens + settings.sample_tokens)
+    for name, limit in settings.tasks.items():
+        text = texts[name]
+        items = text.items if limit is None else min(limit, text.items)
+        tokens += items * text.tokens + STEP_TOKENS * -(-items // 64) * text.generated
+    return Need(
+        work=2.0 * model.num_weights * tokens,
+        artifact=ArtifactSize(0, 100_000),
+        device_bytes=max(
+            held + logits * model.vocabulary,
+            (item + task_item) * model.num_weights,  # while it is converted
+            task_item * model.num_weights + scores * model.vocabulary,
+        ),
+        host_bytes=EVALUATION_PACKAGES_BYTES,
+    )
+
+
+def _compression(
+    model: ModelShapes, method: Method, artifact: ArtifactSize, pending: int, mapped: int
+) -> Need:
+    plan, layers = sizes.planned_methods(model, method), sizes.planned_layers(model, method)
+    compressed = [(own, model.linears[name]) for name, own in plan.items() if own is not None]
+    works = {(own, shape): own.work(shape).operations for own, shape in set(compressed)}
+    # recording a layer compares three fp32 matrices in fp64 and two products with the moment
+    record = max(32 * math.prod(s) + 4 * s.in_features**2 for s in model.linears.values())
+    block = max(sum(_layer_bytes(layers[name]) for name in linears) for linears in model.blocks)
+    return Need(
+        work=sum(works[key] for key in compressed),
+        artifact=artifact,
+        device_bytes=max(record, *(own.workspace_bytes(shape) for own, shape in works)),
+        host_bytes=PACKAGES_BYTES + pending + block,
+        mapped_bytes=mapped,
+        scratch_bytes=sum(map(_layer_bytes, layers.values())),
+    )
+
+
+def _exact(size: ArtifactSize, method: Method) -> ArtifactSize:
+    """Note whether a plan without calibration gives each layer exactly what it will get."""
+    return replace(size, exact=method.size_from_shape and not method.spreads_budget)
+
+
+def _forward_bytes(model: ModelShapes, windows: int, length: int) -> int:
+    return FORWARD_BYTES * min(windows, PROPAGATE_WINDOWS) * length * model.block_features
+
+
+def _states_bytes(model: ModelShapes, windows: int, length: int) -> int:
+    return 4 * windows * length * model.hidden
+
+
+def _embedding_bytes(model: ModelShapes) -> int:
+    """Return the fp32 bytes of the embedding, where it is stored in another dtype."""
+    return max(
+        (4 * t.numel() for t in model.tensors.values() if t.dtype != torch.float32), default=0
+    )
+
+
+def _layer_bytes(layer: CompressedLinear | None) -> int:
+    return 0 if layer is None else layer.stored_bits() // 8
+
+
+def _num_trainable(layer: CompressedLinear | None) -> int:
+    return 0 if layer is None else sum(getattr(layer, n).numel() for n in layer.trainable)
+
+
+def _unpacked_bytes(layer: CompressedLinear | None) -> int:
+    """Return what a layer's dense weight takes while it is trained: indices, fp32, bf16."""
+    return 14 * layer.num_weights if layer and layer.rebuilt_in_training else 0

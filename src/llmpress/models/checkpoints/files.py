@@ -194,15 +194,13 @@ class CheckpointWriter:
             write_json(self.folder / WEIGHTS_INDEX, index)
 
 
+def companions(folder: Path) -> list[Path]:
+    """Return the tokenizer, generation and chat-template files of a model folder."""
+    patterns = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "*.jinja")
+    return [file for p in (*patterns, "generation_config*") for file in folder.glob(p)]
+
+
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation and chat-template files from one model folder to another."""
-    for pattern in (
-        "tokenizer*",
-        "vocab*",
-        "merges*",
-        "special_tokens*",
-        "*.jinja",
-        "generation_config*",
-    ):
-        for file in source.glob(pattern):
-            shutil.copyfile(file, target / file.name)
+    """Copy the `companions` of one model folder to another."""
+    for file in companions(source):
+        shutil.copyfile(file, target / file.name)

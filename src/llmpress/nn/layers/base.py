@@ -164,18 +164,6 @@ class CompressedLinear(nn.Module, ABC):
         """Number of weights this layer stands for."""
         return self.in_features * self.out_features
 
-    def multiply_adds(self) -> int:
-        """Return the multiply-adds of a product with one row."""
-        return self.num_weights
-
-    def dequantize_bytes(self) -> float:
-        """Return what one `dequantize`, or a call that needs it, moves: measured on a CPU."""
-        return 300.0 * self.num_weights
-
-    def dequantize_flops(self) -> float:
-        """Return the operations of its products in fp32."""
-        return 0.0
-
     def held_bytes(self) -> int:
         """Return the bytes of what is kept unpacked while the layer trains."""
         return 0

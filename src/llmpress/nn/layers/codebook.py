@@ -109,10 +109,6 @@ class CodebookLinear(CompressedLinear):
         indices = self._unpack() if self._indices is None else self._indices
         return looked_up(indices, self.codebook, self.scales, self.in_features, self.out_features)
 
-    def dequantize_bytes(self) -> float:
-        """Return the bytes of codes that are unpacked and looked up."""
-        return 110.0 * self.num_weights
-
     def held_bytes(self) -> int:
         """Return the bytes of the unpacked codes."""
         return 4 * self.num_vectors

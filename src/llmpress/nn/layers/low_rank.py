@@ -68,18 +68,6 @@ class LowRankLinear(CompressedLinear):
         left, right = self.factors()
         return left @ right
 
-    def multiply_adds(self) -> int:
-        """Return the entries of the factors."""
-        return self.A.numel() + self.B.numel()
-
-    def dequantize_bytes(self) -> float:
-        """Return nothing: factors are products, which count as such."""
-        return 0.0
-
-    def dequantize_flops(self) -> float:
-        """Return the operations of multiplying the factors."""
-        return 2.0 * self.rank * self.num_weights
-
     def product(self, x: Tensor) -> Tensor:
         """Return ``x Wᵀ``, ``[..., out]``, by the factors.
 

@@ -176,14 +176,6 @@ class MixedLowRankLinear(CompressedLinear):
         A, V = self.factors()
         return A @ V
 
-    def dequantize_bytes(self) -> float:
-        """Return the bytes of unpacked vectors."""
-        return 320.0 * self.rank * (self.in_features + self.out_features)
-
-    def dequantize_flops(self) -> float:
-        """Return the operations of multiplying the factors."""
-        return 2.0 * self.rank * self.num_weights
-
     def product(self, x: Tensor) -> Tensor:
         """Return ``x Wᵀ``, ``[..., out]``, through the two thin factors."""
         return through_factors(x, *self.unpacked(x))

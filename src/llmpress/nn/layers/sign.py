@@ -52,10 +52,6 @@ class SignLinear(CompressedLinear):
         y = (bits - rows.sum(dim=1, keepdim=True)) * self.scale
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
-    def dequantize_bytes(self) -> float:
-        """Return the bytes of unpacked signs."""
-        return 260.0 * self.num_weights
-
     def dequantize(self) -> Tensor:
         """Return ``scale · (±1)`` as fp32 ``[out, in]``."""
         bits = unpack(self.signs, 1, self.num_weights).view(self.out_features, self.in_features)

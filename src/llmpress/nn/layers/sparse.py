@@ -93,10 +93,6 @@ class SparseLinear(CompressedLinear):
         dense = torch.zeros(self.num_weights, dtype=torch.float32, device=entries.device)
         return dense.index_put((self._places(),), entries).view(self.out_features, self.in_features)
 
-    def dequantize_bytes(self) -> float:
-        """Return the bytes of zeros and of entries put in their places."""
-        return 20.0 * self.num_weights + 200.0 * self.num_nonzeros
-
     def _places(self) -> Tensor:
         """Return the position of every entry in the flattened weight, ``[num_nonzeros]``."""
         if self.index == "bitmap":

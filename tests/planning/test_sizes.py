@@ -1,7 +1,6 @@
 """Predicted bytes against those of real artifacts."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,11 @@ from transformers import AutoModelForCausalLM
 from llmpress.compression.stage import compress_model
 from llmpress.core.artifacts import read_json
 from llmpress.deltas.compression import compress_delta_artifact
+from llmpress.methods.base import Method
 from llmpress.methods.registry import build_method, known_methods
 from llmpress.models.adapters import add_adapters, open_base, save_adapter, save_base
 from llmpress.models.checkpoints.files import CheckpointWriter, copy_companions
-from llmpress.nn.layers import CompressedLinear
-from llmpress.planning import ModelShapes, sizes
-from llmpress.planning.costs import knows_layers
-from llmpress.planning.shapes import TensorSpec
+from llmpress.planning import ModelShapes, sizes, stages
 
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("bitdelta", {}),
@@ -45,8 +42,6 @@ DELTA_METHODS = [
 ]
 DELTA_IDS = [f"{name} {' '.join(settings)}".strip() for name, settings in DELTA_METHODS]
 
-Layers = Mapping[str, CompressedLinear | None]
-
 
 def tensor_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -63,7 +58,7 @@ def check(predicted: sizes.ArtifactSize, folder: Path) -> None:
 
 
 def check_layers(
-    predicted: sizes.ArtifactSize, layers: Layers, model: ModelShapes, folder: Path
+    predicted: sizes.ArtifactSize, method: Method, model: ModelShapes, folder: Path
 ) -> None:
     """Exact, or where the values decide, what the layers store within 2 %, dense ones in bf16.
 
@@ -73,9 +68,13 @@ def check_layers(
     if predicted.exact:
         check(predicted, folder)
         return
+    layers = sizes.planned_layers(model, method)
     stored_bits = sum(layer["stored_bits"] for layer in read_json(folder / "layers.json")["layers"])
-    dense = sum(math.prod(model.linears[name]) for name, layer in layers.items() if layer is None)
-    assert 8 * sizes.checkpoint_bytes(layers) + 16 * dense == pytest.approx(stored_bits, rel=0.02)
+    planned_bits = sum(
+        16 * math.prod(model.linears[name]) if layer is None else layer.stored_bits()
+        for name, layer in layers.items()
+    )
+    assert planned_bits == pytest.approx(stored_bits, rel=0.02)
     assert predicted.num_bytes == pytest.approx(folder_bytes(folder), rel=0.05)
 
 
@@ -104,11 +103,7 @@ def test_compressed_model(
         scratch=tmp_path / "scratch",
     )
 
-    layers = sizes.planned_layers(tiny, method)
-    exact = knows_layers(method)
-
-    predicted = sizes.compressed_model_size(tiny, layers, exact=exact)
-    check_layers(predicted, layers, tiny, tmp_path / "out")
+    check_layers(stages.compress(tiny, method).artifact, method, tiny, tmp_path / "out")
 
 
 @pytest.mark.parametrize(("name", "settings"), DELTA_METHODS, ids=DELTA_IDS)
@@ -121,7 +116,6 @@ def test_compressed_delta(
     tmp_path: Path,
 ) -> None:
     method = build_method(name, settings, "test")
-    layers = sizes.planned_layers(tiny, method)
     compress_delta_artifact(
         tiny_delta,
         tmp_path / "out",
@@ -134,11 +128,8 @@ def test_compressed_delta(
     )
 
     exact_tensors = list(read_json(tiny_delta / "delta.json")["exact"])
-    predicted = sizes.compressed_delta_size(
-        tiny, layers, exact=knows_layers(method), exact_tensors=exact_tensors
-    )
-
-    check_layers(predicted, layers, tiny, tmp_path / "out")
+    predicted = stages.compress_delta(tiny, method, exact_tensors).artifact
+    check_layers(predicted, method, tiny, tmp_path / "out")
 
 
 def test_delta(tiny: ModelShapes, tiny_delta: Path) -> None:
@@ -149,17 +140,7 @@ def test_delta(tiny: ModelShapes, tiny_delta: Path) -> None:
 
 
 def test_calibration(tiny: ModelShapes, tiny_calibration: Path) -> None:
-    corpora = len(CALIBRATION.corpora)
-
-    predicted = sizes.calibration_size(
-        tiny,
-        corpora * CALIBRATION.windows,
-        corpora * CALIBRATION.validation_windows,
-        CALIBRATION.length,
-        sensitive=CALIBRATION.sensitivity_windows > 0,
-    )
-
-    check(predicted, tiny_calibration)
+    check(stages.calibrate(tiny, CALIBRATION).artifact, tiny_calibration)
 
 
 def test_trained_model(tiny: ModelShapes, tiny_model_folder: Path, tmp_path: Path) -> None:
@@ -205,11 +186,10 @@ def test_shards_and_index(tmp_path: Path) -> None:
         writer.add(name, tensor)
     writer.close()
 
-    specs = [(name, TensorSpec(t.dtype, tuple(t.shape))) for name, t in tensors.items()]
-    num_bytes, shards = sizes.sharded_bytes(specs, 500)
+    shards = sizes.shards(tensors, 500)
 
     assert len(shards) == len(list(tmp_path.glob("*.safetensors"))) > 3
-    assert num_bytes == tensor_bytes(tmp_path)
+    assert sum(map(sizes.safetensors_bytes, shards)) == tensor_bytes(tmp_path)
 
 
 def test_header_counts_offsets_in_the_order_of_the_file(tmp_path: Path) -> None:
@@ -218,6 +198,4 @@ def test_header_counts_offsets_in_the_order_of_the_file(tmp_path: Path) -> None:
     tensors |= {f"b{i}": torch.zeros(1, dtype=torch.float32) for i in range(50)}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
 
-    specs = [(name, TensorSpec(t.dtype, tuple(t.shape))) for name, t in tensors.items()]
-
-    assert sizes.safetensors_bytes(specs) == tensor_bytes(tmp_path)
+    assert sizes.safetensors_bytes(tensors) == tensor_bytes(tmp_path)

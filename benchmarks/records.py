@@ -1,0 +1,223 @@
+"""Collect how long stages took: the table of records that `llmpress plan` comes with.
+
+    python benchmarks/records.py [PROJECT ...]
+
+reads results/*.csv here and the finished stages of projects, and writes the table: of what was done
+repeatedly the least, the median and the most seconds. On a GPU single layers were measured, in
+parts: what their loops add up to is a record of one layer.
+"""
+
+import argparse
+import csv
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, fields, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from transformers import LlamaConfig
+
+from llmpress.calibration.settings import CalibrationSettings
+from llmpress.core.errors import ConfigError
+from llmpress.core.params import build, read_params
+from llmpress.evaluation.settings import EvaluationSettings
+from llmpress.methods.base import Method, Shape
+from llmpress.methods.registry import build_method, known_methods
+from llmpress.planning import ModelShapes, read_shapes, stages
+from llmpress.planning.project import project_records
+from llmpress.planning.records import SHIPPED, Record
+from llmpress.planning.sizes import planned_layers
+from llmpress.planning.stages import TaskText
+from llmpress.training.full import TrainingSettings
+from llmpress.training.settings import FinetuningSettings
+from llmpress.tuning.settings import TuningSettings
+
+RESULTS = Path(__file__).parent / "results"
+TABLES = ("quality", "removal", "deltas", "deltas_first_training")
+LENGTH = 512  # tokens of a calibration window of the benchmarks
+SMOLLM2 = LlamaConfig(
+    architectures=["LlamaForCausalLM"],
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    vocab_size=49152,
+    tie_word_embeddings=True,
+    dtype="float32",
+)
+SUMS = TaskText(45, 60, 32, 4000)
+TEXTS = {
+    "arc-easy": TaskText(132, 80, 0, 570),
+    "piqa": TaskText(62, 100, 0, 1838),
+    "arithmetic": TaskText(45, 62, 32, 200),
+}
+CODEBOOKS = ((16, 1), (256, 2), (65536, 4), (8192, 6))
+
+
+def main() -> None:
+    """Write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("projects", nargs="*", type=Path, help="folders with a params.yaml")
+    model = smollm2()
+    records = [*default_run(model), *benchmark_records(model), *gpu_records()]
+    for project in parser.parse_args().projects:
+        records += project_records(read_params(project / "params.yaml"), project)
+    records.sort(key=lambda r: (r.gpu, r.stage, r.method, r.processor, r.work, r.seconds))
+    names = [field.name for field in fields(Record)]
+    with SHIPPED.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(names)
+        for _, alike in groupby(records, key=lambda r: replace(r, seconds=0.0, date="")):
+            found = list(alike)
+            for index in sorted({0, len(found) // 2, len(found) - 1}):
+                work = float(f"{found[index].work:.4g}")
+                writer.writerow(astuple(replace(found[index], work=work)))
+
+
+def smollm2() -> ModelShapes:
+    """Return the layout of the benchmarks' model."""
+    with tempfile.TemporaryDirectory() as folder:
+        SMOLLM2.save_pretrained(folder)
+        return read_shapes(Path(folder))
+
+
+def rows(name: str) -> Iterator[dict[str, str]]:
+    """Yield the rows of a table of results."""
+    with (RESULTS / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        yield from csv.DictReader(file)
+
+
+def benchmark_records(model: ModelShapes) -> Iterator[Record]:
+    """Yield what quality, removal and deltas say of compressing, finetuning and training."""
+    for row in (row for name in TABLES for row in rows(name)):
+        settings = json.loads(row["settings"] or "{}")
+        if row["method"] not in known_methods():
+            continue
+        try:
+            if "trains" in settings:
+                trained = build(FinetuningSettings, kept(FinetuningSettings, settings), "trained")
+                layers = planned_layers(model, method_of({"method": row["method"]}))
+                need = stages.train(model, "delta", trained, None, layers)
+                yield of_row(row, "train", "delta", need.work, row["seconds"])
+            elif "run" in settings:
+                windows = int(row["calibration_tokens"]) // LENGTH
+                texts = CalibrationSettings(("text",), windows, LENGTH)
+                method = method_of({"method": row["method"], **settings["method_settings"]})
+                tuned = build(TuningSettings, kept(TuningSettings, settings), "tuned")
+                work = stages.finetune(model, method, tuned, texts).work
+                yield of_row(row, "finetune", row["method"], work, row["finetune_seconds"])
+            else:
+                work = stages.compress(model, method_of(settings)).work
+                seconds = row.get("compress_seconds") or row["seconds"]
+                yield of_row(row, "compress", row["method"], work, seconds)
+        except ConfigError as error:
+            print(f"left out: {row.get('name') or row.get('label')}: {error}")
+
+
+def default_run(model: ModelShapes) -> Iterator[Record]:
+    """Yield the stages of a whole run of params.yaml as it was."""
+    kinds = {
+        "train_task": TrainingSettings,
+        "calibrate": CalibrationSettings,
+        "train": FinetuningSettings,
+        "evaluate": EvaluationSettings,
+    }
+    for row in rows("default_run"):
+        stage, method, values = row["stage"], row["method"], json.loads(row["settings"])
+        settings = build(kinds[stage], values, stage) if stage in kinds else None
+        codebooks = build_method("cluscomp", {"bits": 4.3}, "cluscomp")
+        layers = planned_layers(model, codebooks) if method == "compressed" else {}
+        need = {
+            "train_task": lambda s: stages.train_task(model, s, SUMS),
+            "extract_delta": lambda _: stages.extract_delta(model),
+            "calibrate": lambda s: stages.calibrate(model, s),
+            "compress": lambda _, m=method, v=values: stages.compress(model, build_method(m, v, m)),
+            "train": lambda s, m=method, x=layers: stages.train(model, m, s, SUMS, x),
+            "evaluate": lambda s, m=method: stages.evaluate(
+                model, s, TEXTS, None if m == "dense" else {}
+            ),
+        }[stage](settings)
+        yield Record(
+            stage,
+            "" if stage == "evaluate" else method,
+            "smollm2",
+            need.work,
+            float(row["seconds"]),
+            row["processor"],
+            "",
+            int(row["threads"]),
+            row["date"],
+        )
+
+
+def of_row(row: Mapping[str, str], stage: str, method: str, work: float, seconds: str) -> Record:
+    """Return a row of results as a record."""
+    processor, _, threads = row["made_on"].partition(", ")
+    date = row.get("made") or row["date"]
+    return Record(
+        stage, method, "smollm2", work, float(seconds), processor, "", int(threads[:1]), date
+    )
+
+
+def method_of(settings: Mapping[str, Any]) -> Method:
+    """Return the method that settings of a provenance name."""
+    own = {key: value for key, value in settings.items() if key not in ("method", "seed")}
+    return build_method(settings["method"], own, settings["method"])
+
+
+def kept(cls: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those settings that a class takes."""
+    names = {field.name for field in fields(cls)}
+    return {key: value for key, value in settings.items() if key in names}
+
+
+def gpu_records() -> Iterator[Record]:
+    """Yield single layers from the parts of gptq, svd and cluscomp that gpu_loops measured."""
+    measured: dict[Shape, dict[str, dict[str, str]]] = {}
+    for row in rows("gpu_loops"):
+        measured.setdefault(Shape(int(row["out"]), int(row["in"])), {})[row["step"]] = row
+    for shape, steps in measured.items():
+
+        def total(*names: str, of: Mapping[str, dict[str, str]] = steps) -> float:
+            found = [row for step, row in of.items() if step.startswith(names)]
+            return sum(float(row["whole_matrix_seconds"]) for row in found)
+
+        errors = ("relative_output_error", "relative_weight_error")
+        made: list[tuple[Method, str, float]] = [
+            (
+                build_method("gptq", {"num_bits": 4}, "gptq"),
+                "gptq",
+                total("damped_inverse_cholesky", "feed_errors_back 4 bit", *errors),
+            ),
+            (build_method("svd", {"keep": 0.8}, "svd"), "svd", total("svd", *errors)),
+        ]
+        for entries, width in CODEBOOKS:
+            settings = {"num_entries": entries, "vector_size": width}
+            method = build_method("cluscomp", settings, "cluscomp")
+            book = f"K={entries} d={width}"
+            clustered = total(f"kmeans {book}", "damped_inverse_cholesky", *errors)
+            # codes are chosen once, then codebook and codes by turns
+            turns = total(f"refit_codebook {book}", f"improve_codes {book}")
+            assigned = total(f"assign_with_feedback {book}")
+            seconds = clustered + assigned + method.rounds * turns  # type: ignore[attr-defined]
+            made.append((method, "cluscomp", seconds))
+        for method, name, seconds in made:
+            about = steps["svd"]
+            yield Record(
+                "compress",
+                name,
+                f"layer {shape.out_features}x{shape.in_features}",
+                method.work(shape).operations,
+                round(seconds, 2),
+                about["processor"],
+                about["gpu"],
+                1,
+                about["date"],
+            )
+
+
+if __name__ == "__main__":
+    main()
