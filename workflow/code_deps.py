@@ -17,6 +17,7 @@ import difflib
 import io
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,7 @@ def rewrite(text: str, root: Path = Path()) -> str:
     return out.getvalue()
 
 
+@cache
 def _imported_files(file: Path, root: Path) -> list[Path]:
     tree = ast.parse((root / file).read_text(encoding="utf-8"), filename=str(file))
     found: list[Path] = []
@@ -187,6 +189,7 @@ def _module_file(module: str, root: Path) -> Path | None:
     return None
 
 
+@cache
 def _only_says(file: Path) -> bool:
     """Tell whether a Python file holds nothing but a docstring, so that nothing depends on it."""
     body = ast.parse(file.read_text(encoding="utf-8")).body
