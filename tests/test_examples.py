@@ -101,6 +101,7 @@ def test_delta_for_two_tenants(
     assert max(errors) < 0.05
 
 
+@pytest.mark.slow
 def test_export_for_other_tools(run: Run, compressed: Path, tmp_path: Path) -> None:
     printed = run("04_export_for_other_tools", compressed, tmp_path / "dense")
     assert "LlamaForCausalLM of torch.bfloat16" in printed

@@ -382,6 +382,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_script_runs_alone(project: Project, tmp_path: Path) -> None:
     params = tmp_path / "params.yaml"
     params.write_text(json.dumps(project.params))  # JSON is YAML

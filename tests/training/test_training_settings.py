@@ -42,41 +42,41 @@ def test_trainings_that_fit(changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "named"),
     [
-        ({"start": "compressed/smal"}, "trainings.codes.start: runs has no 'smal': did you mean"),
-        ({"start": "models/tiny"}, "compressed needs compressed/NAME or finetuned/NAME"),
-        ({"start": "compressed/"}, "compressed needs compressed/NAME"),
-        ({"trains": "lora"}, "trainings.codes.start: lora needs models/NAME"),
-        ({"trains": "all"}, "trainings.codes.trains: .*got 'all'"),
-        ({"model": "other"}, "model is 'other', but compressed/small has 'tiny'"),
-        ({"task": None}, "give either `task` or `corpora` to train on"),
-        ({"corpora": ["code"]}, "give either `task` or `corpora` to train on"),
-        ({"stat": 1}, "trainings.codes has no setting 'stat': did you mean 'start'"),
+        ({"start": "compressed/smal"}, r"trainings\.codes\.start.*'smal'.* 'small'"),
+        ({"start": "models/tiny"}, "compressed/NAME or finetuned/NAME"),
+        ({"start": "compressed/"}, "compressed/NAME"),
+        ({"trains": "lora"}, r"trainings\.codes\.start.* models/NAME"),
+        ({"trains": "all"}, r"trainings\.codes\.trains.*'all'"),
+        ({"model": "other"}, "'other'.* compressed/small .*'tiny'"),
+        ({"task": None}, "`task` or `corpora`"),
+        ({"corpora": ["code"]}, "`task` or `corpora`"),
+        ({"stat": 1}, r"trainings\.codes .*'stat'.* 'start'"),
     ],
 )
-def test_mistakes_are_named(changes: dict[str, Any], says: str) -> None:
+def test_mistakes_are_named(changes: dict[str, Any], named: str) -> None:
     params = copy.deepcopy(PARAMS)
     params["trainings"]["codes"] |= changes
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=named):
         read_training(params, "codes")
 
 
 @pytest.mark.parametrize(
-    ("values", "says"),
+    ("values", "named"),
     [
-        ({"steps": 0}, "steps must be positive, got 0"),
-        ({"learning_rate": 0.0}, "learning_rate must be positive"),
-        ({"learning_rate": float("nan")}, "learning_rate must be positive"),
-        ({"held_out": 0}, "held_out must be positive"),
-        ({"warmup": -1}, "warmup must not be negative"),
-        ({"length": 1}, "length must be at least 2"),
-        ({"objective": "kl"}, "objective: .*got 'kl'"),
-        ({"lr": 1}, "has no setting 'lr'"),
+        ({"steps": 0}, "steps .*0"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"held_out": 0}, "held_out"),
+        ({"warmup": -1}, "warmup"),
+        ({"length": 1}, "length"),
+        ({"objective": "kl"}, "objective.*'kl'"),
+        ({"lr": 1}, "'lr'"),
     ],
 )
-def test_settings_are_validated(values: dict[str, Any], says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
+def test_settings_are_validated(values: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
         build(FinetuningSettings, {"steps": 1, "learning_rate": 1e-3, **values}, "here")
 
 
@@ -96,19 +96,19 @@ def test_a_delta_trains_on_its_base() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "named"),
     [
-        ({"start": "compressed/small"}, "trainings.codes.start: delta_runs has no 'small'"),
-        ({"start": "finetuned/signs"}, "trainings.codes.start: delta needs compressed/NAME"),
-        ({"model": "tiny"}, "model is 'tiny', but compressed/signs has 'tuned'"),
-        ({"settings": {"steps": 2, "learning_rate": 1e-3}}, "objective: .*give distillation"),
-        ({"settings": {**SIGNS["settings"], "norms": True}}, "norms: .*; leave it out"),
+        ({"start": "compressed/small"}, r"trainings\.codes\.start: delta_runs .*'small'"),
+        ({"start": "finetuned/signs"}, r"trainings\.codes\.start.* compressed/NAME"),
+        ({"model": "tiny"}, "'tiny'.* compressed/signs .*'tuned'"),
+        ({"settings": {"steps": 2, "learning_rate": 1e-3}}, "objective.* distillation"),
+        ({"settings": {**SIGNS["settings"], "norms": True}}, "norms"),
     ],
 )
-def test_mistakes_of_deltas_are_named(changes: dict[str, Any], says: str) -> None:
+def test_mistakes_of_deltas_are_named(changes: dict[str, Any], named: str) -> None:
     params = copy.deepcopy(PARAMS)
     params["trainings"]["codes"] |= SIGNS | changes
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=named):
         read_training(params, "codes")
 
 
@@ -117,5 +117,5 @@ def test_norms_do_not_train_beside_adapters() -> None:
     entry = params["trainings"]["codes"]
     entry |= {"start": "models/tiny", "trains": "lora"}
     entry["settings"]["norms"] = True
-    with pytest.raises(ConfigError, match="norms: lora trains adapters only"):
+    with pytest.raises(ConfigError, match=r"norms.* lora"):
         read_training(params, "codes")
