@@ -422,8 +422,8 @@ def test_one_compression_without_a_params_file(project: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "rnt"], "did you mean 'rtn'"),
-        (["--method", "rtn", "--set", "num_bit=3"], "did you mean 'num_bits'"),
+        (["--method", "rnt"], "'rtn'"),
+        (["--method", "rtn", "--set", "num_bit=3"], "'num_bits'"),
         (["--method", "rtn", "three-bit"], "leave the names"),
         (["--set", "bits=3"], "need a --method"),
     ],
