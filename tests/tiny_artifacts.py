@@ -29,8 +29,10 @@ WEIGHT_METHODS = {
 Make = Callable[[str], Path]
 
 
-def calibrate_tiny(model: Path, out: Path, delta: Path | None = None) -> None:
-    """Calibrate a tiny model, or a base with its delta, on a little text."""
+def calibrate_tiny(
+    model: Path, out: Path, delta: Path | None = None, device: torch.device = CPU
+) -> Path:
+    """Calibrate a tiny model, or a base with its delta, on a little text; return ``out``."""
     calibrate_model(
         model,
         {"code": CalibrationText(library_text(("xml",)), library_text(("asyncio",)))},
@@ -38,9 +40,10 @@ def calibrate_tiny(model: Path, out: Path, delta: Path | None = None) -> None:
         out,
         inputs={},
         seed=0,
-        device=CPU,
+        device=device,
         delta=delta,
     )
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -147,7 +147,7 @@ def build_architecture(name: str, tokenizer_folder: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def built_once(root: Path, name: str, build: Callable[[Path], None]) -> Path:
+def built_once(root: Path, name: str, build: Callable[[Path], object]) -> Path:
     """A folder that one worker of a test session builds and the others wait for."""
     folder, done = root / name, root / f"{name}.done"
     with FileLock(root / f"{name}.lock"):

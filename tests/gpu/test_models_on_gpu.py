@@ -6,12 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_artifacts import CPU, WEIGHT_METHODS, Make
-from tiny_models import library_text
+from tiny_artifacts import CPU, WEIGHT_METHODS, Make, calibrate_tiny
 from torch import Tensor
 
-from llmpress.calibration.settings import CalibrationSettings
-from llmpress.calibration.stage import CalibrationText, calibrate_model
 from llmpress.compression.stage import compress_model
 from llmpress.deltas.applying import load_delta
 from llmpress.methods.registry import build_method
@@ -100,19 +97,6 @@ def test_a_model_compiles_whole(method: str, compressed: Make, tiny_windows: Ten
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-def calibrated(model: Path, out: Path, device: torch.device) -> Path:
-    calibrate_model(
-        model,
-        {"code": CalibrationText(library_text(("xml",)), library_text(("asyncio",)))},
-        CalibrationSettings(("code",), windows=4, length=64, validation_windows=1),
-        out,
-        inputs={},
-        seed=0,
-        device=device,
-    )
-    return out
-
-
 def compress_on(
     device: torch.device, method: str, model: Path, calibration: Path, out: Path
 ) -> list[dict[str, Any]]:
@@ -153,7 +137,8 @@ def test_calibrating_gives_what_the_cpu_gives(tiny_model_folder: Path, tmp_path:
     from safetensors.torch import load_file
 
     folders = [
-        calibrated(tiny_model_folder, tmp_path / device.type, device) for device in (CPU, GPU)
+        calibrate_tiny(tiny_model_folder, tmp_path / device.type, device=device)
+        for device in (CPU, GPU)
     ]
     names = sorted(p.relative_to(folders[0]) for p in folders[0].rglob("*.safetensors"))
     assert names

@@ -23,35 +23,24 @@ PLACE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 
 
+@pytest.mark.parametrize("traced", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", ["rtn", "cluscomp", "svd", "bitdelta"])
 def test_packed_models_compute_through_kernels(
-    method: str, compressed: Make, tiny_windows: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = load_model(compressed(method), device=PLACE)
-    tokens = tiny_windows[:2, :3].to(PLACE)
-    with torch.no_grad():
-        with use_backend("reference"):
-            expected = model(tokens).logits
-        monkeypatch.setattr(CompressedLinear, "unpacked", None)  # nothing dense is rebuilt
-        with use_backend("triton"):
-            found = model(tokens).logits
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["rtn", "cluscomp", "svd", "bitdelta"])
-def test_compiled_models_compute_through_kernels(
-    method: str, compressed: Make, tiny_windows: Tensor, monkeypatch: pytest.MonkeyPatch
+    method: str,
+    traced: bool,
+    compressed: Make,
+    tiny_windows: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = load_model(compressed(method), device=PLACE)
     tokens = tiny_windows[:2, :3].to(PLACE)
     with torch.no_grad():
         with use_backend("reference"):
             expected = model(tokens, use_cache=False).logits
-        monkeypatch.setattr(CompressedLinear, "unpacked", None)
+        monkeypatch.setattr(CompressedLinear, "unpacked", None)  # nothing dense is rebuilt
+        call = torch.compile(model, backend="aot_eager", fullgraph=True) if traced else model
         with use_backend("triton"):
-            traced = torch.compile(model, backend="aot_eager", fullgraph=True)
-            found = traced(tokens, use_cache=False).logits
+            found = call(tokens, use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
