@@ -51,6 +51,7 @@ def test_a_gpu_says_nothing_of_a_processor_nor_one_method_of_another() -> None:
     assert estimate_time(records[:1], ("compress", "rtn"), 1e9, HERE) is None
     assert estimate_time(records[1:], ("compress", "rtn"), 1e9, ("x", "a GPU")) is None
     assert estimate_time(records, ("compress", "svd"), 1e9, HERE) is None
+    assert estimate_time(records, ("compress", "rtn"), 0.0, HERE) is None  # all layers stay dense
 
 
 def test_the_table_that_comes_along_knows_every_stage_and_method_of_a_cpu() -> None:

@@ -14,14 +14,11 @@ from llmpress.planning.stages import Need
 
 CGROUP = Path("/sys/fs/cgroup")
 REMEDIES = {
-    "calibrate": "lower `windows` or `length` of the calibration, or use a smaller model",
-    "compress": "use a smaller model, or a method with a smaller work space",
-    "compress_delta": "use a smaller model, or a method with a smaller work space",
-    "finetune": "lower `batch_size`, or `windows` and `length` of the calibration",
-    "train": "lower `batch_size` or `length`, or use a smaller model",
-    "train_task": "lower `batch_size`, or use a smaller model",
-    "extract_delta": "use a smaller model",
-    "evaluate": "use a smaller model, bfloat16 as `dtype`, or a lower `length` of the evaluation",
+    "calibrate": ", or lower `windows` or `length` of the calibration",
+    "finetune": ", or lower `batch_size`, or `windows` and `length` of the calibration",
+    "train": ", or lower `batch_size` or `length`",
+    "train_task": ", or lower `batch_size`",
+    "evaluate": ", or bfloat16 as `dtype`, or a lower `length` of the evaluation",
 }
 
 
@@ -125,7 +122,8 @@ def make_row(
     """Compare what a stage needs with the machine; ``kind`` is that of its records."""
     if not machine.gpu:
         need = replace(need, host_bytes=need.host_bytes + need.device_bytes, device_bytes=0)
-    remedy = REMEDIES["evaluate" if stage.startswith("evaluate") else stage]
+    remedy = "use a smaller model"
+    remedy += REMEDIES.get("evaluate" if stage.startswith("evaluate") else stage, "")
     written = 0 if present else need.artifact.num_bytes + need.scratch_bytes
     problems = tuple(
         f"{what}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free, "

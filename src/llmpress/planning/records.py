@@ -72,7 +72,7 @@ def read_records(file: Path = SHIPPED) -> list[Record]:
 def estimate_time(
     records: Sequence[Record], kind: tuple[str, str], work: float, machine: tuple[str, str]
 ) -> Time | None:
-    """Scale the records of a stage that are nearest to what is asked; None where there is none.
+    """Scale the records of a stage that are nearest to what is asked; None without any.
 
     Seconds are taken to grow as the work does. Records of the same processor and GPU are preferred,
     unless those of another one are of much nearer work; those of a GPU say nothing of a processor.
@@ -89,7 +89,7 @@ def estimate_time(
         return abs(math.log(work / record.work)) + (0.0 if here else ELSEWHERE)
 
     known = [r for r in records if (r.stage, r.method) == kind and bool(r.gpu) == bool(machine[1])]
-    if not known:
+    if not known or not work:
         return None
     nearest = min(known, key=distance)
     source = (nearest.processor, nearest.gpu)

@@ -324,7 +324,7 @@ def _compression(
     return Need(
         work=sum(works[key] for key in compressed),
         artifact=artifact,
-        device_bytes=max(record, *(own.workspace_bytes(shape) for own, shape in works)),
+        device_bytes=max([record, *(own.workspace_bytes(shape) for own, shape in works)]),
         host_bytes=PACKAGES_BYTES + pending + block,
         mapped_bytes=mapped,
         scratch_bytes=sum(map(_layer_bytes, layers.values())),
