@@ -35,7 +35,7 @@ from llmpress.methods.cluscomp import ClusComp
 from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter
 from llmpress.models.loading import skeleton
 from llmpress.models.walk import BlockWalk
-from llmpress.nn.layers import CodebookLinear
+from llmpress.nn.layers.codebook import CodebookLinear
 from llmpress.nn.packing import pack
 from llmpress.tuning.blocks import tune_blocks
 from llmpress.tuning.settings import TuningSettings

@@ -23,7 +23,8 @@ from llmpress.nn.kernels.codebook_grad import codebook_grad
 from llmpress.nn.kernels.codebook_matmul import codebook_matmul
 from llmpress.nn.kernels.codebook_matmul.reference import codebook_weight
 from llmpress.nn.kernels.kmeans import kmeans
-from llmpress.nn.layers import CodebookLinear, QuantizedLinear
+from llmpress.nn.layers.codebook import CodebookLinear
+from llmpress.nn.layers.quantized import QuantizedLinear
 from llmpress.nn.packing import code_width, pack
 from llmpress.numerics.error_feedback import feed_errors_back
 from llmpress.numerics.linalg import (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmpress.methods.base import InputStatistics, Method, checked_weight
-from llmpress.nn.layers import QuantizedLinear
+from llmpress.nn.layers.quantized import QuantizedLinear
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from llmpress.core.errors import SourceError
 from llmpress.models.checkpoints.files import Checkpoint
 from llmpress.models.loading import load_model, skeleton
 from llmpress.models.walk import BlockWalk
-from llmpress.nn.layers import AdaptedLinear, LowRankLinear
+from llmpress.nn.layers import AdaptedLinear
+from llmpress.nn.layers.low_rank import LowRankLinear
 
 MAMBA = pytest.mark.parametrize("architecture", ["mamba"], indirect=True)
 DT_PROJ = "backbone.layers.1.mixer.dt_proj"

@@ -14,7 +14,7 @@ from llmpress.core.artifacts import read_json, sha256
 from llmpress.deltas.applying import load_delta
 from llmpress.methods.registry import known_methods
 from llmpress.models.loading import load_model, load_tokenizer
-from llmpress.nn.layers import CodebookLinear
+from llmpress.nn.layers.codebook import CodebookLinear
 
 COMMANDS = [
     [],

@@ -6,7 +6,7 @@ import torch
 from llmpress.methods.base import InputStatistics, Shape, Term
 from llmpress.methods.cluscomp import ClusComp
 from llmpress.methods.cluscomp.budget import CodebookSize, true_bits
-from llmpress.nn.layers import CodebookLinear
+from llmpress.nn.layers.codebook import CodebookLinear
 from llmpress.nn.packing import unpack
 from llmpress.numerics.linalg import relative_output_error
 

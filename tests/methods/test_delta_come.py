@@ -8,8 +8,7 @@ from llmpress.methods.delta_come import DeltaCoMe
 from llmpress.methods.delta_come.budget import expected_best_ranks
 from llmpress.methods.rtn import RTN
 from llmpress.methods.svd import SVD
-from llmpress.nn.layers import MixedLowRankLinear
-from llmpress.nn.layers.mixed_low_rank import SCALE_BITS, group_bits
+from llmpress.nn.layers.mixed_low_rank import SCALE_BITS, MixedLowRankLinear, group_bits
 from llmpress.numerics.linalg import relative_output_error, relative_weight_error
 
 PAPER = {

@@ -16,7 +16,8 @@ from llmpress.methods.lillama.budget import (
     ranks_from_one_end,
     uniform_ranks,
 )
-from llmpress.nn.layers import LowRankLinear, PivotedLowRankLinear
+from llmpress.nn.layers.low_rank import LowRankLinear
+from llmpress.nn.layers.pivoted_low_rank import PivotedLowRankLinear
 
 FORMS: tuple[Form, ...] = ("factors", "pivoted")
 SHAPES = {

@@ -23,7 +23,8 @@ from llmpress.evaluation.sizes import trained_size
 from llmpress.evaluation.subjects import Subject
 from llmpress.methods.registry import build_method
 from llmpress.models import adapters
-from llmpress.nn.layers import AdaptedLinear, QuantizedLinear
+from llmpress.nn.layers import AdaptedLinear
+from llmpress.nn.layers.quantized import QuantizedLinear
 from llmpress.training import loop
 from llmpress.training.data import task_data, text_data
 from llmpress.training.examples import collate

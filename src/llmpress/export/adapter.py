@@ -51,8 +51,7 @@ def export_adapter(
         tensors, ranks = {}, {}
         for name in progress(sorted(opened.header["layers"]), "export"):
             layer = delta_layer(name, opened)
-            factors = getattr(layer, "factors", None)
-            if factors is None:
+            if not layer.has_factors:
                 raise ArtifactError(
                     f"{opened.folder}: {name} is stored as {layer.kind}, which has no factors; "
                     "compress the delta with svd or delta_come, or write it dense"
@@ -62,7 +61,7 @@ def export_adapter(
                     f"{opened.folder}: {name} is one expert's matrix, which peft has no adapter "
                     "for; write the delta dense"
                 )
-            left, right = factors()  # [out, rank], [rank, in]
+            left, right = layer.factors()  # [out, rank], [rank, in]
             if len(right) > 0:
                 ranks[name] = len(right)
                 for side, factor in zip(FACTORS, (right, left), strict=True):

@@ -15,7 +15,7 @@ from llmpress.models.architectures import LEFT_MULTIPLIED, matches
 from llmpress.models.checkpoints.compressed import compressed_layers
 from llmpress.models.checkpoints.dense_view import compressed_linear, stored_layer
 from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter, copy_companions
-from llmpress.nn.layers import KINDS, LowRankLinear
+from llmpress.nn.layers import KINDS
 
 
 def export_factors(
@@ -29,7 +29,7 @@ def export_factors(
     Where a module multiplies by a linear's weight itself, that weight is written dense.
 
     Args:
-        model: A model that ``lillama`` or ``svd`` compressed.
+        model: A model compressed to layers of low rank, as by ``lillama`` or ``svd``.
         out: Where to write: config.json without a trace of compression, safetensors, tokenizer.
         dtype: What floats are stored in.
 
@@ -59,7 +59,7 @@ def _factored_tensors(source: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     for name, entry in progress(sorted(entries.items()), "export"):
         layer = stored_layer(name, entry, compressed_linear(name, skeleton), source)
         last = name
-        if isinstance(layer, LowRankLinear) and _has_factors(name, entry):
+        if _has_factors(name, entry):
             left, right = layer.factors()
             last = f"{name}.1"
             yield f"{name}.0.weight", right
@@ -74,4 +74,4 @@ def _factored_tensors(source: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
 
 def _has_factors(name: str, entry: Mapping[str, Any]) -> bool:
-    return issubclass(KINDS[entry["kind"]], LowRankLinear) and not matches(name, LEFT_MULTIPLIED)
+    return KINDS[entry["kind"]].has_factors and not matches(name, LEFT_MULTIPLIED)

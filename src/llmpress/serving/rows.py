@@ -5,10 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from llmpress.nn.kernels.delta_matmul import RowDeltas, delta_matmul
 from llmpress.nn.kernels.dispatch import uses_triton
-from llmpress.nn.layers import MixedLowRankLinear
-from llmpress.nn.layers.base import as_rows
+from llmpress.nn.layers.base import CompressedLinear, SumByRow, as_rows
 
 Name = str | None
 """Of a tenant; None for the base alone."""
@@ -78,7 +76,7 @@ class PerRow(nn.Module):
         self.rows = rows
         self.deltas = dict(deltas)  # plain: tenants are not parameters of the model
         self.twins = dict(twins)
-        self._kernel_rows: dict[int, RowDeltas | None] = {}
+        self._sums: dict[int, SumByRow | None] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [rows, ..., in]`` to ``[rows, ..., out]``.
@@ -90,15 +88,15 @@ class PerRow(nn.Module):
         """
         groups = self.rows.groups(x)
         out: Tensor = self._joined(x, groups) if self.twins else self.base(x)
-        if (rows := self._rows_of_kernel(x)) is not None:
+        if (add := self._sum_of_rows(x)) is not None:
             flat = out.reshape(-1, out.shape[-1])
-            return delta_matmul(as_rows(x), flat.to(x.dtype), rows).view_as(out)
+            return add(flat.to(x.dtype), as_rows(x)).view_as(out)
         for name, delta in self.deltas.items():
             out.index_add_(0, groups[name], delta(x[groups[name]]))
         return out
 
-    def _rows_of_kernel(self, x: Tensor) -> RowDeltas | None:
-        """Return what the kernel for many tenants needs; None where it cannot be used."""
+    def _sum_of_rows(self, x: Tensor) -> SumByRow | None:
+        """Return the kernel for many tenants; None where there is none or it cannot be used."""
         if (
             not self.deltas
             or not uses_triton(x)
@@ -107,25 +105,21 @@ class PerRow(nn.Module):
         ):
             return None
         count = x.numel() // x.shape[-1]
-        if count not in self._kernel_rows:
-            while len(self._kernel_rows) > MOST_SHAPES:
-                self._kernel_rows.pop(next(iter(self._kernel_rows)))
-            self._kernel_rows[count] = self._row_deltas(count)
-        return self._kernel_rows[count]
+        if count not in self._sums:
+            while len(self._sums) > MOST_SHAPES:
+                self._sums.pop(next(iter(self._sums)))
+            self._sums[count] = self._sum_by_row(count)
+        return self._sums[count]
 
-    def _row_deltas(self, count: int) -> RowDeltas | None:
-        layers = [d for d in self.deltas.values() if isinstance(d, MixedLowRankLinear)]
-        groups = [found for d in layers if (found := d.triplet_groups()) is not None]
-        if (
-            len(groups) < len(self.deltas)
-            or any(layer.bias is not None for layer in layers)
-            or len({layer.group_size for layer in layers}) > 1
-        ):
+    def _sum_by_row(self, count: int) -> SumByRow | None:
+        layers = list(self.deltas.values())
+        kind = type(layers[0])
+        if not issubclass(kind, CompressedLinear) or any(type(d) is not kind for d in layers):
             return None
         place: dict[Name, int] = {name: number for number, name in enumerate(self.deltas)}
         repeats = count // len(self.rows.names)
-        tenants = [place.get(name, -1) for name in self.rows.names for _ in range(repeats)]
-        return RowDeltas(groups, tenants, layers[0].group_size)
+        owners = [place.get(name, -1) for name in self.rows.names for _ in range(repeats)]
+        return kind.sum_by_row(layers, owners)
 
     def _joined(self, x: Tensor, groups: dict[Name, Tensor]) -> Tensor:
         parts = [(groups[name], twin(x[groups[name]])) for name, twin in self.twins.items()]

@@ -1,15 +1,14 @@
 """Which of a compressed model's parameters train, and their way from stored values and back."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from llmpress.core.errors import ConfigError
-from llmpress.nn.layers import AdaptedLinear, CodebookLinear, CompressedLinear
+from llmpress.nn.layers import AdaptedLinear, CompressedLinear
 from llmpress.nn.layers.base import rounded_to
-from llmpress.training.rebuilt import rebuilding
 
 Parameters = Mapping[str, nn.Parameter]
 
@@ -68,19 +67,35 @@ def _of_layers(
 def training(model: nn.Module, parameters: Parameters) -> Iterator[None]:
     """Let exactly these parameters train, in fp32, until the context ends."""
     model.requires_grad_(requires_grad=False)
-    codebooks = [layer for layer in model.modules() if isinstance(layer, CodebookLinear)]
-    for layer in codebooks:
-        layer.keep_indices(True)
+    layers = [layer for layer in model.modules() if isinstance(layer, CompressedLinear)]
+    for layer in layers:
+        layer.keep_unpacked(True)
     for parameter in parameters.values():
         parameter.data = parameter.data.float()
         parameter.requires_grad = True
     try:
-        with rebuilding(model):
+        with rebuilding(layers):
             yield
     finally:
         model.requires_grad_(requires_grad=False)
-        for layer in codebooks:
-            layer.keep_indices(False)
+        for layer in layers:
+            layer.keep_unpacked(False)
+
+
+@contextmanager
+def rebuilding(layers: Sequence[CompressedLinear]) -> Iterator[None]:
+    """Let layers unpack their weights again in the backward pass, until the context ends.
+
+    None keeps unpacked weights meanwhile: what trains changes too often.
+    """
+    stores = [layer.dense_store for layer in layers]
+    for layer in layers:
+        layer.rebuilding, layer.dense_store = True, None
+    try:
+        yield
+    finally:
+        for layer, store in zip(layers, stores, strict=True):
+            layer.rebuilding, layer.dense_store = False, store
 
 
 def rounded(parameters: Parameters, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:

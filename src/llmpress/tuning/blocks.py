@@ -19,7 +19,7 @@ from llmpress.core.progress import progress
 from llmpress.core.resume import BlockStore
 from llmpress.methods.base import Chain, Tunable
 from llmpress.models.walk import BlockWalk
-from llmpress.nn.layers import CodebookLinear, CompressedLinear
+from llmpress.nn.layers import CompressedLinear
 from llmpress.nn.layers.base import rounded_to
 from llmpress.numerics.linalg import root_mean_square
 from llmpress.tuning.settings import TuningSettings
@@ -249,8 +249,8 @@ def _trainable(block: nn.Module) -> dict[str, nn.Parameter]:
 def _prepare(block: nn.Module, *, training: bool) -> None:
     """Switch a block's trainable tensors to fp32 with gradients, or gradients off again."""
     for layer in block.modules():
-        if isinstance(layer, CodebookLinear):
-            layer.keep_indices(training)
+        if isinstance(layer, CompressedLinear):
+            layer.keep_unpacked(training)
     for parameter in _trainable(block).values():
         if training:
             parameter.data = parameter.data.float()

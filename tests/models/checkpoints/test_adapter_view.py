@@ -26,7 +26,8 @@ from llmpress.models.checkpoints.dense_view import delta_layer
 from llmpress.models.checkpoints.files import Checkpoint
 from llmpress.models.checkpoints.finetuned_view import FinetunedCheckpoint
 from llmpress.models.loading import load_model
-from llmpress.nn.layers import LowRankLinear, MixedLowRankLinear
+from llmpress.nn.layers.low_rank import LowRankLinear
+from llmpress.nn.layers.mixed_low_rank import MixedLowRankLinear
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings(

@@ -7,7 +7,8 @@ from kept_weights import kept_bytes
 from llmpress.methods.rtn import RTN
 from llmpress.nn.kernels.dispatch import use_backend
 from llmpress.nn.kernels.quantized_matmul.cpu import MOST_ROWS, has_cpu_product
-from llmpress.nn.layers import DenseStore, QuantizedLinear
+from llmpress.nn.layers import DenseStore
+from llmpress.nn.layers.quantized import QuantizedLinear
 
 OUT, IN = 48, 128
 needs_product = pytest.mark.skipif(

@@ -9,17 +9,11 @@ from tiny_artifacts import Make
 
 from llmpress.core.errors import ConfigError
 from llmpress.models.loading import load_model
-from llmpress.nn.layers import (
-    AdaptedLinear,
-    CodebookLinear,
-    CompressedLinear,
-    DenseStore,
-    LowRankLinear,
-    PivotedLowRankLinear,
-    dense_bytes,
-    keep_dense,
-)
+from llmpress.nn.layers import AdaptedLinear, CompressedLinear, DenseStore, dense_bytes, keep_dense
+from llmpress.nn.layers.codebook import CodebookLinear
 from llmpress.nn.layers.dense_store import LIMIT
+from llmpress.nn.layers.low_rank import LowRankLinear
+from llmpress.nn.layers.pivoted_low_rank import PivotedLowRankLinear
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from llmpress.methods.delta_come import DeltaCoMe
 from llmpress.models.loading import load_model
 from llmpress.nn.kernels import dispatch
 from llmpress.nn.kernels.dispatch import use_backend
-from llmpress.nn.layers import CompressedLinear, MixedLowRankLinear
+from llmpress.nn.layers import CompressedLinear
+from llmpress.nn.layers.mixed_low_rank import MixedLowRankLinear
 from llmpress.serving.bank import DeltaBank
 from llmpress.training.trainables import compressed_parameters, training
 

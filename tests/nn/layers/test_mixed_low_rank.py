@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmpress.nn.layers import MixedLowRankLinear
 from llmpress.nn.layers.mixed_low_rank import (
     SCALE_BITS,
+    MixedLowRankLinear,
     Vectors,
     dequantize_vectors,
     group_bits,

@@ -13,7 +13,7 @@ from llmpress.methods.base import (
     checked_statistics,
     checked_weight,
 )
-from llmpress.nn.layers import SignLinear
+from llmpress.nn.layers.sign import SignLinear
 
 
 @dataclass(frozen=True)

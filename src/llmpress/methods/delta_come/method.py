@@ -34,8 +34,12 @@ from llmpress.methods.delta_come.budget import (
     num_meaningful,
 )
 from llmpress.methods.delta_come.rounding import Group, TripletRounding, groups_of, power_of_two
-from llmpress.nn.layers import MixedLowRankLinear
-from llmpress.nn.layers.mixed_low_rank import SCALE_BITS, UNQUANTIZED, group_bits
+from llmpress.nn.layers.mixed_low_rank import (
+    SCALE_BITS,
+    UNQUANTIZED,
+    MixedLowRankLinear,
+    group_bits,
+)
 from llmpress.numerics.grids import fitting_bytes
 from llmpress.numerics.low_rank import OutputDirections, output_directions
 

@@ -18,7 +18,7 @@ from llmpress.methods.base import (
     checked_statistics,
     checked_weight,
 )
-from llmpress.nn.layers import QuantizedLinear
+from llmpress.nn.layers.quantized import QuantizedLinear
 from llmpress.numerics.error_feedback import feed_errors_back
 from llmpress.numerics.grids import fit_grid, fitting_bytes
 from llmpress.numerics.linalg import damped_inverse_cholesky, with_positive_diagonal

@@ -36,7 +36,8 @@ from llmpress.methods.lillama.budget import (
     ranks_from_one_end,
     uniform_ranks,
 )
-from llmpress.nn.layers import LowRankLinear, PivotedLowRankLinear
+from llmpress.nn.layers.low_rank import LowRankLinear
+from llmpress.nn.layers.pivoted_low_rank import PivotedLowRankLinear
 from llmpress.numerics.low_rank import output_directions, output_factors, svd_cubes, weight_factors
 
 

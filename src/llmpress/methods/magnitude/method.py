@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from llmpress.methods.base import InputStatistics, Method, Shape, Work, checked_weight
-from llmpress.nn.layers import SparseLinear
-from llmpress.nn.layers.sparse import smaller_index, sparse_bits
+from llmpress.nn.layers.sparse import SparseLinear, smaller_index, sparse_bits
 
 
 @dataclass(frozen=True)

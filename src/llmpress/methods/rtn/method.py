@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from llmpress.methods.base import InputStatistics, Method, Shape, checked_weight
-from llmpress.nn.layers import QuantizedLinear
+from llmpress.nn.layers.quantized import QuantizedLinear
 from llmpress.numerics.grids import fit_grid, nearest_codes
 
 

@@ -15,7 +15,7 @@ from llmpress.methods.base import (
     checked_statistics,
     checked_weight,
 )
-from llmpress.nn.layers import LowRankLinear
+from llmpress.nn.layers.low_rank import LowRankLinear
 from llmpress.numerics.low_rank import output_factors, svd_cubes, weight_factors
 
 STORED_BITS = 16  # the factors are stored in bfloat16

@@ -1,35 +1,21 @@
 """Linear layers that compute from compressed weights, one file per storage format."""
 
+import importlib
+import pkgutil
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmpress.nn.layers.base import CompressedLinear
-from llmpress.nn.layers.codebook import CodebookLinear
+from llmpress.nn.layers.base import KINDS, CompressedLinear
 from llmpress.nn.layers.delta import AdaptedLinear
 from llmpress.nn.layers.dense_store import DenseStore
-from llmpress.nn.layers.low_rank import LowRankLinear
-from llmpress.nn.layers.mixed_low_rank import MixedLowRankLinear
-from llmpress.nn.layers.pivoted_low_rank import PivotedLowRankLinear
-from llmpress.nn.layers.quantized import QuantizedLinear
-from llmpress.nn.layers.sign import SignLinear
-from llmpress.nn.layers.sparse import SparseLinear
 
 STORE = "_llmpress_dense_store"
-KINDS: dict[str, type[CompressedLinear]] = {
-    layer.kind: layer
-    for layer in (
-        CodebookLinear,
-        LowRankLinear,
-        MixedLowRankLinear,
-        PivotedLowRankLinear,
-        QuantizedLinear,
-        SignLinear,
-        SparseLinear,
-    )
-}
+
+for _file in pkgutil.iter_modules(__path__):  # each layer enters itself into KINDS
+    importlib.import_module(f"{__name__}.{_file.name}")
 
 
 def keep_dense(model: nn.Module, layers: Iterable[nn.Module] | None = None) -> DenseStore:
@@ -103,15 +89,8 @@ def filled_layer(
 __all__ = [
     "KINDS",
     "AdaptedLinear",
-    "CodebookLinear",
     "CompressedLinear",
     "DenseStore",
-    "LowRankLinear",
-    "MixedLowRankLinear",
-    "PivotedLowRankLinear",
-    "QuantizedLinear",
-    "SignLinear",
-    "SparseLinear",
     "build_layer",
     "dense_bytes",
     "filled_layer",

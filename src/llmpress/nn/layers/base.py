@@ -9,12 +9,20 @@ from torch import Tensor, nn
 
 from llmpress.nn.layers.blocked import in_blocks, linear
 from llmpress.nn.layers.dense_store import DENSE
+from llmpress.nn.layers.rebuilt import rebuilt_product
 
 if TYPE_CHECKING:
     from llmpress.nn.layers.dense_store import DenseStore
 
 Spec = Mapping[str, Any]
 """Constructor arguments of a layer, JSON-representable: what shapes and widths its tensors have."""
+
+SumByRow = Callable[[Tensor, Tensor], Tensor]
+"""``y [rows, out]``, ``x [rows, in]`` -> their sum with what each row's own layer adds."""
+
+
+KINDS: dict[str, type["CompressedLinear"]] = {}
+"""Every layer by the name it has in artifacts; a class enters itself."""
 
 
 class CompressedLinear(nn.Module, ABC):
@@ -29,17 +37,25 @@ class CompressedLinear(nn.Module, ABC):
         kind: The layer's name in an artifact.
         trainable: Names of the float tensors that finetuning may change.
         rebuilt_in_training: Whether training needs more than is stored, unpacked for each use.
+        has_factors: Whether the weight is a product of two `factors`.
         notes: What the method has to say of how it went, for the record: numbers by name. Not
             stored with the layer.
         dense_store: On a CPU, keeps unpacked weights between calls; without one, and on a GPU,
             they are unpacked for each.
+        rebuilding: Whether the backward pass unpacks weights anew instead of keeping them.
     """
 
     kind: ClassVar[str]
     trainable: tuple[str, ...] = ()
     rebuilt_in_training: ClassVar[bool] = True
+    has_factors: ClassVar[bool] = False
 
     bias: nn.Parameter | None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "kind" in vars(cls):
+            KINDS[cls.kind] = cls
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
@@ -49,6 +65,7 @@ class CompressedLinear(nn.Module, ABC):
         self.out_features = out_features
         self.notes: dict[str, float] = {}
         self.dense_store: DenseStore | None = None
+        self.rebuilding = False
         self.bias = frozen(torch.empty(out_features)) if bias else None
 
     @classmethod
@@ -65,10 +82,39 @@ class CompressedLinear(nn.Module, ABC):
     def dequantize(self) -> Tensor:
         """Return the weight this layer stands for, fp32 ``[out, in]``."""
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return fp32 ``[out, rank]`` and ``[rank, in]`` whose product is the weight.
+
+        Raises:
+            TypeError: A layer that has none.
+        """
+        raise TypeError(f"{type(self).__name__} is no product of factors")
+
     def product(self, x: Tensor) -> Tensor:
         """Return ``x Wᵀ``, ``[..., out]``, in the dtype of ``x [..., in]``."""
         (weight,) = self.unpacked(x)
         return linear(x, weight)
+
+    def rebuilt_product(self, x: Tensor) -> Tensor:
+        """Return the same, and keep nothing that is unpacked for the backward pass."""
+        return rebuilt_product(self, x)
+
+    def keep_unpacked(self, keep: bool) -> None:
+        """Hold what does not train unpacked between calls (finetuning), or drop it again."""
+
+    @classmethod
+    def sum_by_row(cls, layers: Sequence[Self], owners: Sequence[int]) -> "SumByRow | None":
+        """Return one operation that adds to each row the product of its own layer.
+
+        Args:
+            layers: Of one shape.
+            owners: For each row the number of its layer, -1 for none.
+
+        Returns:
+            Maps ``y [rows, out]`` and ``x [rows, in]`` to the sum; None where there is no kernel.
+        """
+        del layers, owners
+        return None
 
     def unpacked(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return what `product` multiplies ``x`` by, for `linear`: kept where there is a store."""
@@ -131,7 +177,8 @@ class CompressedLinear(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., in]`` to ``[..., out]`` in the dtype of ``x``."""
-        y, bias = self.product(x), self.bias
+        y = self.rebuilt_product(x) if self.rebuilding else self.product(x)
+        bias = self.bias
         return y if bias is None else y + bias.to(y.dtype)
 
     def added_to(self, y: Tensor, x: Tensor) -> Tensor:

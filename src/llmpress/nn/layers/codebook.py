@@ -100,8 +100,8 @@ class CodebookLinear(CompressedLinear):
             "scaled": self.scales is not None,
         }
 
-    def keep_indices(self, keep: bool) -> None:
-        """Hold the unpacked codes between calls (finetuning), or drop them again."""
+    def keep_unpacked(self, keep: bool) -> None:
+        """Hold the unpacked codes, or drop them again."""
         self._indices = self._unpack() if keep else None
 
     def dequantize(self) -> Tensor:
@@ -112,6 +112,10 @@ class CodebookLinear(CompressedLinear):
     def held_bytes(self) -> int:
         """Return the bytes of the unpacked codes."""
         return 4 * self.num_vectors
+
+    def rebuilt_product(self, x: Tensor) -> Tensor:
+        """Return ``x Wᵀ``; on a GPU by the kernel, which has gradients of its own."""
+        return self.product(x) if uses_triton(self.codes) else super().rebuilt_product(x)
 
     def product(self, x: Tensor) -> Tensor:
         """Return ``x Wᵀ``, ``[..., out]``; on a GPU from the packed codes."""

@@ -25,6 +25,7 @@ class LowRankLinear(CompressedLinear):
     kind = "low_rank"
     trainable = ("A", "B")
     rebuilt_in_training = False
+    has_factors = True
 
     def __init__(
         self,
@@ -79,6 +80,10 @@ class LowRankLinear(CompressedLinear):
             if (dense := self.kept(x, DENSE, self.changing(), unpack, numel)) is not None:
                 return linear(x, *dense)
         return self.by_factors(x)
+
+    def rebuilt_product(self, x: Tensor) -> Tensor:
+        """Return `product`: it forms no dense weight."""
+        return self.product(x)
 
     def by_factors(self, x: Tensor) -> Tensor:
         """Return ``x Wᵀ``, ``[..., out]``, without forming the dense weight."""

@@ -7,15 +7,16 @@ so that a scale group is a run of consecutive channels of *one* singular vector,
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from llmpress.nn.kernels.delta_matmul import PackedVectors, RowDeltas, TripletGroup, delta_matmul
 from llmpress.nn.kernels.dispatch import uses_triton
 from llmpress.nn.kernels.quantized_matmul.reference import dequantize_groups
-from llmpress.nn.layers.base import CompressedLinear, as_rows, frozen
+from llmpress.nn.layers.base import CompressedLinear, SumByRow, as_rows, frozen
 from llmpress.nn.layers.blocked import linear
 from llmpress.nn.layers.dense_store import State
 from llmpress.nn.packing import pack, packed_size, unpack
@@ -54,6 +55,7 @@ class MixedLowRankLinear(CompressedLinear):
     """
 
     kind = "mixed_low_rank"
+    has_factors = True
     sigma: Tensor
     scale: Tensor
 
@@ -87,7 +89,7 @@ class MixedLowRankLinear(CompressedLinear):
         )
         self.sigma = frozen(torch.empty(self.rank, dtype=torch.float16))
         self.scale = frozen(torch.empty(1, dtype=torch.float32))
-        self._row_deltas: tuple[State | None, dict[int, RowDeltas]] = (None, {})
+        self._sums: tuple[State | None, dict[int, SumByRow | None]] = (None, {})
 
     def _register(self, name: str, rank: int, length: int, num_bits: int) -> None:
         if num_bits == UNQUANTIZED:
@@ -180,6 +182,29 @@ class MixedLowRankLinear(CompressedLinear):
         """Return ``x Wᵀ``, ``[..., out]``, through the two thin factors."""
         return through_factors(x, *self.unpacked(x))
 
+    def rebuilt_product(self, x: Tensor) -> Tensor:
+        """Return `product`; the factors are unpacked again in the backward pass."""
+
+        def product(x: Tensor) -> Tensor:
+            A, V = self.factors()
+            return through_factors(x, A.to(x.dtype), V.to(x.dtype))
+
+        output: Tensor = checkpoint(product, x, use_reentrant=False, preserve_rng_state=False)
+        return output
+
+    @classmethod
+    def sum_by_row(cls, layers: Sequence[Self], owners: Sequence[int]) -> SumByRow | None:
+        """Return the kernel that reads packed vectors; None where one is not quantized."""
+        groups = [found for layer in layers if (found := layer.triplet_groups()) is not None]
+        if (
+            len(groups) < len(layers)
+            or any(layer.bias is not None for layer in layers)
+            or len({layer.group_size for layer in layers}) > 1
+        ):
+            return None
+        rows = RowDeltas(groups, owners, layers[0].group_size)
+        return lambda y, x: delta_matmul(x, y, rows)
+
     def added_to(self, y: Tensor, x: Tensor) -> Tensor:
         """Return ``y + self(x)``; on a GPU from the packed vectors, for few rows."""
         count = x.numel() // self.in_features
@@ -188,25 +213,23 @@ class MixedLowRankLinear(CompressedLinear):
             or not uses_triton(x)
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
-            or (rows := self._rows_of(count)) is None
+            or (add := self._added_by_kernel(count)) is None
         ):
             return super().added_to(y, x)
         flat = y.reshape(-1, self.out_features)
-        return delta_matmul(as_rows(x), flat.to(x.dtype), rows).view_as(y)
+        return add(flat.to(x.dtype), as_rows(x)).view_as(y)
 
-    def _rows_of(self, count: int) -> RowDeltas | None:
+    def _added_by_kernel(self, count: int) -> SumByRow | None:
         # The kernel reads codes and scales where they are; what it has copies of are these two, and
         # when the layer moves they move with all others.
         made_of = self.sigma, self.scale
-        state, kept = self._row_deltas
+        state, kept = self._sums
         if state is None or not state.is_of(made_of) or len(kept) > MOST_SHAPES:
-            self._row_deltas = State(made_of), {}
-        if count not in self._row_deltas[1]:
-            groups = self.triplet_groups()
-            if groups is None or self.bias is not None:
-                return None
-            self._row_deltas[1][count] = RowDeltas([groups], [0] * count, self.group_size)
-        return self._row_deltas[1][count]
+            self._sums = State(made_of), {}
+        kept = self._sums[1]
+        if count not in kept:
+            kept[count] = self.sum_by_row([self], [0] * count)
+        return kept[count]
 
     def _unpack_weights(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         A, V = self.factors()

@@ -86,6 +86,10 @@ class QuantizedLinear(CompressedLinear):
             self.in_features,
         )
 
+    def rebuilt_product(self, x: Tensor) -> Tensor:
+        """Return ``x Wᵀ``; on a GPU by the kernel, which has gradients of its own."""
+        return self.product(x) if uses_triton(self.codes) else super().rebuilt_product(x)
+
     def product(self, x: Tensor) -> Tensor:
         """Return ``x Wᵀ``, ``[..., out]``; packed on a GPU, and on a CPU where rows are few."""
         if uses_triton(x):

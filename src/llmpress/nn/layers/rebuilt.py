@@ -1,84 +1,34 @@
-"""Compressed layers that rebuild their dense weight in the backward pass instead of keeping it.
+"""A product whose dense weight is rebuilt in the backward pass instead of kept.
 
 Autograd would keep the dense weight of every layer from the forward to the backward pass: the dense
 model, which compression is there to avoid. Here a layer's weight exists while the layer computes,
 and once more while its gradient does. The gradient of an entry of a table (a codebook) is the sum
 over the vectors that use it, ``dL/dtable[k] = sum over n with codes[n] = k of dL/dv_n``, added up
-row by row. Of singular triplets the two factors are unpacked again, and no weight is formed at all.
+row by row.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
-
-from llmpress.nn.kernels.dispatch import uses_triton
-from llmpress.nn.layers import (
-    CodebookLinear,
-    CompressedLinear,
-    LowRankLinear,
-    MixedLowRankLinear,
-    QuantizedLinear,
-)
-from llmpress.nn.layers.mixed_low_rank import through_factors
 
 
-@contextmanager
-def rebuilding(model: nn.Module) -> Iterator[None]:
-    """Let all compressed layers of a model rebuild their weights, until the context ends.
+class Dequantizable(Protocol):
+    """What is asked of a layer: its weight, and which of its tensors train."""
 
-    Low-rank layers stay as they are, they never form a dense weight, and so do layers whose
-    kernels on a GPU have gradients of their own. None keeps unpacked weights meanwhile: what trains
-    changes too often.
-    """
-    compressed = [layer for layer in model.modules() if isinstance(layer, CompressedLinear)]
-    with_kernel = (CodebookLinear, QuantizedLinear)
-    layers = [
-        layer
-        for layer in compressed
-        if not isinstance(layer, LowRankLinear)
-        and not (isinstance(layer, with_kernel) and uses_triton(layer.codes))
-    ]
-    for layer in layers:
-        product = _factors_product if isinstance(layer, MixedLowRankLinear) else _dense_product
-        layer.forward = partial(_forward, layer, product)  # type: ignore[method-assign]
-    stores = [layer.dense_store for layer in compressed]
-    for layer in compressed:
-        layer.dense_store = None
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-        for layer, store in zip(compressed, stores, strict=True):
-            layer.dense_store = store
+    trainable: tuple[str, ...]
+
+    def dequantize(self) -> Tensor:
+        """Return the weight, fp32 ``[out, in]``."""
 
 
-def _forward(
-    layer: CompressedLinear, product: Callable[[Any, Tensor], Tensor], x: Tensor
-) -> Tensor:
-    output = product(layer, x)
-    return output if layer.bias is None else output + layer.bias.to(output.dtype)
-
-
-def _dense_product(layer: CompressedLinear, x: Tensor) -> Tensor:
+def rebuilt_product(layer: Dequantizable, x: Tensor) -> Tensor:
+    """Return ``x Wᵀ``, ``[..., out]``; of ``W`` nothing is kept for the backward pass."""
     trained = [getattr(layer, name) for name in layer.trainable]
     output: Tensor = _Rebuilt.apply(x, layer, *trained)  # type: ignore[no-untyped-call]
-    return output
-
-
-def _factors_product(layer: MixedLowRankLinear, x: Tensor) -> Tensor:
-    def product(x: Tensor) -> Tensor:
-        A, V = layer.factors()
-        return through_factors(x, A.to(x.dtype), V.to(x.dtype))
-
-    output: Tensor = checkpoint(product, x, use_reentrant=False, preserve_rng_state=False)
     return output
 
 
@@ -86,7 +36,7 @@ class _Rebuilt(torch.autograd.Function):
     """``x Wᵀ`` with ``W [out, in]`` from a layer's own ``dequantize``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: CompressedLinear, *_: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: Dequantizable, *_: Tensor) -> Tensor:
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         inputs = x.to(dtype)
