@@ -2,7 +2,8 @@
 
 ``math`` code blocks become MathML, which browsers draw without a script; ``command-line.md`` is
 written by the command itself; a comment ``<!-- README: Results -->`` is replaced by that section of
-README.md; the decisions are listed from their folder.
+README.md, and ``<!-- METHODS -->`` by a table of what the methods' pages say at their head; methods
+and decisions are listed from their folders.
 """
 
 import os
@@ -15,14 +16,23 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from mkdocs.utils.meta import get_data
 
 COMMANDS = "command-line.md"
 README = Path("README.md")
 INCLUDE = re.compile(r"<!-- README: (.+?) -->")
+OVERVIEW = "<!-- METHODS -->"
+COLUMNS = {
+    "for": "for",
+    "stores": "what it stores",
+    "calibration": "needs calibration",
+    "tuned": "finetuned block by block",
+}
+"""Of the table of methods, by their key at the head of a method's page."""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Draw ``math`` blocks, and list the decisions."""
+    """Draw ``math`` blocks, and list methods and decisions."""
     fences = config.mdx_configs.setdefault("pymdownx.superfences", {})
     fences["custom_fences"] = [{"name": "math", "class": "math", "format": _mathml}]
     docs = Path(config.docs_dir)
@@ -30,6 +40,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     for entry in config.nav or ():
         if isinstance(entry, dict) and entry.get("Decisions") == "decisions":
             entry["Decisions"] = decisions
+        if isinstance(entry, dict) and entry.get("Methods") == "methods":
+            names = ["index", *(page.stem for page in method_pages(docs)), "adding"]
+            entry["Methods"] = [f"methods/{name}.md" for name in names]
     return config
 
 
@@ -40,9 +53,26 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
-    """Fill in sections of README.md."""
+    """Fill in sections of README.md and the table of methods."""
+    if OVERVIEW in markdown:
+        markdown = markdown.replace(OVERVIEW, overview(Path(page.file.abs_src_path or "").parent))
     folder = os.path.dirname(page.file.src_uri)  # noqa: PTH120 - an address, no path
     return INCLUDE.sub(lambda found: _section(found[1], folder), markdown)
+
+
+def method_pages(docs: Path) -> list[Path]:
+    """Return the pages of methods: those with something at their head."""
+    pages = sorted(docs.glob("methods/*.md"))
+    return [page for page in pages if get_data(page.read_text(encoding="utf-8"))[1]]
+
+
+def overview(folder: Path) -> str:
+    """Return the table of methods."""
+    rows = [["method", *COLUMNS.values()], ["---"] * (1 + len(COLUMNS))]
+    for page in method_pages(folder.parent):
+        said = get_data(page.read_text(encoding="utf-8"))[1]
+        rows.append([f"[`{page.stem}`]({page.name})", *(str(said[key]) for key in COLUMNS)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def command_reference() -> str:

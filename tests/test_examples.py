@@ -17,6 +17,8 @@ from typing import Any, Literal
 import pytest
 import torch
 import typer.main
+import yaml
+from method_examples import example_layers
 from transformers import LlamaForCausalLM
 
 import llmpress
@@ -26,26 +28,13 @@ from llmpress.compression.records import LayerRecord
 from llmpress.compression.stage import compress_model
 from llmpress.core.artifacts import read_json
 from llmpress.methods.registry import build_method, known_methods, method_class
-from llmpress.nn.layers import KINDS, build_layer
+from llmpress.nn.layers import KINDS
 from llmpress.training.settings import FinetuningSettings
 from llmpress.tuning.blocks import BlockRecord
 from llmpress.tuning.settings import TuningSettings
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES, DOCS = ROOT / "examples", ROOT / "docs"
-SPECS: dict[str, list[dict[str, Any]]] = {
-    "codebook": [{"num_entries": 4, "vector_size": 2}],
-    "low_rank": [{"rank": 2}],
-    "mixed_low_rank": [
-        {"groups": [{"rank": 2, "num_bits": 3}], "group_size": 4},
-        {"groups": [{"rank": 2, "num_bits": 16}], "group_size": 4},
-    ],
-    "pivoted_low_rank": [{"rank": 2}],
-    "quantized": [{"num_bits": 3, "group_size": 4}],
-    "sign": [{}],
-    "sparse": [{"num_nonzeros": 2, "index": "bitmap"}, {"num_nonzeros": 2, "index": "columns"}],
-}
-
 Run = Callable[..., str]
 
 
@@ -188,9 +177,10 @@ def test_pages_show_every_setting(page: str, heading: str, settings: Any) -> Non
     assert shown == fields
 
 
-def test_every_method_is_in_the_overview() -> None:
-    overview = (DOCS / "methods" / "index.md").read_text()
-    assert [name for name in known_methods() if f"| [`{name}`]({name}.md) |" not in overview] == []
+@pytest.mark.parametrize("name", known_methods())
+def test_every_methods_page_says_what_the_overview_shows(name: str) -> None:
+    head = (DOCS / "methods" / f"{name}.md").read_text().split("---\n")[1]
+    assert yaml.safe_load(head).keys() == {"for", "stores", "calibration", "tuned"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -198,10 +188,10 @@ def test_format_page_describes_every_tensor(kind: str) -> None:
     page = (DOCS / "artifact-format.md").read_text()
     section = page.partition(f"\n**`{kind}`**")[2].partition("\n**`")[0].partition("\n### ")[0]
     dtypes = {torch.uint8: "uint8", torch.float16: "float16", torch.float32: "float32"}
-    for spec in SPECS[kind]:
-        layer = build_layer(kind, 6, 4, spec)
+    dtypes[torch.int8] = "int8"
+    for layer in example_layers(33, 35)[kind]:
         for name, tensor in layer.tensors().items():
-            generic = re.sub(r"^([UV])0", r"\1g", name)
+            generic = re.sub(r"^([UV])\d+", r"\1g", name)
             assert f"`{generic}`" in section
             assert dtypes.get(tensor.dtype, "spec (bfloat16)") in section
         for setting in layer.spec():

@@ -1,9 +1,16 @@
 import pytest
 import torch
+from method_examples import Example, Ladder
 
 from llmpress.methods.base import InputStatistics
 from llmpress.methods.bitdelta import BitDelta
 from llmpress.numerics.linalg import relative_output_error
+
+EXAMPLES = [Example({"scale": "mean"}), Example({"scale": "output"}, needs_statistics=True)]
+LADDERS: list[Ladder] = []  # one size only
+BETTER_THAN = [
+    ({"scale": "output"}, "bitdelta", {"scale": "mean"}),
+]
 
 
 def realistic(out_features: int, in_features: int) -> tuple[torch.Tensor, InputStatistics]:

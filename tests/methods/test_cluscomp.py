@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from method_examples import Example
 
 from llmpress.methods.base import InputStatistics, Shape, Term
 from llmpress.methods.cluscomp import ClusComp
@@ -9,6 +10,21 @@ from llmpress.methods.cluscomp.budget import CodebookSize, true_bits
 from llmpress.nn.layers.codebook import CodebookLinear
 from llmpress.nn.packing import unpack
 from llmpress.numerics.linalg import relative_output_error
+
+EXAMPLES = [
+    Example({"num_entries": 16, "vector_size": 3}),
+    Example(
+        {"num_entries": 7, "vector_size": 1, "weighted": False, "iterations": 3}
+        | {"scaled": False, "feedback": False}
+    ),
+    Example({"bits": 4.0}, may_refuse=1000),
+    Example({"bits": 5.0, "codebook_dtype": "int8", "rounds": 1}, may_refuse=1000),
+]
+LADDERS = [[{"bits": bits} for bits in (1.0, 2.0, 3.0, 4.0)]]
+BETTER_THAN = [
+    ({"bits": 3.56}, "rtn", {"num_bits": 3, "group_size": 32}),
+    ({"bits": 2.56}, "rtn", {"num_bits": 2, "group_size": 32}),
+]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
-"""What every method must do. A new method is found by its file; it only needs examples here."""
+"""What every method must do. A new method is found by its package, its examples by its test."""
 
 import json
+import math
 import re
 import struct
 from collections.abc import Iterator
@@ -10,118 +11,32 @@ from typing import Any
 
 import pytest
 import torch
+from method_examples import Example, examples_of
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from llmpress.methods.base import InputStatistics, Method, Shape
+from llmpress.methods.base import InputStatistics, Method, Shape, Work
 from llmpress.methods.registry import known_methods, method_class
 from llmpress.nn.layers import CompressedLinear, build_layer
 from llmpress.numerics.linalg import relative_output_error, relative_weight_error
 
-
-@dataclass(frozen=True)
-class Example:
-    """Settings to try a method with.
-
-    Attributes:
-        settings: Fields of the method's class.
-        needs_statistics: Whether these settings raise without statistics.
-        may_refuse: Smallest number of weights that the settings must be able to compress; a budget
-            in bits may be too small for a tiny matrix, which must then be said with a ValueError.
-    """
-
-    settings: dict[str, Any]
-    needs_statistics: bool = False
-    may_refuse: int = 0
-
-
-EXAMPLES: dict[str, list[Example]] = {
-    "bitdelta": [Example({"scale": "mean"}), Example({"scale": "output"}, needs_statistics=True)],
-    "cluscomp": [
-        Example({"num_entries": 16, "vector_size": 3}),
-        Example(
-            {"num_entries": 7, "vector_size": 1, "weighted": False, "iterations": 3}
-            | {"scaled": False, "feedback": False}
-        ),
-        Example({"bits": 4.0}, may_refuse=1000),
-        Example({"bits": 5.0, "codebook_dtype": "int8", "rounds": 1}, may_refuse=1000),
-    ],
-    "delta_come": [
-        Example({"bits": 1.5}, may_refuse=200),
-        Example(
-            {"bits": 3.0, "precisions": (16, 3), "ranks": (300,), "group_size": 11}
-            | {
-                "allocation": "fixed",
-                "basis": "weight",
-                "correct_left": False,
-                "search_range": False,
-            },
-            may_refuse=1000,
-        ),
-    ],
-    "gptq": [
-        Example({"num_bits": 3, "group_size": 16}, needs_statistics=True),
-        Example({"num_bits": 1, "group_size": 500, "act_order": False}, needs_statistics=True),
-        Example({"num_bits": 8, "group_size": 7, "search_range": False}, needs_statistics=True),
-    ],
-    "lillama": [
-        Example({"rank": 3}, needs_statistics=True),
-        Example({"rank": 8, "start": "weights"}),
-        Example({"rank": 5, "start": "activations", "form": "factors"}, needs_statistics=True),
-    ],
-    "magnitude": [
-        Example({"sparsity": 0.5}),
-        Example({"bits": 2.0}, may_refuse=200),
-        Example({"sparsity": 0.9, "mode": "dare"}),
-    ],
-    "rtn": [
-        Example({"num_bits": 4, "group_size": 16}),
-        Example({"num_bits": 1, "group_size": 5}),
-        Example({"num_bits": 8, "group_size": 1000}),
-    ],
-    "svd": [
-        Example({"rank": 1}),
-        Example({"keep": 0.5}, may_refuse=200),
-        Example({"bits": 6.0, "whiten": True}, needs_statistics=True, may_refuse=200),
-    ],
-}
-
-LADDERS: dict[str, list[list[dict[str, Any]]]] = {
-    "bitdelta": [],  # one size only
-    "cluscomp": [[{"bits": bits} for bits in (1.0, 2.0, 3.0, 4.0)]],
-    "delta_come": [[{"bits": bits} for bits in (0.5, 1, 2, 4)]],
-    "gptq": [
-        [{"num_bits": bits, "group_size": 32} for bits in range(1, 9)],
-        [{"num_bits": 3, "group_size": size} for size in (160, 32, 8)],
-    ],
-    "lillama": [
-        [{"rank": r, "form": form} for r in (1, 4, 16, 48)] for form in ("pivoted", "factors")
-    ],
-    "magnitude": [
-        [{"bits": bits} for bits in (0.5, 1, 2, 4, 8, 17.5)],
-        [{"sparsity": sparsity} for sparsity in (0.99, 0.9, 0.5, 0.1, 0.0)],
-    ],
-    "rtn": [
-        [{"num_bits": bits, "group_size": 32} for bits in range(1, 9)],
-        [{"num_bits": 3, "group_size": size} for size in (160, 32, 8)],
-    ],
-    "svd": [
-        [{"bits": bits} for bits in (0.5, 1, 2, 4, 8)],
-        [{"rank": rank, "whiten": True} for rank in (1, 4, 16, 48)],
-    ],
-}
-
 SHAPES = [(1, 1), (1, 7), (5, 1), (17, 33), (64, 40), (24, 130), (130, 24)]
+EXAMPLES = {name: examples_of(name) for name in known_methods()}
 CASES = [
     pytest.param(name, example, id=f"{name}-{index}")
-    for name in known_methods()
-    for index, example in enumerate(EXAMPLES.get(name, []))
+    for name, of in EXAMPLES.items()
+    for index, example in enumerate(of.examples)
 ]
 STEPS = [
     pytest.param(name, ladder, id=f"{name}-{index}")
-    for name in known_methods()
-    for index, ladder in enumerate(LADDERS.get(name, []))
+    for name, of in EXAMPLES.items()
+    for index, ladder in enumerate(of.ladders)
+]
+BETTER = [
+    pytest.param(name, *row, id=f"{name}-{row[1]}-{index}")
+    for name, of in EXAMPLES.items()
+    for index, row in enumerate(of.better_than)
 ]
 
 
@@ -177,15 +92,9 @@ def compressed(name: str, example: Example, layer: Layer) -> list[CompressedLine
 
 
 @pytest.mark.parametrize("name", known_methods())
-def test_method_has_examples_here(name: str) -> None:
-    for table, what in ((EXAMPLES, "EXAMPLES"), (LADDERS, "LADDERS")):
-        assert name in table, f"method {name!r} has no entry in {what}: add one to this file"
-    assert EXAMPLES[name], f"method {name!r} has no example settings: add some to this file"
-
-
-@pytest.mark.parametrize("name", known_methods())
 def test_method_is_frozen_and_hashable(name: str) -> None:
-    for example in EXAMPLES[name]:
+    assert EXAMPLES[name].examples
+    for example in EXAMPLES[name].examples:
         method = method_class(name)(**example.settings)
         assert method == method_class(name)(**example.settings)
         with pytest.raises(AttributeError):
@@ -300,23 +209,9 @@ def error_of(result: CompressedLinear, layer: Layer, method: type[Method]) -> fl
     return relative_weight_error(layer.weight, weight)
 
 
-BETTER = [  # (method, settings, baseline, its settings), the first no larger than the second
-    ("gptq", {"num_bits": 3, "group_size": 32}, "rtn", {"num_bits": 3, "group_size": 32}),
-    ("gptq", {"num_bits": 2, "group_size": 32}, "rtn", {"num_bits": 2, "group_size": 32}),
-    ("svd", {"bits": 2.0, "whiten": True}, "svd", {"bits": 2.0}),
-    ("lillama", {"rank": 16}, "svd", {"rank": 16}),
-    ("bitdelta", {"scale": "output"}, "bitdelta", {"scale": "mean"}),
-    ("cluscomp", {"bits": 3.56}, "rtn", {"num_bits": 3, "group_size": 32}),
-    ("cluscomp", {"bits": 2.56}, "rtn", {"num_bits": 2, "group_size": 32}),
-    ("delta_come", {"bits": 1.11}, "svd", {"rank": 8, "whiten": True}),
-    ("delta_come", {"bits": 2.22}, "svd", {"rank": 16, "whiten": True}),
-    ("magnitude", {"bits": 2.0}, "magnitude", {"bits": 2.0, "mode": "dare"}),
-]
-
-
 @pytest.mark.parametrize(
     ("name", "settings", "baseline", "baseline_settings"),
-    [pytest.param(*row, id=f"{row[0]}-{row[2]}-{i}") for i, row in enumerate(BETTER)],
+    BETTER,
 )
 def test_better_than_the_baseline_at_no_more_bits(
     name: str, settings: dict[str, Any], baseline: str, baseline_settings: dict[str, Any]
@@ -363,28 +258,18 @@ def test_missing_or_unfit_statistics_are_refused(name: str, example: Example) ->
             method.compress(layer.weight, statistics)
 
 
-BUDGETED = {
-    "cluscomp": {},
-    "delta_come": {"group_size": 16},
-    "magnitude": {},
-    "svd": {},
-}
+BUDGETED = [n for n in known_methods() if "bits" in {f.name for f in fields(method_class(n))}]
 SHAPES = {"wide": Shape(24, 64), "tall": Shape(96, 32), "small": Shape(16, 16)}
-
-
-def test_every_method_that_is_told_bits_knows_the_smallest() -> None:
-    told = [n for n in known_methods() if "bits" in {f.name for f in fields(method_class(n))}]
-    assert told == sorted(BUDGETED)
 
 
 @pytest.mark.parametrize("name", BUDGETED)
 def test_the_smallest_budget_is_named_and_enough_for_all_layers(name: str) -> None:
-    cls = method_class(name)
+    cls, others = method_class(name), EXAMPLES[name].smallest
     with pytest.raises(ValueError, match=r"bits=0\.11") as caught:
-        cls(bits=0.11, **BUDGETED[name]).plan(SHAPES, 1)
+        cls(bits=0.11, **others).plan(SHAPES, 1)
     found = re.search(r"(\d+\.\d+) bits", str(caught.value))
     assert found is not None
-    enough = cls(bits=float(found[1]), **BUDGETED[name])
+    enough = cls(bits=float(found[1]), **others)
     stored, weights = 0, 0
     for layer, settings in enough.plan(SHAPES, 1).items():
         weight = torch.randn(*SHAPES[layer])
@@ -392,7 +277,7 @@ def test_the_smallest_budget_is_named_and_enough_for_all_layers(name: str) -> No
         stored += settings.compress(weight).stored_bits()
         weights += weight.numel()
     assert stored <= float(found[1]) * weights
-    less = cls(bits=float(found[1]) * 0.99, **BUDGETED[name])
+    less = cls(bits=float(found[1]) * 0.99, **others)
     with pytest.raises(ValueError, match="bits="):
         less.plan(SHAPES, 1)
     with pytest.raises(ValueError, match="bits"):
@@ -402,3 +287,29 @@ def test_the_smallest_budget_is_named_and_enough_for_all_layers(name: str) -> No
 def test_unknown_methods_get_a_suggestion() -> None:
     with pytest.raises(ValueError, match=r"'gtpq'.* 'gptq'"):
         method_class("gtpq")
+
+
+@pytest.mark.parametrize("shape", [(64, 40), (24, 130), (130, 24)], ids=str)
+@pytest.mark.parametrize(("name", "example"), CASES)
+def test_the_empty_layer_is_what_compress_makes(
+    name: str, example: Example, shape: tuple[int, int]
+) -> None:
+    method = method_class(name)(**example.settings)
+    empty = method.empty_layer(Shape(*shape))
+    assert all(tensor.is_meta for tensor in empty.tensors().values())
+    assert method.work(Shape(*shape)) != Work()
+    assert method.workspace_bytes(Shape(*shape)) >= 4 * math.prod(shape)
+    for layer in compressed(name, example, realistic_layer(*shape)):
+        assert type(layer) is type(empty)
+        if method.size_from_shape:
+            assert layer.spec() == empty.spec()
+        assert empty.stored_bits() == pytest.approx(layer.stored_bits(), rel=0.1)
+
+
+def test_a_method_that_says_nothing_of_its_layer_shows_it() -> None:
+    class Plain(method_class("rtn")):  # type: ignore[misc]
+        empty_layer = Method.empty_layer
+
+    plain, told = (cls(3, 16).empty_layer(Shape(20, 30)) for cls in (Plain, method_class("rtn")))
+    assert plain.spec() == told.spec()
+    assert all(tensor.is_meta for tensor in plain.tensors().values())

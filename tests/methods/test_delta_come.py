@@ -1,5 +1,6 @@
 import pytest
 import torch
+from method_examples import Example
 from torch import Tensor
 
 from llmpress.methods.base import InputStatistics, Method, Shape
@@ -10,6 +11,26 @@ from llmpress.methods.rtn import RTN
 from llmpress.methods.svd import SVD
 from llmpress.nn.layers.mixed_low_rank import SCALE_BITS, MixedLowRankLinear, group_bits
 from llmpress.numerics.linalg import relative_output_error, relative_weight_error
+
+EXAMPLES = [
+    Example({"bits": 1.5}, may_refuse=200),
+    Example(
+        {"bits": 3.0, "precisions": (16, 3), "ranks": (300,), "group_size": 11}
+        | {
+            "allocation": "fixed",
+            "basis": "weight",
+            "correct_left": False,
+            "search_range": False,
+        },
+        may_refuse=1000,
+    ),
+]
+LADDERS = [[{"bits": bits} for bits in (0.5, 1, 2, 4)]]
+BETTER_THAN = [
+    ({"bits": 1.11}, "svd", {"rank": 8, "whiten": True}),
+    ({"bits": 2.22}, "svd", {"rank": 16, "whiten": True}),
+]
+SMALLEST = {"group_size": 16}
 
 PAPER = {
     "precisions": (8, 3, 2),

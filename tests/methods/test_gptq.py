@@ -2,6 +2,7 @@ import logging
 
 import pytest
 import torch
+from method_examples import Example
 from torch import Tensor
 
 from llmpress.methods.base import InputStatistics
@@ -10,6 +11,20 @@ from llmpress.methods.rtn import RTN
 from llmpress.nn.kernels.quantized_matmul.reference import dequantize_groups
 from llmpress.numerics.grids import fit_grid, nearest_codes
 from llmpress.numerics.linalg import relative_output_error
+
+EXAMPLES = [
+    Example({"num_bits": 3, "group_size": 16}, needs_statistics=True),
+    Example({"num_bits": 1, "group_size": 500, "act_order": False}, needs_statistics=True),
+    Example({"num_bits": 8, "group_size": 7, "search_range": False}, needs_statistics=True),
+]
+LADDERS = [
+    [{"num_bits": bits, "group_size": 32} for bits in range(1, 9)],
+    [{"num_bits": 3, "group_size": size} for size in (160, 32, 8)],
+]
+BETTER_THAN = [
+    ({"num_bits": 3, "group_size": 32}, "rtn", {"num_bits": 3, "group_size": 32}),
+    ({"num_bits": 2, "group_size": 32}, "rtn", {"num_bits": 2, "group_size": 32}),
+]
 
 
 def correlated_moment(size: int, tokens: int = 400) -> Tensor:

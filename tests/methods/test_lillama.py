@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from method_examples import Example
 from torch import Tensor
 
 from llmpress.methods.base import InputStatistics, Shape, Term
@@ -12,6 +13,16 @@ from llmpress.methods.lillama import Lillama
 from llmpress.methods.lillama.budget import candidate_ranks, num_stored
 from llmpress.numerics.linalg import relative_output_error
 from llmpress.numerics.low_rank import output_directions, output_factors, weight_factors
+
+EXAMPLES = [
+    Example({"rank": 3}, needs_statistics=True),
+    Example({"rank": 8, "start": "weights"}),
+    Example({"rank": 5, "start": "activations", "form": "factors"}, needs_statistics=True),
+]
+LADDERS = [[{"rank": r, "form": form} for r in (1, 4, 16, 48)] for form in ("pivoted", "factors")]
+BETTER_THAN = [
+    ({"rank": 16}, "svd", {"rank": 16}),
+]
 
 SHAPES = {
     f"layers.{i}.{name}": shape

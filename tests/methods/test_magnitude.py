@@ -1,8 +1,22 @@
 import pytest
 import torch
+from method_examples import Example
 
 from llmpress.methods.magnitude import Magnitude
 from llmpress.nn.layers.sparse import sparse_bits
+
+EXAMPLES = [
+    Example({"sparsity": 0.5}),
+    Example({"bits": 2.0}, may_refuse=200),
+    Example({"sparsity": 0.9, "mode": "dare"}),
+]
+LADDERS = [
+    [{"bits": bits} for bits in (0.5, 1, 2, 4, 8, 17.5)],
+    [{"sparsity": sparsity} for sparsity in (0.99, 0.9, 0.5, 0.1, 0.0)],
+]
+BETTER_THAN = [
+    ({"bits": 2.0}, "magnitude", {"bits": 2.0, "mode": "dare"}),
+]
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.9, 0.99])

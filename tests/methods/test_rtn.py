@@ -1,8 +1,19 @@
 import pytest
 import torch
+from method_examples import Example
 
 from llmpress.methods.rtn import RTN
 from llmpress.numerics.grids import fit_grid, nearest_codes
+
+EXAMPLES = [
+    Example({"num_bits": 4, "group_size": 16}),
+    Example({"num_bits": 1, "group_size": 5}),
+    Example({"num_bits": 8, "group_size": 1000}),
+]
+LADDERS = [
+    [{"num_bits": bits, "group_size": 32} for bits in range(1, 9)],
+    [{"num_bits": 3, "group_size": size} for size in (160, 32, 8)],
+]
 
 
 @pytest.mark.parametrize("num_bits", range(1, 9))

@@ -1,9 +1,23 @@
 import pytest
 import torch
+from method_examples import Example
 
 from llmpress.methods.base import InputStatistics
 from llmpress.methods.svd import SVD
 from llmpress.numerics.linalg import relative_output_error, relative_weight_error
+
+EXAMPLES = [
+    Example({"rank": 1}),
+    Example({"keep": 0.5}, may_refuse=200),
+    Example({"bits": 6.0, "whiten": True}, needs_statistics=True, may_refuse=200),
+]
+LADDERS = [
+    [{"bits": bits} for bits in (0.5, 1, 2, 4, 8)],
+    [{"rank": rank, "whiten": True} for rank in (1, 4, 16, 48)],
+]
+BETTER_THAN = [
+    ({"bits": 2.0, "whiten": True}, "svd", {"bits": 2.0}),
+]
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (33, 33)], ids=str)

@@ -14,7 +14,7 @@ from llmpress.compression.stage import compress_model
 from llmpress.core.artifacts import read_json
 from llmpress.deltas.compression import compress_delta_artifact
 from llmpress.methods.base import Method
-from llmpress.methods.registry import build_method, known_methods
+from llmpress.methods.registry import build_method
 from llmpress.models.adapters import add_adapters, open_base, save_adapter, save_base
 from llmpress.models.checkpoints.files import CheckpointWriter, copy_companions
 from llmpress.planning import ModelShapes, sizes, stages
@@ -76,10 +76,6 @@ def check_layers(
     )
     assert planned_bits == pytest.approx(stored_bits, rel=0.02)
     assert predicted.num_bytes == pytest.approx(folder_bytes(folder), rel=0.05)
-
-
-def test_every_method_is_tried() -> None:
-    assert sorted({name for name, _ in METHODS}) == known_methods()
 
 
 @pytest.mark.parametrize(("name", "settings"), METHODS, ids=IDS)

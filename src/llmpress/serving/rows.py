@@ -112,14 +112,13 @@ class PerRow(nn.Module):
         return self._sums[count]
 
     def _sum_by_row(self, count: int) -> SumByRow | None:
-        layers = list(self.deltas.values())
-        kind = type(layers[0])
-        if not issubclass(kind, CompressedLinear) or any(type(d) is not kind for d in layers):
+        layers = [d for d in self.deltas.values() if isinstance(d, CompressedLinear)]
+        if len(layers) < len(self.deltas) or len({type(layer) for layer in layers}) > 1:
             return None
         place: dict[Name, int] = {name: number for number, name in enumerate(self.deltas)}
         repeats = count // len(self.rows.names)
         owners = [place.get(name, -1) for name in self.rows.names for _ in range(repeats)]
-        return kind.sum_by_row(layers, owners)
+        return type(layers[0]).sum_by_row(layers, owners)
 
     def _joined(self, x: Tensor, groups: dict[Name, Tensor]) -> Tensor:
         parts = [(groups[name], twin(x[groups[name]])) for name, twin in self.twins.items()]

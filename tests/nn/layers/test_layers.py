@@ -1,83 +1,33 @@
 """What holds for every kind of compressed layer, whatever method made it."""
 
+import copy
 import json
-from collections.abc import Callable
 
 import pytest
 import torch
+from method_examples import example_layers
 from safetensors.torch import load, save
 
 from llmpress.nn.layers import KINDS, CompressedLinear, build_layer
 from llmpress.nn.layers.base import frozen
-from llmpress.nn.layers.codebook import CodebookLinear
-from llmpress.nn.layers.low_rank import LowRankLinear
-from llmpress.nn.layers.mixed_low_rank import MixedLowRankLinear, Vectors
 from llmpress.nn.layers.pivoted_low_rank import PivotedLowRankLinear
-from llmpress.nn.layers.quantized import QuantizedLinear
-from llmpress.nn.layers.sign import SignLinear
-from llmpress.nn.layers.sparse import SparseLinear
 
-OUT, IN = 11, 13
-
-
-def codebook() -> CompressedLinear:
-    return CodebookLinear.from_codes(torch.randint(5, (IN * 4,)), torch.randn(5, 3), IN, OUT)
+OUT, IN = 33, 35
+LAYERS = [
+    pytest.param(layer, id=f"{kind}-{index}")
+    for kind, layers in example_layers(OUT, IN).items()
+    for index, layer in enumerate(layers)
+]
 
 
-def low_rank() -> CompressedLinear:
-    return LowRankLinear.from_factors(torch.randn(OUT, 4), torch.randn(4, IN))
-
-
-def mixed_low_rank() -> CompressedLinear:
-    def vectors(rank: int, num_bits: int, length: int) -> Vectors:
-        shape = (rank, -(-length // 5))
-        codes = torch.randint(1 << num_bits, (rank, length))
-        return Vectors(codes, torch.rand(shape), torch.randint(1 << num_bits, shape))
-
-    return MixedLowRankLinear.from_vectors(
-        [vectors(1, 8, IN), vectors(3, 2, IN)],
-        [vectors(1, 8, OUT), vectors(3, 2, OUT)],
-        torch.rand(4),
-        0.5,
-        num_bits=[8, 2],
-        group_size=5,
-        shape=(OUT, IN),
-    )
-
-
-def pivoted_low_rank() -> CompressedLinear:
-    return PivotedLowRankLinear.from_factors(torch.randn(OUT, 4), torch.randn(4, IN))
-
-
-def quantized() -> CompressedLinear:
-    codes, zeros = torch.randint(8, (OUT, IN)), torch.randint(8, (OUT, 4))
-    return QuantizedLinear.from_codes(codes, torch.rand(OUT, 4), zeros, 3, 4)
-
-
-def sign() -> CompressedLinear:
-    return SignLinear.from_signs(torch.rand(OUT, IN) > 0.5, torch.tensor(0.3))
-
-
-def sparse() -> CompressedLinear:
-    return SparseLinear.from_dense(torch.randn(OUT, IN), torch.rand(OUT, IN) > 0.5)
-
-
-MAKERS: dict[str, Callable[[], CompressedLinear]] = {
-    "codebook": codebook,
-    "low_rank": low_rank,
-    "mixed_low_rank": mixed_low_rank,
-    "pivoted_low_rank": pivoted_low_rank,
-    "quantized": quantized,
-    "sign": sign,
-    "sparse": sparse,
-}
-
-
-@pytest.fixture(params=sorted(KINDS))
+@pytest.fixture(params=LAYERS)
 def layer(request: pytest.FixtureRequest) -> CompressedLinear:
-    if request.param not in MAKERS:
-        pytest.fail(f"layer kind {request.param!r} has no maker in this file: add one")
-    return MAKERS[request.param]()
+    """A layer that a method's example makes."""
+    return copy.deepcopy(request.param)
+
+
+def test_every_kind_is_made_by_some_example() -> None:
+    assert example_layers(OUT, IN).keys() == KINDS.keys()
 
 
 def twin_of(layer: CompressedLinear, *, bias: bool = False) -> CompressedLinear:
@@ -115,8 +65,7 @@ def test_bias_is_added(layer: CompressedLinear) -> None:
 def test_only_named_tensors_train_and_they_get_the_gradient_of_the_weight(
     layer: CompressedLinear,
 ) -> None:
-    floats = {name for name, t in layer.tensors().items() if t.is_floating_point()}
-    assert set(layer.trainable) <= floats
+    assert set(layer.trainable) <= dict(layer.named_parameters()).keys()
     assert not any(p.requires_grad for p in layer.parameters())
     for name in layer.trainable:
         # float32 twins, so that a finite step is not lost in half precision

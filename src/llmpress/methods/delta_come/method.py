@@ -245,10 +245,9 @@ class DeltaCoMe(Method):
         return layer
 
     def empty_layer(self, shape: Shape) -> MixedLowRankLinear:
-        """Return the groups for singular values that fall like the inverse.
+        """Return the groups for singular values that fall like the inverse, as they often do.
 
-        Which precision a triplet gets depends on the values; any falling row spends the budget up
-        to less than one triplet. Those of the default run's delta fall like this.
+        Any falling row spends the budget up to less than one triplet.
         """
         with torch.device("cpu"):
             variances = torch.arange(1, min(shape) + 1, dtype=torch.float64) ** -2
@@ -258,18 +257,17 @@ class DeltaCoMe(Method):
     def work(self, shape: Shape) -> Work:
         """Return the work of the directions, and of rounding triplets one by one."""
         o, n = shape
-        layer = self.empty_layer(shape)
-        rank, small = layer.rank, min(shape)
+        layer, small = self.empty_layer(shape), min(shape)
         by_output = self.basis != "weight"
         gram = 4.0 * o * n * small + (2.0 * o * n * n if by_output else 0.0)
         bases = small**3 + (float(n) ** 3 if by_output and o > n else 0.0)
         per_entry = 600.0 + fitting_bytes(self.search_range)
         return Work(
-            fp64_flops=gram + 2.0 * rank * o * n,
-            fp32_flops=2.0 * n**3 + rank * (4.0 * o * n + 3.0 * n * n),
+            fp64_flops=gram + 2.0 * layer.rank * o * n,
+            fp32_flops=2.0 * n**3 + layer.rank * (4.0 * o * n + 3.0 * n * n),
             eigh_cubes=bases * (2 if self.spreads_budget else 1),
-            bytes_moved=per_entry * rank * (o + n) + 120.0 * o * n,
-            calls=14.0 * (n * len(layer.groups) + rank) + 2000.0,
+            bytes_moved=per_entry * layer.rank * (o + n) + 120.0 * o * n,
+            calls=14.0 * (n * len(layer.groups) + layer.rank) + 2000.0,
         )
 
     def workspace_bytes(self, shape: Shape) -> int:
