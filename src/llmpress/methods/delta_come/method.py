@@ -258,9 +258,9 @@ class DeltaCoMe(Method):
         """Return the work of the directions, and of rounding triplets one by one."""
         o, n = shape
         layer, small = self.empty_layer(shape), min(shape)
-        by_output = self.basis != "weight"
-        gram = 4.0 * o * n * small + (2.0 * o * n * n if by_output else 0.0)
-        bases = small**3 + (float(n) ** 3 if by_output and o > n else 0.0)
+        of_outputs = float(self.basis != "weight")
+        gram = 4.0 * o * n * small + of_outputs * 2.0 * o * n * n
+        bases = small**3 + of_outputs * (o > n) * float(n) ** 3
         per_entry = 600.0 + fitting_bytes(self.search_range)
         return Work(
             fp64_flops=gram + 2.0 * layer.rank * o * n,
@@ -272,9 +272,8 @@ class DeltaCoMe(Method):
 
     def workspace_bytes(self, shape: Shape) -> int:
         """Return the bytes of the delta in fp32 and fp64, and of the square matrices."""
-        o, n = shape
-        moment = n * n * (8 if self.basis != "weight" else 4)
-        return 4 * 4 * o * n + 8 * (2 * o * n + 5 * min(shape) ** 2) + moment + 8 * n * n
+        moment = shape.in_features**2 * (16 if self.basis != "weight" else 12)
+        return 32 * shape.num_weights + 40 * min(shape) ** 2 + moment
 
     def _moment(self, delta: Tensor, statistics: InputStatistics | None) -> Tensor:
         """Return the dampened second moment of the inputs, scaled to a mean diagonal of one."""
