@@ -9,7 +9,7 @@ from llmpress.core.failures import script_errors
 from llmpress.core.params import build, read_params, section
 from llmpress.data.corpora import split_documents, write_text
 from llmpress.data.documents import CorpusSource, read_documents, stdlib_documents
-from llmpress.data.sources.location import opened
+from llmpress.data.sources.source import opened
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
             if source.python_stdlib:
                 documents, origin = stdlib_documents(source.max_characters)
             else:
-                with opened(source.location(), [source.files], hub_type="dataset") as fetched:
+                with opened(source, [source.files], hub_type="dataset") as fetched:
                     documents = read_documents(fetched.files, source.field, source.max_characters)
                     origin = fetched.origin
             sizes = write_text(folder, split_documents(documents, settings["seed"]))

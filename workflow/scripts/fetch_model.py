@@ -16,8 +16,8 @@ from pathlib import Path
 from llmpress.core.artifacts import artifact_folder, write_json
 from llmpress.core.failures import script_errors
 from llmpress.core.params import build, read_params, section
-from llmpress.data.sources.location import opened
 from llmpress.data.sources.pretrained import ModelSource, refuse_early, write_model
+from llmpress.data.sources.source import opened
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
         out = Path("data/models") / arguments.name
         with (
             artifact_folder(out, stage="fetch_model", settings=asdict(source), inputs={}) as folder,
-            opened(source.location(), source.patterns()) as fetched,
+            opened(source, source.patterns()) as fetched,
         ):
             write_model(source, fetched, folder)
             write_json(folder / "source.json", fetched.origin | {"license": source.license})

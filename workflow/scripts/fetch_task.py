@@ -9,7 +9,7 @@ from llmpress.core.artifacts import artifact_folder, write_json
 from llmpress.core.failures import script_errors
 from llmpress.core.params import build, read_params, section
 from llmpress.data.documents import read_rows
-from llmpress.data.sources.location import opened
+from llmpress.data.sources.source import opened
 from llmpress.data.tasks import arithmetic, calls, multiple_choice
 from llmpress.data.tasks.configs import choice_config
 from llmpress.data.tasks.files import write_task
@@ -35,7 +35,7 @@ def main() -> None:
                 config = generator.task_config(arguments.name)
                 items = generator.generate(source.train_items, source.test_items, settings["seed"])
             else:
-                with opened(source.location(), [source.files or ""], hub_type="dataset") as fetched:
+                with opened(source, [source.files or ""], hub_type="dataset") as fetched:
                     rows = [row for file in fetched.files for row in read_rows(file)]
                     origin = fetched.origin
                 config = choice_config(arguments.name)

@@ -33,10 +33,11 @@ def methods(
 def _describe(name: str) -> dict[str, Any]:
     import inspect
 
+    from llmpress.core.settings import field_docs
     from llmpress.methods.registry import known_method
 
     cls = known_method(name, "methods")
-    meanings = _attributes(inspect.getdoc(cls) or "")
+    meanings = field_docs(cls)
     needs = "needed" if cls.requires_statistics else "used" if cls.uses_statistics else "not used"
     return {
         "name": name,
@@ -56,19 +57,3 @@ def _describe(name: str) -> dict[str, Any]:
 
 def _type_name(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-
-
-def _attributes(docstring: str) -> dict[str, str]:
-    """Return the texts of a Google docstring's ``Attributes:`` by name."""
-    found: dict[str, str] = {}
-    name = ""
-    for line in docstring.partition("Attributes:\n")[2].splitlines():
-        if not line.strip():
-            break
-        indent = len(line) - len(line.lstrip())
-        if indent <= 4:
-            name, _, text = line.strip().partition(": ")
-            found[name] = text
-        else:
-            found[name] += f" {line.strip()}"
-    return found

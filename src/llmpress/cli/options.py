@@ -1,6 +1,7 @@
 """Options that several commands share, and what they stand for."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,7 +57,7 @@ def model_folder(model: str) -> Path:
         ArtifactError: No such folder, and no hub name either.
         SourceError: The download failed, or the repository holds no safetensors.
     """
-    from llmpress.data.sources.location import PINNED_REPOSITORY
+    from llmpress.data.sources.source import REPOSITORY
     from llmpress.models.checkpoints.delta_files import HEADER
 
     folder = Path(model)
@@ -66,7 +67,7 @@ def model_folder(model: str) -> Path:
         raise ArtifactError(f"{folder}: no model here (config.json is missing)")
     if folder.is_dir():
         return folder
-    if "@" in model and PINNED_REPOSITORY.fullmatch(model):
+    if re.fullmatch(REPOSITORY.pattern, model):
         from llmpress.data.sources.pretrained import fetch_repository
 
         return fetch_repository(model)

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from llmpress.core.errors import ConfigError
 from llmpress.core.failures import one_line
+from llmpress.core.settings import problem
 
 T = TypeVar("T")
 
@@ -90,7 +91,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     try:
         return TypeAdapter(cls).validate_python(dict(values))
     except ValidationError as error:
-        raise ConfigError("; ".join(_problem(item, where) for item in error.errors())) from None
+        raise ConfigError("; ".join(problem(item, where) for item in error.errors())) from None
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
@@ -135,14 +136,6 @@ def _refuse_unknown_keys(hint: Any, value: Any, where: str) -> None:
     for argument in typing.get_args(hint):
         for place, child in children:
             _refuse_unknown_keys(argument, child, place)
-
-
-def _problem(item: Any, where: str) -> str:
-    place = ".".join([where, *(str(part) for part in item["loc"])])
-    if item["type"] == "missing":
-        return f"{place} is missing"
-    message = item["msg"].removeprefix("Value error, ")
-    return f"{place}: {message}, got {item['input']!r}" if item["loc"] else f"{place}: {message}"
 
 
 def check_same(

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from llmpress.core.errors import SourceError
+from llmpress.core.settings import Count
 from llmpress.data.corpora import SEPARATOR
-from llmpress.data.sources.location import Location
+from llmpress.data.sources.source import Source
 
 STDLIB_CHARACTERS = 4_000_000
 STDLIB_EXCLUDED = frozenset(
@@ -22,36 +23,25 @@ TABLES = (".arrow", ".parquet", ".jsonl")
 
 
 @dataclass(frozen=True)
-class CorpusSource:
+class CorpusSource(Source):
     """One entry of ``corpora`` in params.yaml.
 
     Attributes:
-        license: SPDX name of the text's licence.
-        package: See `llmpress.data.sources.location.Location`, as are ``hub`` and ``path``.
         files: Glob of the files inside the source: arrow, parquet, JSON lines or plain text.
         field: The column that holds the text; plain text files have none.
         python_stdlib: Take the running interpreter's own standard library sources instead.
-        max_characters: Stop reading documents there.
+        max_characters: Stop reading documents there; null reads all.
     """
 
-    license: str
-    package: str | None = None
-    hub: str | None = None
-    path: str | None = None
     files: str = "**/*.txt"
     field: str = "text"
     python_stdlib: bool = False
-    max_characters: int | None = None
+    max_characters: Count | None = None
 
-    def __post_init__(self) -> None:
-        if not self.python_stdlib:
-            self.location()
-        elif self.package or self.hub or self.path:
-            raise ValueError("python_stdlib: true takes no package, hub or path")
-
-    def location(self) -> Location:
-        """Where the files are fetched from."""
-        return Location(self.package, self.hub, self.path)
+    @property
+    def made_here(self) -> str | None:
+        """The standard library, which is there already."""
+        return "python_stdlib" if self.python_stdlib else None
 
 
 def stdlib_documents(max_characters: int | None = None) -> tuple[list[str], dict[str, Any]]:

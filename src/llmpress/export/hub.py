@@ -16,8 +16,8 @@ from llmpress.core.artifacts import (
 )
 from llmpress.core.errors import ArtifactError, HubError
 from llmpress.data.sources.hub import SECONDS_TO_ANSWER, delete_damaged, download, reported
-from llmpress.data.sources.location import Location
 from llmpress.data.sources.patterns import matches
+from llmpress.data.sources.source import repository_and_revision
 
 CARD = "README.md"
 _NOT_OURS = {CARD, ".gitattributes"}
@@ -39,8 +39,7 @@ def fetch_artifact(repository_at_revision: str, cache: Path | str | None = None)
         SourceError: As `download`.
         ArtifactError: No artifact, or a file is missing or differs from its provenance.
     """
-    Location(hub=repository_at_revision)
-    repository, _, revision = repository_at_revision.partition("@")
+    repository, revision = repository_and_revision(repository_at_revision)
     record_folder = download(repository, revision, [PROVENANCE], cache=cache)
     digests = _digests(record_folder, f"hub repository {repository}")
     # the same commit, should a branch move on in between

@@ -14,8 +14,8 @@ from safetensors.torch import save
 
 from llmpress.core.errors import SourceError
 from llmpress.data.sources.hub import download
-from llmpress.data.sources.location import Location, opened
 from llmpress.data.sources.pretrained import ModelSource, write_model
+from llmpress.data.sources.source import Source, opened
 
 CONFIG = json.dumps({"model_type": "llama", "num_hidden_layers": 1}).encode()
 WEIGHTS = "model.safetensors"
@@ -48,7 +48,7 @@ def fetch(out: Path, hub_name: str) -> dict[str, str]:
     """Fetch as fetch_model does; returns the origin."""
     source = ModelSource(license="MIT", hub=hub_name)
     out.mkdir(exist_ok=True)
-    with opened(source.location(), source.patterns()) as fetched:
+    with opened(source, source.patterns()) as fetched:
         write_model(source, fetched, out)
         return fetched.origin
 
@@ -277,8 +277,8 @@ def test_a_full_disk_is_not_taken_for_the_network(
 
 def test_data_sets_come_with_their_folders(hub: StandIn) -> None:
     hub.add("team/texts", {"data/a/1.jsonl": b"1", "data/2.jsonl": b"2", "data/run.py": b""})
-    location = Location(hub="team/texts@main")
-    with opened(location, ["data/**/*.jsonl"], hub_type="dataset") as source:
+    source = Source(license="MIT", hub="team/texts@main")
+    with opened(source, ["data/**/*.jsonl"], hub_type="dataset") as source:
         assert [file.read_bytes() for file in source.files] == [b"2", b"1"]
         assert not list(source.folder.rglob("*.py"))
 
@@ -316,7 +316,7 @@ WRONG = {
     "own-code": "team/own-code@main.* architecture",
     "damaged": r"team/damaged: model-damaged\.safetensors: ",
     "cut": "team/cut",
-    "unpinned": r"models\.unpinned: .*'team/sharded'",
+    "unpinned": r"models\.unpinned\.hub: .*'team/sharded'",
 }
 
 

@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 
 from llmpress.core.errors import ConfigError, SourceError
 from llmpress.core.params import build
-from llmpress.data.sources.location import Location, Opened, opened
 from llmpress.data.sources.patterns import matches
 from llmpress.data.sources.pretrained import ModelSource, write_model
+from llmpress.data.sources.source import Opened, Source, opened
 
 
 @pytest.fixture
@@ -51,9 +51,9 @@ def package_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
     ids=["none", "two", "no-version", "range", "an-option", "no-revision"],
 )
-def test_location_must_be_one_and_pinned(values: dict[str, str], named: str) -> None:
+def test_source_must_be_one_and_pinned(values: dict[str, str], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        Location(**values)
+        Source(license="MIT", **values)
 
 
 @pytest.mark.parametrize(
@@ -73,8 +73,8 @@ def test_matches(name: str, pattern: str, expected: bool) -> None:
 
 
 def test_package_is_read_as_a_zip(package_index: Path) -> None:
-    location = Location(package="toy-data==1.0")
-    with opened(location, ["toy_data/sets/**/part.txt"]) as source:
+    source = Source(license="MIT", package="toy-data==1.0")
+    with opened(source, ["toy_data/sets/**/part.txt"]) as source:
         assert [file.read_text() for file in source.files] == ["alpha", "beta"]
         everything = [file for file in source.folder.rglob("*") if file.is_file()]
         assert len(everything) == 2, "files that do not match are not unpacked"
@@ -100,7 +100,7 @@ def test_package_is_read_as_a_zip(package_index: Path) -> None:
 def test_package_errors_name_it(package: str, pattern: str, named: str) -> None:
     with (
         pytest.raises(SourceError, match=named) as caught,
-        opened(Location(package=package), [pattern]),
+        opened(Source(license="MIT", package=package), [pattern]),
     ):
         pass
     assert "\n" not in str(caught.value)
@@ -109,7 +109,7 @@ def test_package_errors_name_it(package: str, pattern: str, named: str) -> None:
 def test_path_is_read_in_place(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("b")
     (tmp_path / "a.txt").write_text("a")
-    with opened(Location(path=str(tmp_path)), ["*.txt"]) as source:
+    with opened(Source(license="MIT", path=str(tmp_path)), ["*.txt"]) as source:
         assert [file.name for file in source.files] == ["a.txt", "b.txt"]
     assert (tmp_path / "a.txt").exists()
 
@@ -117,7 +117,7 @@ def test_path_is_read_in_place(tmp_path: Path) -> None:
 def test_missing_path_is_named(tmp_path: Path) -> None:
     with (
         pytest.raises(SourceError, match=r"gone .*`path:`"),
-        opened(Location(path=str(tmp_path / "gone")), ["*"]),
+        opened(Source(license="MIT", path=str(tmp_path / "gone")), ["*"]),
     ):
         pass
 
@@ -141,7 +141,7 @@ def test_model_source_is_validated(values: dict[str, str], named: str) -> None:
 def copied(source: Path, out: Path) -> None:
     spec = ModelSource(license="MIT", path=str(source))
     out.mkdir(exist_ok=True)
-    with opened(spec.location(), spec.patterns()) as fetched:
+    with opened(spec, spec.patterns()) as fetched:
         write_model(spec, fetched, out)
 
 
@@ -237,7 +237,7 @@ def test_gguf_becomes_fp32_safetensors(tiny_model_folder: Path, tmp_path: Path) 
     source = ModelSource(license="MIT", path=str(tmp_path), file="tiny.gguf", sha256=digest)
     out = tmp_path / "out"
     out.mkdir()
-    with opened(source.location(), source.patterns()) as fetched:
+    with opened(source, source.patterns()) as fetched:
         write_model(source, fetched, out)
     original = load_file(tiny_model_folder / "model.safetensors")
     converted = load_file(out / "model.safetensors")

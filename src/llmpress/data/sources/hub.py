@@ -61,7 +61,7 @@ def download(
     Args:
         repository: ``owner/name``.
         revision: Branch, tag or commit.
-        patterns: Globs as in `llmpress.data.sources.location.opened`.
+        patterns: Globs as in `llmpress.data.sources.source.opened`.
         repo_type: What kind of repository it is.
         cache: Where the hub's cache lies; by default where huggingface_hub keeps it.
 

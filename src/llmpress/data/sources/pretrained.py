@@ -10,42 +10,32 @@ from pathlib import Path
 
 from llmpress.core.artifacts import read_json, sha256
 from llmpress.core.errors import SourceError
-from llmpress.data.sources.location import Location, Opened, opened
+from llmpress.data.sources.source import Opened, Source, opened
 
 FOLDER_FILES = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
-class ModelSource:
+class ModelSource(Source):
     """One entry of ``models`` in params.yaml.
 
     Attributes:
-        license: SPDX name of the model's licence.
-        package: See `llmpress.data.sources.location.Location`, as are ``hub`` and ``path``.
         file: A GGUF file inside the source; without it the source is a Hugging Face folder.
         sha256: Digest that ``file`` must have, 64 hex digits.
     """
 
-    license: str
-    package: str | None = None
-    hub: str | None = None
-    path: str | None = None
     file: str | None = None
     sha256: str | None = None
 
     def __post_init__(self) -> None:
-        self.location()
+        super().__post_init__()
         if self.package and not self.file:
             raise ValueError("a `package:` model needs `file:`, the path of a GGUF in its wheel")
         if self.file and not self.file.endswith(".gguf"):
             raise ValueError(f"file {self.file!r} is no GGUF file")
         if self.sha256 and (len(self.sha256) != 64 or not self.file):
             raise ValueError("sha256 is the full digest (64 hex digits) of `file:`")
-
-    def location(self) -> Location:
-        """Where the model is fetched from."""
-        return Location(self.package, self.hub, self.path)
 
     def patterns(self) -> list[str]:
         """Globs of the files to fetch: never a pickle, never Python code."""
@@ -59,7 +49,7 @@ def refuse_early(source: ModelSource) -> None:
         SourceError: No configuration, or an architecture that needs its own code.
     """
     if source.hub and not source.file:
-        with opened(source.location(), ["config.json"]) as first:
+        with opened(source, ["config.json"]) as first:
             _check_architecture(first.folder, source.hub)
 
 
@@ -74,7 +64,7 @@ def fetch_repository(hub: str) -> Path:
     """
     source = ModelSource(license="unknown", hub=hub)
     refuse_early(source)
-    with opened(source.location(), source.patterns()) as fetched:
+    with opened(source, source.patterns()) as fetched:
         _check_folder(fetched, hub)
         return fetched.folder
 

