@@ -123,6 +123,7 @@ check: $(INSTALLED)
 	snakemake --lint
 	python workflow/code_deps.py --check
 	python workflow/check_lock.py
+	python workflow/params_schema.py --check
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
 docs: $(INSTALLED)

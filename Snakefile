@@ -6,19 +6,15 @@
 import sys
 from pathlib import Path
 
-from snakemake.utils import min_version, validate
+from snakemake.utils import min_version
 
 min_version("9.0")
-
-
-configfile: "params.yaml"
-
-
-validate(config, "workflow/schemas/params.schema.yaml")
 
 sys.path.insert(0, str(Path(workflow.basedir) / "workflow"))
 import dvc_bridge
 
+if workflow.is_main_process:
+    dvc_bridge.check_params()
 bridge = dvc_bridge.Bridge(check_staleness=workflow.is_main_process)
 
 

@@ -24,6 +24,7 @@ ORDER = (
     "tuning",
     "training",
     "evaluation",
+    "pipeline",
     "export",
     "serving",
     "planning",

@@ -174,6 +174,22 @@ class Bridge:
         fcntl.flock(self._alive, fcntl.LOCK_SH)
 
 
+def check_params() -> None:
+    """Check params.yaml as every stage does.
+
+    Raises:
+        WorkflowError: A mistake, in one line.
+    """
+    from llmpress.core.errors import ConfigError
+    from llmpress.core.params import read_params
+    from llmpress.pipeline.params import check_params
+
+    try:
+        check_params(read_params(Path("params.yaml")))
+    except ConfigError as error:
+        raise WorkflowError(str(error)) from None
+
+
 def _is_params(dependency: Output) -> bool:
     return hasattr(dependency, "params")
 

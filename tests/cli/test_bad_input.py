@@ -401,7 +401,7 @@ CASES: dict[str, tuple[Callable[[World], Done], str]] = {
     ),
     "finetune at no rate": (
         lambda w: finetune(w, "--lr", 0),
-        "learning_rate .*0",
+        "learning_rate.* 0",
     ),
     "finetune on too few items": (
         lambda w: finetune(w, "-s", "held_out=2"),

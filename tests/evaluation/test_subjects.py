@@ -55,7 +55,7 @@ def test_sections_may_be_empty_or_missing() -> None:
 
 def test_a_name_twice_is_an_error() -> None:
     params = {**PARAMS, "runs": {"tiny": PARAMS["runs"]["rtn"]}}
-    with pytest.raises(ConfigError, match=r"'tiny'.* runs and evaluation\.models"):
+    with pytest.raises(ConfigError, match=r"'tiny'.* evaluation\.models and runs"):
         find_subject(params, "tiny")
 
 

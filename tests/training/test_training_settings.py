@@ -65,7 +65,7 @@ def test_mistakes_are_named(changes: dict[str, Any], named: str) -> None:
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"steps": 0}, "steps .*0"),
+        ({"steps": 0}, "steps: .*0"),
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"held_out": 0}, "held_out"),

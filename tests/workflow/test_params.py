@@ -3,71 +3,106 @@
 import copy
 import dataclasses
 import re
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
+from toy_project import Project
 
-from llmpress.calibration.settings import CalibrationSettings
-from llmpress.compression.settings import Run
-from llmpress.data.documents import CorpusSource
-from llmpress.data.sources.pretrained import ModelSource
-from llmpress.data.tasks.source import TaskSource
-from llmpress.deltas.settings import DeltaRun, DeltaSource
+from llmpress.core.errors import ConfigError
+from llmpress.core.params import SECTIONS, read_params
 from llmpress.evaluation.settings import EvaluationSettings
-from llmpress.training.full import TrainingSettings
-from llmpress.training.settings import FinetuningSettings, Training
-from llmpress.tuning.settings import Finetune, TuningSettings
+from llmpress.pipeline.params import Params, check_params
+from llmpress.pipeline.schema import params_schema
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/params.schema.yaml").read_text(encoding="utf-8"))
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-SECTIONS = {
-    "models": ModelSource,
-    "corpora": CorpusSource,
-    "tasks": TaskSource,
-    "finetuned_models": TrainingSettings,
-    "deltas": DeltaSource,
-    "calibrations": CalibrationSettings,
-    "runs": Run,
-    "delta_runs": DeltaRun,
-    "finetunes": Finetune,
-    "trainings": Training,
+OURS = {"PYTHONPATH": "src"}  # the code beside dvc.yaml, not what is installed
+MISTAKES = {  # what is changed, and where the line says it is
+    "unknown-section": ("trainigs", {}, "'trainigs': did you mean 'trainings'"),
+    "missing-section": ("corpora", ..., "corpora"),
+    "empty-section": ("trainings", None, "trainings"),
+    "list-of-entries": ("runs", [1], "runs"),
+    "seed-below-0": ("seed", -1, "seed"),
+    "seed-true": ("seed", True, "seed"),
+    "unknown-key": ("runs.rtn-3bit.metod", "rtn", "runs.rtn-3bit .*'method'"),
+    "missing-key": ("runs.rtn-3bit.method", ..., "runs.rtn-3bit.method"),
+    "unknown-method": ("runs.rtn-3bit.method", "rnt", "runs.rtn-3bit.method.*'rnt'.*'rtn'"),
+    "unknown-setting": ("runs.rtn-3bit.settings.bitz", 3, "runs.rtn-3bit.settings .*'bitz'"),
+    "word-for-a-number": ("runs.rtn-3bit.settings.num_bits", "x", "settings.num_bits.*'x'"),
+    "refused-setting": ("runs.rtn-3bit.settings.num_bits", 99, "rtn-3bit.settings.*num_bits.*99"),
+    "fraction": ("finetunes.lillama-80-tuned.settings.epochs", 1.5, "settings.epochs.*1.5"),
+    "name": ("runs.With Space", {"model": "smollm2", "method": "rtn"}, "runs.*'With Space'"),
+    "model": ("runs.rtn-3bit.model", "smollm", "runs.rtn-3bit.model.*'smollm'.*'smollm2'"),
+    "folder": ("deltas.smollm2-calls.base", "smollm2", "deltas.smollm2-calls.base.*'smollm2'"),
+    "no-such-folder": ("deltas.smollm2-calls.base", "models/x", "deltas.smollm2-calls.base.*'x'"),
+    "too-few": ("evaluation.windows", 0, "evaluation.windows.*0"),
+    "not-one-of": ("evaluation.dtype", "float16", "evaluation.dtype.*'float32'.*'float16'"),
+    "no-such-task": ("evaluation.tasks.arc", 8, "evaluation.tasks.*'arc'"),
+    "no-such-own-task": ("evaluation.own_tasks.smollm2.arc", 8, "own_tasks.*'arc'"),
+    "text-for-a-list": ("evaluation.models", "smollm2", "evaluation.models"),
+    "two-sources": ("models.smollm2.path", "x", "models.smollm2.*package, path"),
+    "not-pinned": ("models.smollm2.package", "x", "models.smollm2.package.*'x'"),
+    "no-source": ("corpora.code.path", "x", "corpora.code.*path"),
+    "another-method": (
+        "finetunes.lillama-80-tuned.method",
+        "svd",
+        "lillama-80-tuned.method.*'svd'",
+    ),
+    "another-base": ("delta_runs.delta-come.base", "compressed/rtn-3bit", "delta-come.base"),
+    "two-texts": ("trainings.lora-arithmetic.corpora", ["code"], "trainings.lora-arithmetic"),
+    "start": ("trainings.lora-arithmetic.start", "compressed/rtn-3bit", "lora-arithmetic.start"),
+    "name-twice": ("runs.delta-come", {"model": "smollm2", "method": "rtn"}, "'delta-come'"),
+}
+# What each section needs to be left out: nothing names what stood there.
+NEEDED_BY = {
+    "tasks": ("finetuned_models", "deltas", "delta_runs", "trainings"),
+    "finetuned_models": ("deltas", "delta_runs", "trainings"),
+    "deltas": ("delta_runs", "trainings"),
+    "calibrations": ("runs", "finetunes", "trainings", "deltas", "delta_runs"),
+    "runs": ("finetunes", "trainings", "deltas", "delta_runs"),
+    "delta_runs": ("trainings",),
+    "finetunes": (),
+    "trainings": (),
 }
 
 
-def entries(section: str) -> dict[str, Any]:
-    """Return the schema of one entry of a section."""
-    return SCHEMA["properties"][section]["additionalProperties"]
+def changed(place: str, value: Any) -> dict[str, Any]:
+    """Return params.yaml with one value replaced, or removed for an ellipsis."""
+    params = copy.deepcopy(PARAMS)
+    *parents, last = place.split(".")
+    container = params
+    for key in parents:
+        container = container.setdefault(key, {})
+    container[last] = value
+    if value is ...:
+        del container[last]
+    return params
+
+
+def without(section: str) -> dict[str, Any]:
+    """Return params.yaml without a section and all that needs it."""
+    params = copy.deepcopy(PARAMS)
+    for name in (section, *NEEDED_BY[section]):
+        params.pop(name, None)
+    if section in ("tasks", "finetuned_models", "calibrations"):
+        params["evaluation"] |= {"models": ["smollm2"], "own_tasks": {}}
+        params["evaluation"]["tasks"] = {} if section == "tasks" else {"piqa": 2}
+    if section in ("tasks", "finetuned_models"):
+        del params["calibrations"]["smollm2-arithmetic"], params["calibrations"]["smollm2-calls"]
+    return params
 
 
 def refusals(params: Any) -> list[str]:
     """Return what the schema says against some params."""
     found = jsonschema.Draft202012Validator(SCHEMA).iter_errors(params)
     return [f"{error.json_path}: {error.message}" for error in found]
-
-
-def fields(cls: type, *, required: bool = False) -> set[str]:
-    """Return the names of a dataclass's fields, or of those without a default."""
-    return {
-        field.name
-        for field in dataclasses.fields(cls)
-        if not required
-        or (field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING)
-    }
-
-
-def objects(schema: dict[str, Any], where: str = "$") -> list[tuple[str, dict[str, Any]]]:
-    """Return every object with fixed keys that a schema describes."""
-    found = [(where, schema)] if "properties" in schema else []
-    for key, child in schema.get("properties", {}).items():
-        found += objects(child, f"{where}.{key}")
-    if isinstance(schema.get("additionalProperties"), dict):
-        found += objects(schema["additionalProperties"], f"{where}.*")
-    return found
 
 
 def resolve(text: str, key: str, item: Any) -> str:
@@ -99,7 +134,7 @@ def resolved_stages() -> dict[str, dict[str, Any]]:
                 kind: [resolve(text, key, item) for text in texts]
                 for kind, texts in (
                     ("deps", template["deps"]),
-                    ("params", template["params"]),
+                    ("params", [text for text in template["params"] if isinstance(text, str)]),
                     ("outs", outs),
                 )
             }
@@ -109,64 +144,104 @@ def resolved_stages() -> dict[str, dict[str, Any]]:
 def test_params_are_valid() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     assert refusals(PARAMS) == []
+    assert check_params(PARAMS).runs["rtn-3bit"].method == "rtn"
 
 
-@pytest.mark.parametrize("section", sorted(SCHEMA["properties"]))
-def test_unknown_key_is_refused_by_name(section: str) -> None:
-    params = copy.deepcopy(PARAMS)
-    if section == "seed":
-        params["sede"] = 1
-    elif section == "evaluation":
-        params["evaluation"]["sede"] = 1
-    else:
-        next(iter(params[section].values()))["sede"] = 1
-    [refusal] = refusals(params)
-    assert "'sede' was unexpected" in refusal
-    assert section in refusal or section == "seed"
+def test_the_schema_is_that_of_the_classes() -> None:
+    assert params_schema() == SCHEMA
+    assert tuple(SECTIONS) == (*sorted(SCHEMA["properties"], key=SECTIONS.index),)
+    assert {field.name for field in dataclasses.fields(Params)} == set(SECTIONS)
 
 
-def test_wrong_values_and_names_are_refused() -> None:
-    params = copy.deepcopy(PARAMS)
-    params["evaluation"]["windows"] = 0
-    del next(iter(params["runs"].values()))["method"]
-    params["runs"]["With Space"] = {"model": "smollm2", "method": "rtn"}
-    found = "\n".join(refusals(params))
-    assert "$.evaluation.windows: 0 is less than the minimum of 1" in found
-    assert "'With Space' does not match" in found
-    assert "'method' is a required property" in found
+def test_the_schema_knows_keys_values_and_settings_of_methods() -> None:
+    for name in ("unknown-section", "unknown-key", "missing-key", "unknown-method", "name"):
+        assert refusals(changed(*MISTAKES[name][:2])), name
+    for name in ("unknown-setting", "word-for-a-number", "too-few", "not-one-of", "not-pinned"):
+        assert refusals(changed(*MISTAKES[name][:2])), name
 
 
-@pytest.mark.parametrize(("where", "schema"), objects(SCHEMA), ids=lambda v: str(v)[:40])
-def test_objects_are_closed_and_keys_described(where: str, schema: dict[str, Any]) -> None:
-    assert schema["additionalProperties"] is False, where
-    for key, child in schema["properties"].items():
-        if "$ref" in child and "description" not in child:
-            child = SCHEMA["$defs"][child["$ref"].rpartition("/")[2]]
-        assert child.get("description"), f"{where}.{key} has no description"
+def test_every_key_is_described() -> None:
+    for name, definition in {**SCHEMA["$defs"], "params": SCHEMA}.items():
+        assert definition["additionalProperties"] is False, name
+        for key, child in definition.get("properties", {}).items():
+            assert child.get("description"), f"{name}.{key}"
 
 
-@pytest.mark.parametrize("section", SECTIONS)
-def test_schema_has_the_keys_of_the_code(section: str) -> None:
-    schema = entries(section)
-    assert set(schema["properties"]) == fields(SECTIONS[section])
-    assert set(schema["required"]) == fields(SECTIONS[section], required=True)
+@pytest.mark.parametrize(("place", "value", "says"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line_that_names_the_key(
+    place: str, value: Any, says: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump(changed(place, value)), encoding="utf-8")
+    with pytest.raises(ConfigError, match=says) as caught:
+        check_params(read_params(file))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
 
 
-def test_schema_has_the_keys_of_the_code_in_nested_sections() -> None:
-    tuning = entries("finetunes")["properties"]["settings"]
-    assert set(tuning["properties"]) == fields(TuningSettings)
-    assert set(tuning["required"]) == fields(TuningSettings, required=True)
-    training = entries("trainings")["properties"]["settings"]
-    assert set(training["properties"]) == fields(FinetuningSettings)
-    assert set(training["required"]) == fields(FinetuningSettings, required=True)
-    evaluation = set(SCHEMA["properties"]["evaluation"]["properties"])
-    assert evaluation == fields(EvaluationSettings) | {"models"}
+@pytest.mark.parametrize("section", NEEDED_BY)
+def test_a_section_may_be_absent(section: str) -> None:
+    params = without(section)
+    assert section not in params
+    check_params(params)
+    assert refusals(params) == []
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The pipeline's definition in a folder of its own, with the code but without data."""
+    folder = tmp_path_factory.mktemp("pipeline") / "project"
+    names = ("workflow", "src", "profiles", "Snakefile", "dvc.yaml", ".dvcignore", ".dvc/config")
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_ = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy_(ROOT / name, folder / name)
+    project = Project(folder)
+    project.run("git", "init", "--quiet", "--initial-branch=main")
+    return project
+
+
+def write_params(project: Project, params: Any) -> None:
+    """Write a project's params.yaml."""
+    text = yaml.safe_dump(params, sort_keys=False)
+    (project.folder / "params.yaml").write_text(text, encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", ["trainings", "tasks", "calibrations"])
+def test_both_engines_do_without_a_section(checkout: Project, section: str) -> None:
+    write_params(checkout, without(section))
+    (checkout.folder / "data/tasks").mkdir(parents=True, exist_ok=True)
+    planned = checkout.snakemake("-n", "results/report.html", **OURS)
+    assert "fetch_model" in planned
+    assert "report" in planned
+    stages = checkout.dvc("stage", "list", "--name-only").split()
+    groups = {stage.partition("@")[0] for stage in stages}
+    assert {"fetch_model", "evaluate_model", "report"} <= groups
+    assert section != "trainings" or not groups & {"train", "evaluate_trained"}
+    assert "report" in checkout.dvc("status")
+    assert "fetch_model.py" in checkout.dvc("repro", "--dry", "fetch_model@smollm2")
+
+
+@pytest.mark.slow
+def test_both_engines_say_a_mistake_in_one_line(checkout: Project) -> None:
+    write_params(checkout, changed("corpora.code.fields", "text"))
+    says = "corpora.code has no setting 'fields': did you mean 'field'?"
+    printed = checkout.snakemake("-n", status=1, **OURS).splitlines()
+    assert says in printed
+    assert len(printed) < 8, printed
+    printed = checkout.dvc("repro", "fetch_corpus@code", status=255, **OURS).splitlines()
+    assert f"error: {says}" in printed
+    printed = checkout.run(
+        sys.executable, "workflow/scripts/fetch_corpus.py", "code", status=1, **OURS
+    ).splitlines()
+    assert printed == [f"error: {says}"]
 
 
 @pytest.mark.parametrize("group", [name for name in STAGES if name.startswith("evaluate")])
 def test_evaluations_depend_on_all_settings_but_the_list_of_models(group: str) -> None:
     tracked = {p.partition(".")[2] for p in STAGES[group]["do"]["params"]}
-    assert tracked == fields(EvaluationSettings)
+    assert tracked == {field.name for field in dataclasses.fields(EvaluationSettings)}
 
 
 def computes(stage: str) -> bool:

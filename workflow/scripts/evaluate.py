@@ -13,8 +13,8 @@ import typer
 from llmpress.core.artifacts import write_json
 from llmpress.core.devices import pick_device
 from llmpress.core.failures import script_errors
-from llmpress.core.params import build, read_params, section
-from llmpress.evaluation.settings import EvaluationSettings
+from llmpress.core.params import read_params
+from llmpress.evaluation.settings import read_evaluation
 from llmpress.evaluation.stage import evaluate
 from llmpress.evaluation.subjects import find_subject
 
@@ -33,8 +33,7 @@ def main(
     transformers.logging.disable_progress_bar()
     with script_errors():
         config = read_params(params)
-        values = {k: v for k, v in section(config, "evaluation").items() if k != "models"}
-        settings = build(EvaluationSettings, values, "evaluation")
+        settings = read_evaluation(config)
         device = str(pick_device())
         metrics, details = evaluate(find_subject(config, key), settings, device)
         for folder, record in ((METRICS, metrics), (DETAILS, details)):

@@ -5,8 +5,9 @@ from pathlib import Path
 import typer
 
 from llmpress.core.failures import script_errors
-from llmpress.core.params import read_params, section
+from llmpress.core.params import read_params
 from llmpress.deltas.extraction import extract_delta_artifact
+from llmpress.deltas.settings import read_delta
 
 
 def main(
@@ -15,10 +16,9 @@ def main(
 ) -> None:
     """Write data/deltas/KEY: fp32 deltas of linear layers, other changed tensors as they are."""
     with script_errors():
-        config, data = read_params(params), Path("data")
-        base = data / section(config, f"deltas.{key}.base")
-        finetuned = data / "models" / section(config, f"deltas.{key}.finetuned")
-        extract_delta_artifact(base, finetuned, data / "deltas" / key)
+        delta, data = read_delta(read_params(params), key), Path("data")
+        finetuned = data / "models" / delta.finetuned
+        extract_delta_artifact(data / delta.base, finetuned, data / "deltas" / key)
 
 
 if __name__ == "__main__":

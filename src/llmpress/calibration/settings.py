@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
+from llmpress.core.settings import Corpora, Count, Natural, Settings, Task, Tokens
+
 
 @dataclass(frozen=True)
-class CalibrationSettings:
+class CalibrationSettings(Settings):
     """How much text of which corpora a model is calibrated on.
 
     Attributes:
@@ -19,22 +21,13 @@ class CalibrationSettings:
             for.
     """
 
-    corpora: tuple[str, ...]
-    windows: int
-    length: int
-    validation_windows: int = 2
-    sensitivity_windows: int = 4
+    corpora: Corpora
+    windows: Count
+    length: Tokens
+    validation_windows: Count = 2
+    sensitivity_windows: Natural = 4
     autocast: bool = True
-    tasks: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.corpora or min(self.windows, self.validation_windows) < 1 or self.length < 2:
-            raise ValueError(
-                "calibration: at least one corpus, one window, one validation window "
-                "and two tokens are needed"
-            )
-        if self.sensitivity_windows < 0:
-            raise ValueError("calibration: sensitivity_windows must not be negative")
+    tasks: tuple[Task, ...] = ()
 
     @property
     def num_texts(self) -> int:

@@ -19,19 +19,11 @@ from llmpress.core.settings import problem
 
 T = TypeVar("T")
 
-NAMED_SECTIONS = (
-    "models",
-    "corpora",
-    "tasks",
-    "finetuned_models",
-    "deltas",
-    "calibrations",
-    "runs",
-    "delta_runs",
-    "finetunes",
-    "trainings",
+SECTIONS = (
+    *("seed", "models", "corpora", "tasks", "finetuned_models", "deltas", "calibrations", "runs"),
+    *("delta_runs", "finetunes", "trainings", "evaluation"),
 )
-"""Sections of params.yaml that map a name to its settings."""
+"""Of params.yaml; all but ``seed`` and ``evaluation`` map names to settings."""
 
 
 def read_params(path: Path) -> dict[str, Any]:
@@ -104,10 +96,16 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def _check_sections(params: Mapping[str, Any]) -> None:
-    for name in NAMED_SECTIONS:
-        entries = params.get(name) or {}
+    for name, entries in params.items():
+        if name not in SECTIONS:
+            raise ConfigError(f"params.yaml has no section {name!r}{suggestion(name, SECTIONS)}")
+        if name in ("seed", "evaluation"):
+            continue
         if not isinstance(entries, dict):
-            raise ConfigError(f"{name} in params.yaml must map names to settings, not {entries!r}")
+            raise ConfigError(
+                f"{name} in params.yaml must map names to settings, not {entries!r}: leave it out "
+                "when it is empty"
+            )
         for key, settings in entries.items():
             if not isinstance(settings, dict):
                 raise ConfigError(f"{name}.{key} must be a mapping of settings, not {settings!r}")
@@ -118,15 +116,18 @@ def _check_sections(params: Mapping[str, Any]) -> None:
 
 
 def _refuse_unknown_keys(hint: Any, value: Any, where: str) -> None:
-    """Check keys at every depth: pydantic ignores unknown keys of standard-library dataclasses."""
+    """Check what pydantic lets pass: unknown keys at every depth, and true for a number."""
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         hints = typing.get_type_hints(hint)
         known = {field.name: hints[field.name] for field in dataclasses.fields(hint) if field.init}
         for key, item in value.items():
             if key not in known:
-                raise ConfigError(f"{where} has no setting {key!r}{suggestion(str(key), known)}")
-            _refuse_unknown_keys(known[key], item, f"{where}.{key}")
+                name = where or "params.yaml"
+                raise ConfigError(f"{name} has no setting {key!r}{suggestion(str(key), known)}")
+            _refuse_unknown_keys(known[key], item, f"{where}.{key}".lstrip("."))
         return
+    if isinstance(value, bool) and hint in (int, float):
+        raise ConfigError(f"{where}: must be a number, got {value!r}")
     if isinstance(value, list):  # tuple[X, ...] or list[X]
         children = [(f"{where}.{index}", item) for index, item in enumerate(value)]
     elif isinstance(value, Mapping) and typing.get_origin(hint) in (dict, Mapping):

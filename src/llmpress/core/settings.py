@@ -9,6 +9,7 @@ import functools
 import inspect
 import re
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
@@ -48,11 +49,44 @@ class Matching:
         return {**handler(schema), "pattern": f"^(?:{self.pattern})$"}
 
 
+@dataclass(frozen=True, init=False)
+class NameOf:
+    """An annotation of text: the name of an entry of one of these sections of params.yaml."""
+
+    sections: tuple[str, ...]
+
+    def __init__(self, *sections: str) -> None:
+        object.__setattr__(self, "sections", sections)
+
+
+class FolderOf(Matching):
+    """An annotation of text: a folder below data/, as ``models/NAME``.
+
+    Args:
+        folders: Which ones.
+    """
+
+    def __init__(self, *folders: str) -> None:
+        super().__init__(
+            f"({'|'.join(folders)})/{NAME}",
+            " or ".join(f"{folder}/NAME" for folder in folders) + ", a folder below data/",
+        )
+
+
 NAME = "[a-z0-9][a-z0-9-]*"
 Name = Annotated[str, Matching(NAME, "a name of lower-case letters, digits and hyphens")]
 """Of a model, corpus, task or run: it becomes the name of folders and stages."""
+Model = Annotated[str, NameOf("models", "finetuned_models")]
+Corpora = Annotated[tuple[Annotated[str, NameOf("corpora")], ...], Field(min_length=1)]
+Task = Annotated[str, NameOf("tasks")]
+Tasks = Mapping[Task, Annotated[int, Field(ge=2)] | None]
+"""Items by task, None for all; fewer than two give no standard error."""
 Count = Annotated[int, Field(ge=1)]
+Tokens = Annotated[int, Field(ge=2)]
+"""Of a window: one at least is predicted from another."""
+Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -63,7 +97,7 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
-        cls: type[Any] = type(self)
+        cls: Any = type(self)  # mypy takes no class with a __hash__ for hashable
         for name, adapter in _adapters(cls).items():
             try:
                 adapter.validate_python(getattr(self, name))
@@ -78,13 +112,14 @@ def problem(error: ErrorDetails, where: str) -> str:
         error: One of its errors.
         where: Dotted name of what was checked.
     """
-    place = ".".join([where, *(str(part) for part in error["loc"] if part != "[key]")])
+    parts = [where, *(str(part) for part in error["loc"] if part != "[key]")]
+    place = ".".join(part for part in parts if part)
     if error["type"] == "missing":
         return f"{place} is missing"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error" and isinstance(error["input"], dict):
         return f"{place}: {message}"  # a class's own check, which names the field
-    message = message.replace("Input should be", "must be").replace("String should", "must")
+    message = re.sub(r"^\w+ should ", "must ", message)
     return f"{place}: {message}, got {error['input']!r}"
 
 

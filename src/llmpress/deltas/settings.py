@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from llmpress.core.params import build, check_same
 from llmpress.core.params import section as lookup
+from llmpress.core.settings import FolderOf, Model, NameOf, Settings
+
+Base = Annotated[str, FolderOf("models", "compressed", "finetuned")]
 
 
 @dataclass(frozen=True)
-class DeltaSource:
+class DeltaSource(Settings):
     """One entry of ``deltas``.
 
     Attributes:
@@ -18,15 +21,12 @@ class DeltaSource:
         finetuned: Name of the fine-tuned model.
     """
 
-    base: str
-    finetuned: str
-
-    def __post_init__(self) -> None:
-        check_base(self.base)
+    base: Base
+    finetuned: Model
 
 
 @dataclass(frozen=True)
-class DeltaRun:
+class DeltaRun(Settings):
     """One entry of ``delta_runs``.
 
     Attributes:
@@ -39,25 +39,12 @@ class DeltaRun:
             compressed, instead of those of the fine-tuned model.
     """
 
-    delta: str
-    base: str
-    finetuned: str
+    delta: Annotated[str, NameOf("deltas")]
+    base: Base
+    finetuned: Annotated[str, NameOf("calibrations")]
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     sequential: bool = False
-
-    def __post_init__(self) -> None:
-        check_base(self.base)
-
-
-def check_base(base: str) -> None:
-    """Refuse what is no folder below data/ that holds a model."""
-    kind, _, name = base.partition("/")
-    if kind not in ("models", "compressed", "finetuned") or not name or "/" in name:
-        raise ValueError(
-            f"base={base!r}: a folder below data/ is needed: models/NAME, compressed/NAME or "
-            "finetuned/NAME"
-        )
 
 
 def read_delta(params: Mapping[str, Any], key: str) -> DeltaSource:

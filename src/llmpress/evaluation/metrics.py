@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
+from llmpress.core.kinds import KindName
+
 DOCUMENT = Path("docs/metrics.md")
 
 
@@ -164,9 +166,7 @@ class Details(Record):
     """Everything a reader of the report may ask about a result."""
 
     name: str = Field(description="Name in params.yaml.")
-    kind: Literal["model", "compressed", "delta", "finetuned", "trained"] = Field(
-        description="What it is."
-    )
+    kind: KindName = Field(description="What it is.")
     method: str | None = Field(description="Name of the compression method; null for a model.")
     settings: dict[str, Any] = Field(description="Settings it was made with.")
     original: str = Field(description="Model it is compared with; a model's own name.")

@@ -1,14 +1,20 @@
-"""How models and runs are evaluated: params.yaml's section ``evaluation`` without ``models``."""
+"""How models and runs are evaluated: params.yaml's section ``evaluation``."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from llmpress.core.params import build
+from llmpress.core.params import section as lookup
+from llmpress.core.settings import Corpora, Count, Model, Settings, Tasks, Tokens
 
 DType = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
-class EvaluationSettings:
+class EvaluationSettings(Settings):
     """The same for every model and run, so that their numbers can be compared.
 
     Attributes:
@@ -26,27 +32,35 @@ class EvaluationSettings:
             one, and with it everything that is compared with it.
     """
 
-    corpora: tuple[str, ...]
-    windows: int
-    length: int
+    corpora: Corpora
+    windows: Count
+    length: Tokens
     dtype: DType
-    tasks: Mapping[str, int | None]
+    tasks: Tasks
     task_dtype: DType
-    prefill_tokens: int
-    decode_tokens: int
-    sample_tokens: int
-    own_tasks: Mapping[str, Mapping[str, int | None]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        least = {"windows": 1, "length": 2, "prefill_tokens": 1, "decode_tokens": 2}
-        for name, minimum in {**least, "sample_tokens": 1}.items():
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{name} is {getattr(self, name)}, at least {minimum} is needed")
-        for tasks in (self.tasks, *self.own_tasks.values()):
-            for task, items in tasks.items():
-                if items is not None and items < 2:
-                    raise ValueError(f"tasks.{task}: {items} items give no standard error")
+    prefill_tokens: Count
+    decode_tokens: Tokens
+    sample_tokens: Count
+    own_tasks: Mapping[Model, Tasks] = field(default_factory=dict)
 
     def tasks_of(self, model: str) -> dict[str, int | None]:
         """Return the items by task that a model, and what is compared with it, is asked."""
         return {**self.tasks, **self.own_tasks.get(model, {})}
+
+
+@dataclass(frozen=True)
+class Evaluation(EvaluationSettings):
+    """The section ``evaluation``.
+
+    Attributes:
+        models: The uncompressed models to measure as well.
+    """
+
+    own_tasks: Mapping[Model, Tasks]  # DVC tracks it, so it has to be there
+    models: Annotated[tuple[Model, ...], Field(min_length=1)]
+
+
+def read_evaluation(params: Mapping[str, Any]) -> EvaluationSettings:
+    """Return what params.yaml says of every model and run, checked."""
+    values = {k: v for k, v in lookup(params, "evaluation").items() if k != "models"}
+    return build(EvaluationSettings, values, "evaluation")

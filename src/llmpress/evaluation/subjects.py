@@ -3,19 +3,18 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmpress.core.artifacts import read_provenance
 from llmpress.core.errors import ConfigError
+from llmpress.core.kinds import KINDS, KindName
 from llmpress.core.params import section, suggestion
 from llmpress.deltas.applying import load_finetuned
 from llmpress.models.adapters import is_adapter, load_adapted, merged
 from llmpress.models.loading import dequantized, load_model, load_tokenizer
-
-Kind = Literal["model", "compressed", "delta", "finetuned", "trained"]
 
 
 @dataclass(frozen=True)
@@ -24,14 +23,14 @@ class Subject:
 
     Attributes:
         name: In params.yaml.
-        kind: Which of the five.
+        kind: Which of `llmpress.core.kinds`.
         folder: The artifact that is evaluated.
         original: Name of the model it is compared with, its own for a model.
         base_folder: Of a delta: where the model lies that it is put on.
     """
 
     name: str
-    kind: Kind
+    kind: KindName
     folder: Path
     original: str
     base_folder: Path | None = None
@@ -85,34 +84,24 @@ def find_subject(params: Mapping[str, Any], name: str) -> Subject:
     Raises:
         ConfigError: It is none of them, or several.
     """
-    models = list(section(params, "evaluation.models"))
-    sections = ("runs", "delta_runs", "finetunes", "trainings")
-    groups = {key: list(params.get(key) or {}) for key in sections}
-    groups["evaluation.models"] = models
-    found = [group for group, names in groups.items() if name in names]
+    section(params, "evaluation.models")
+    groups = {kind: kind.entries(params) for kind in KINDS}
+    found = [kind for kind, entries in groups.items() if name in entries]
     if not found:
-        known = [key for names in groups.values() for key in names]
+        known = [key for entries in groups.values() for key in entries]
         raise ConfigError(f"{name!r} is no model or run to evaluate{suggestion(name, known)}")
     if len(found) > 1:
-        raise ConfigError(f"{name!r} stands in {' and '.join(found)}: rename one of them")
-    group = found[0]
-    compressed = Path("data/compressed") / name
-    if group == "evaluation.models":
-        return Subject(name, "model", model_folder(name), name)
-    if group == "runs":
-        return Subject(name, "compressed", compressed, section(params, f"runs.{name}.model"))
-    if group == "finetunes":
-        original = section(params, f"finetunes.{name}.model")
-        return Subject(name, "finetuned", Path("data/finetuned") / name, original)
-    if group == "trainings":
-        training = section(params, f"trainings.{name}")
-        trained = Path("data/trained") / name
-        if training.get("trains") != "delta":
-            return Subject(name, "trained", trained, training["model"])
-        run = training["start"].removeprefix("compressed/")
-        return Subject(name, "trained", trained, training["model"], _base_folder(params, run))
-    original = section(params, f"delta_runs.{name}.finetuned")
-    return Subject(name, "delta", compressed, original, _base_folder(params, name))
+        sections = " and ".join(kind.section for kind in found)
+        raise ConfigError(f"{name!r} stands in {sections}: rename one of them")
+    (kind,) = found
+    folder = Path("data") / kind.folder / name
+    if kind.original is None:
+        return Subject(name, kind.name, folder, name)
+    original = section(params, f"{kind.section}.{name}.{kind.original}")
+    run = name if kind.name == "delta" else None
+    if kind.name == "trained" and groups[kind][name].get("trains") == "delta":
+        run = section(params, f"{kind.section}.{name}.start").removeprefix("compressed/")
+    return Subject(name, kind.name, folder, original, _base_folder(params, run) if run else None)
 
 
 def _base_folder(params: Mapping[str, Any], delta_run: str) -> Path:

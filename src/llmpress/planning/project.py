@@ -21,7 +21,7 @@ from llmpress.core.artifacts import PROVENANCE, read_json
 from llmpress.core.errors import ArtifactError, ConfigError
 from llmpress.core.params import build, section, suggestion
 from llmpress.deltas.settings import read_delta, read_delta_run
-from llmpress.evaluation.settings import EvaluationSettings
+from llmpress.evaluation.settings import EvaluationSettings, read_evaluation
 from llmpress.methods.base import Method
 from llmpress.methods.registry import build_method
 from llmpress.planning import stages
@@ -306,8 +306,7 @@ class _Project:
     def _evaluate(self, stage: str, name: str) -> _Task:
         made = self.tasks[stage, name] if stage in EVALUATIONS else None
         original = made.model if made else name
-        values = {k: v for k, v in section(self.params, "evaluation").items() if k != "models"}
-        settings = build(EvaluationSettings, values, "evaluation")
+        settings = read_evaluation(self.params)
         settings = replace(settings, tasks=settings.tasks_of(original), own_tasks={})
 
         def need(layout: ModelShapes, settings: EvaluationSettings) -> Need:

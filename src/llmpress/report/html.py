@@ -26,19 +26,11 @@ from llmpress.report.canvas import TEMPLATE
 from llmpress.report.gaps import Gap, find_gaps
 from llmpress.report.measures import NO_VALUE, Measure, decimals, significant, table_measures
 from llmpress.report.skipped import skipped
-from llmpress.report.tables import Results, blocks_frame, layers_frame, summary_frame
+from llmpress.report.tables import KIND_LABELS, Results, blocks_frame, layers_frame, summary_frame
 from llmpress.report.trainings import training_tables
 
 SCRIPTS = ("charts.js", "table.js", "page.js")
 WORST_LAYERS = 3
-KIND_LABELS = {
-    "model": "model",
-    "compressed": "weights",
-    "finetuned": "weights, finetuned",
-    "delta": "delta",
-    "recovered": "weights, recovered on text",
-    "trained": "trained on a task",
-}
 
 
 def write_report(

@@ -15,14 +15,12 @@ import pandas as pd
 
 from llmpress.core.artifacts import read_json
 from llmpress.core.errors import ArtifactError
+from llmpress.core.kinds import KINDS, Kind
 
-KIND_OF_SECTION = {
-    "runs": "compressed",
-    "finetunes": "finetuned",
-    "delta_runs": "delta",
-    "trainings": "trained",
-}
-KIND_ORDER = ("model", "compressed", "finetuned", "recovered", "delta", "trained")
+RECOVERED = "recovered"
+"""Kind of what was trained on text; what was trained on a task is ``trained``."""
+KIND_LABELS = {kind.name: kind.label for kind in KINDS} | {RECOVERED: "weights, recovered on text"}
+KIND_ORDER = ("model", "compressed", "finetuned", RECOVERED, "delta", "trained")
 SIZE_COLUMNS = (
     "bits_per_weight",
     "compressed_weights",
@@ -115,6 +113,7 @@ def read_results(metrics: Path, details: Path, params: Mapping[str, Any]) -> Res
     missing: dict[str, str] = {}
     remarks: list[str] = []
     for name, (kind, settings) in named.items():
+        shown = RECOVERED if kind.name == "trained" and settings.get("corpora") else kind.name
         path = metrics / f"{name}.json"
         if not path.is_file():
             missing[name] = f"There is no {path.name}: its evaluation has not run or has failed."
@@ -124,14 +123,14 @@ def read_results(metrics: Path, details: Path, params: Mapping[str, Any]) -> Res
             record = _mapping(details / path.name)
         else:
             remarks.append(f"{name} has no details file: settings, layers and samples are missing.")
-        original = record.get("original") or settings.get("finetuned") or settings.get("model")
+        original = record.get("original") or settings.get(kind.original or "")
         found.append(
             Result(
                 name=name,
-                kind=kind,
-                original=original if kind != "model" else None,
+                kind=shown,
+                original=original if kind.original else None,
                 base=record.get("base") or _below_data(settings, "base"),
-                tuned_from=settings.get("run") or _below_data(settings, "start"),
+                tuned_from=_below_data(settings, kind.start or ""),
                 metrics=_mapping(path),
                 details=record,
             )
@@ -219,17 +218,11 @@ BLOCK_COLUMNS = [
 ]
 
 
-def _named(params: Mapping[str, Any]) -> dict[str, tuple[str, Mapping[str, Any]]]:
+def _named(params: Mapping[str, Any]) -> dict[str, tuple[Kind, Mapping[str, Any]]]:
     """Return name -> (kind, what params.yaml says of it) for everything that is evaluated."""
-    evaluation = params.get("evaluation") or {}
-    named: dict[str, tuple[str, Mapping[str, Any]]] = {
-        name: ("model", {}) for name in evaluation.get("models") or []
+    return {
+        name: (kind, settings) for kind in KINDS for name, settings in kind.entries(params).items()
     }
-    for section, kind in KIND_OF_SECTION.items():
-        for name, settings in (params.get(section) or {}).items():
-            on_text = section == "trainings" and bool(settings.get("corpora"))
-            named[name] = ("recovered" if on_text else kind, settings)
-    return named
 
 
 def _below_data(settings: Mapping[str, Any], key: str) -> str | None:

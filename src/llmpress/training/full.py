@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from llmpress.core.errors import ConfigError, NumericalError
+from llmpress.core.settings import Count, Model, NameOf, Natural, Positive, Settings, Task, Tokens
 from llmpress.models.architectures import block_linears
 from llmpress.training.examples import Example, collate
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TrainingSettings:
+class TrainingSettings(Settings):
     """One entry of ``finetuned_models`` in params.yaml.
 
     Attributes:
@@ -44,29 +45,23 @@ class TrainingSettings:
         precision: Of the matrix products; weights and optimizer state are fp32.
     """
 
-    base: str
-    steps: int
-    task: str | None = None
-    corpus: str | None = None
+    base: Model
+    steps: Count
+    task: Task | None = None
+    corpus: Annotated[str, NameOf("corpora")] | None = None
     added_tokens: tuple[str, ...] = ()
-    length: int = 256
-    windows: int = 1024
-    batch_size: int = 16
-    learning_rate: float = 1e-4
-    warmup: int = 10
-    max_grad_norm: float = 1.0
+    length: Tokens = 256
+    windows: Count = 1024
+    batch_size: Count = 16
+    learning_rate: Positive = 1e-4
+    warmup: Natural = 10
+    max_grad_norm: Positive = 1.0
     precision: Literal["bfloat16", "float32"] = "bfloat16"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if bool(self.task) == bool(self.corpus):
             raise ValueError("give either `task` or `corpus` to train on")
-        for name in ("steps", "windows", "batch_size", "learning_rate", "max_grad_norm"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.warmup < 0:
-            raise ValueError(f"warmup must not be negative, got {self.warmup}")
-        if self.length < 2:
-            raise ValueError(f"length must be at least 2, got {self.length}")
         if len(set(self.added_tokens)) < len(self.added_tokens) or "" in self.added_tokens:
             raise ValueError(f"added_tokens must be different texts, got {self.added_tokens}")
 

@@ -3,11 +3,23 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from llmpress.core.errors import ConfigError
 from llmpress.core.params import build, suggestion
 from llmpress.core.params import section as lookup
+from llmpress.core.settings import (
+    Count,
+    FolderOf,
+    Model,
+    NameOf,
+    Natural,
+    NotNegative,
+    Positive,
+    Settings,
+    Task,
+    Tokens,
+)
 
 Trains = Literal["compressed", "delta", "lora", "qlora"]
 TRAINS: tuple[Trains, ...] = get_args(Trains)
@@ -15,7 +27,7 @@ ADAPTERS = ("lora", "qlora")
 
 
 @dataclass(frozen=True)
-class FinetuningSettings:
+class FinetuningSettings(Settings):
     """How it is trained.
 
     Attributes:
@@ -39,39 +51,25 @@ class FinetuningSettings:
             one float32 for deltas, whose errors bfloat16's own rounding hides, else bfloat16.
     """
 
-    steps: int
-    learning_rate: float
-    batch_size: int = 8
-    warmup: int = 10
+    steps: Count
+    learning_rate: Positive
+    batch_size: Count = 8
+    warmup: Natural = 10
     objective: Literal["next_token", "distillation"] = "next_token"
     norms: bool = False
-    rank: int = 16
-    alpha: float = 32.0
-    length: int = 256
-    windows: int = 256
-    held_out: int = 32
-    check_every: int = 20
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    rank: Count = 16
+    alpha: Positive = 32.0
+    length: Tokens = 256
+    windows: Count = 256
+    held_out: Count = 32
+    check_every: Count = 20
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: Positive = 1.0
     precision: Literal["bfloat16", "float32"] | None = None
-
-    def __post_init__(self) -> None:
-        positive = (
-            *("steps", "learning_rate", "batch_size", "rank", "alpha", "windows", "held_out"),
-            *("check_every", "max_grad_norm"),
-        )
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("warmup", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.length < 2:
-            raise ValueError(f"length must be at least 2, got {self.length}")
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(Settings):
     """One entry of ``trainings``.
 
     Attributes:
@@ -88,14 +86,15 @@ class Training:
         corpora: Corpora whose calibration part is trained on, instead of a task.
     """
 
-    start: str
-    model: str
+    start: Annotated[str, FolderOf("models", "compressed", "finetuned")]
+    model: Model
     trains: Trains
     settings: FinetuningSettings
-    task: str | None = None
-    corpora: tuple[str, ...] = ()
+    task: Task | None = None
+    corpora: tuple[Annotated[str, NameOf("corpora")], ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if bool(self.task) == bool(self.corpora):
             raise ValueError("give either `task` or `corpora` to train on")
         check_settings(self.trains, self.settings)

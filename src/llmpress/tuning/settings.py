@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from llmpress.compression.settings import read_run
 from llmpress.core.params import build, check_same
 from llmpress.core.params import section as lookup
+from llmpress.core.settings import Count, Model, NameOf, NotNegative, Positive, Settings
 
 
 @dataclass(frozen=True)
-class TuningSettings:
+class TuningSettings(Settings):
     """How each block is finetuned.
 
     Attributes:
@@ -24,23 +25,17 @@ class TuningSettings:
         autocast: Compute in bf16 where a matrix product allows it.
     """
 
-    epochs: int
-    learning_rate: float
-    batch_size: int = 4
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    patience: int = 2
+    epochs: Count
+    learning_rate: Positive
+    batch_size: Count = 4
+    weight_decay: NotNegative = 0.0
+    clip_norm: Positive = 1.0
+    patience: Count = 2
     autocast: bool = True
-
-    def __post_init__(self) -> None:
-        if min(self.epochs, self.batch_size, self.patience) < 1 or not self.learning_rate > 0:
-            raise ValueError(
-                "finetune: epochs, batch_size, patience and learning_rate must be positive"
-            )
 
 
 @dataclass(frozen=True)
-class Finetune:
+class Finetune(Settings):
     """One entry of ``finetunes``.
 
     Attributes:
@@ -50,8 +45,8 @@ class Finetune:
         settings: Optimiser settings.
     """
 
-    run: str
-    model: str
+    run: Annotated[str, NameOf("runs")]
+    model: Model
     method: str
     settings: TuningSettings
 

@@ -41,7 +41,9 @@ class Source(Settings):
         super().__post_init__()
         given = [name for name in ("package", "hub", "path") if getattr(self, name)]
         if self.made_here and given:
-            raise ValueError(f"{self.made_here} is made here: leave {' and '.join(given)} out")
+            raise ValueError(
+                f"with {self.made_here} nothing is fetched: leave {' and '.join(given)} out"
+            )
         if not self.made_here and len(given) != 1:
             raise ValueError(
                 f"name exactly one of package, hub and path (given: {', '.join(given) or 'none'})"

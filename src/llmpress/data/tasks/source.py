@@ -29,11 +29,13 @@ class TaskSource(Source):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.generator and (self.files or self.template):
-            raise ValueError(f"{self.made_here} is made here: leave files and template out")
+            raise ValueError(
+                f"with {self.made_here} nothing is fetched: leave files and template out"
+            )
         if not self.generator and not (self.files and self.template):
             raise ValueError("a published task needs `files:` and `template:`")
 
     @property
     def made_here(self) -> str | None:
         """The generator, of a generated task."""
-        return self.generator
+        return f"generator {self.generator}" if self.generator else None
