@@ -14,8 +14,10 @@ import yaml
 from toy_project import Project
 
 from llmpress.core.errors import ConfigError
+from llmpress.core.kinds import KINDS, SECTIONS_OF_FOLDER, Kind
 from llmpress.core.params import SECTIONS, read_params
 from llmpress.evaluation.settings import EvaluationSettings
+from llmpress.evaluation.stage import SIZES
 from llmpress.pipeline.params import Params, check_params
 from llmpress.pipeline.schema import params_schema
 
@@ -236,6 +238,21 @@ def test_both_engines_say_a_mistake_in_one_line(checkout: Project) -> None:
         sys.executable, "workflow/scripts/fetch_corpus.py", "code", status=1, **OURS
     ).splitlines()
     assert printed == [f"error: {says}"]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_the_table_of_kinds_is_what_the_stages_do(kind: Kind) -> None:
+    made, evaluated = STAGES[kind.made_by], STAGES[kind.evaluated_by]
+    assert made["do"]["outs"] == [f"data/{kind.folder}/${{key}}"]
+    assert evaluated["foreach"] == f"${{{kind.section}}}"
+    assert (
+        f"data/{kind.folder}/${{{'key' if kind.original else 'item'}}}" in evaluated["do"]["deps"]
+    )
+    if kind.original:
+        assert made["foreach"] == evaluated["foreach"]
+        assert made["foreach"].strip("${}") in SECTIONS_OF_FOLDER[kind.folder]
+        assert all(kind.original in entry for entry in PARAMS[kind.section].values())
+    assert kind.name in SIZES
 
 
 @pytest.mark.parametrize("group", [name for name in STAGES if name.startswith("evaluate")])

@@ -15,6 +15,8 @@ class Kind:
         name: In results.
         section: Section of params.yaml that names them; models to evaluate are a list.
         folder: Where their artifacts lie, below data/.
+        made_by: Stage that makes one.
+        evaluated_by: Stage that measures one.
         label: In the report.
         original: Key of an entry that names the model it is compared with; a model's is itself.
         start: Key of an entry that names what it was finetuned from.
@@ -23,6 +25,8 @@ class Kind:
     name: KindName
     section: str
     folder: str
+    made_by: str
+    evaluated_by: str
     label: str
     original: str | None = None
     start: str | None = None
@@ -35,13 +39,54 @@ class Kind:
 
 
 KINDS = (
-    Kind("model", "evaluation.models", "models", "model"),
-    Kind("compressed", "runs", "compressed", "weights", "model"),
-    Kind("finetuned", "finetunes", "finetuned", "weights, finetuned", "model", "run"),
-    Kind("delta", "delta_runs", "compressed", "delta", "finetuned"),
-    Kind("trained", "trainings", "trained", "trained on a task", "model", "start"),
+    Kind(
+        name="model",
+        section="evaluation.models",
+        folder="models",
+        made_by="fetch_model",
+        evaluated_by="evaluate_model",
+        label="model",
+    ),
+    Kind(
+        name="compressed",
+        section="runs",
+        folder="compressed",
+        made_by="compress",
+        evaluated_by="evaluate",
+        label="weights",
+        original="model",
+    ),
+    Kind(
+        name="delta",
+        section="delta_runs",
+        folder="compressed",
+        made_by="compress_delta",
+        evaluated_by="evaluate_delta",
+        label="delta",
+        original="finetuned",
+    ),
+    Kind(
+        name="finetuned",
+        section="finetunes",
+        folder="finetuned",
+        made_by="finetune",
+        evaluated_by="evaluate_finetuned",
+        label="weights, finetuned",
+        original="model",
+        start="run",
+    ),
+    Kind(
+        name="trained",
+        section="trainings",
+        folder="trained",
+        made_by="train",
+        evaluated_by="evaluate_trained",
+        label="trained on a task",
+        original="model",
+        start="start",
+    ),
 )
-"""In the order of the report."""
+"""In the order of dvc.yaml."""
 SECTIONS_OF_FOLDER = {
     "models": ("models", "finetuned_models"),
     "compressed": ("runs", "delta_runs"),

@@ -19,6 +19,7 @@ from llmpress.calibration.settings import CalibrationSettings
 from llmpress.compression.settings import read_run
 from llmpress.core.artifacts import PROVENANCE, read_json
 from llmpress.core.errors import ArtifactError, ConfigError
+from llmpress.core.kinds import KINDS
 from llmpress.core.params import build, section, suggestion
 from llmpress.deltas.settings import read_delta, read_delta_run
 from llmpress.evaluation.settings import EvaluationSettings, read_evaluation
@@ -50,12 +51,7 @@ SECTIONS = {
 }
 """Of each stage the section of params.yaml, and the folder of its artifacts."""
 
-EVALUATIONS = {
-    "compress": "evaluate",
-    "compress_delta": "evaluate_delta",
-    "finetune": "evaluate_finetuned",
-    "train": "evaluate_trained",
-}
+EVALUATIONS = {kind.made_by: kind.evaluated_by for kind in KINDS if kind.original}
 
 
 def plan_project(

@@ -220,8 +220,9 @@ BLOCK_COLUMNS = [
 
 def _named(params: Mapping[str, Any]) -> dict[str, tuple[Kind, Mapping[str, Any]]]:
     """Return name -> (kind, what params.yaml says of it) for everything that is evaluated."""
+    shown = sorted(KINDS, key=lambda kind: KIND_ORDER.index(kind.name))
     return {
-        name: (kind, settings) for kind in KINDS for name, settings in kind.entries(params).items()
+        name: (kind, settings) for kind in shown for name, settings in kind.entries(params).items()
     }
 
 
