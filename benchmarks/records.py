@@ -30,8 +30,7 @@ from llmpress.planning.project import project_records
 from llmpress.planning.records import SHIPPED, Record
 from llmpress.planning.sizes import planned_layers
 from llmpress.planning.stages import TaskText
-from llmpress.training.full import TrainingSettings
-from llmpress.training.settings import FinetuningSettings
+from llmpress.training.settings import FinetuningSettings, TrainingSettings
 from llmpress.tuning.settings import TuningSettings
 
 RESULTS = Path(__file__).parent / "results"

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llmpress.core import resume
+from llmpress.core.artifacts import read_json, write_json
 from llmpress.core.environment import packages
 from llmpress.core.errors import ArtifactError, NumericalError
 from llmpress.core.resume import BlockStore
@@ -25,6 +26,21 @@ def test_a_finished_block_comes_back(tmp_path: Path) -> None:
     torch.testing.assert_close(found[0]["codes"], tensor)
     assert found[1] == {"loss": 0.5}
     assert store.load(3) is None
+
+
+def test_seconds_of_the_process_before_count(tmp_path: Path) -> None:
+    store = BlockStore("task", {}, tmp_path)
+    for name, seconds in (("a", 1000.0), ("b", 2000.0)):
+        store.save(name, {}, None)
+        seal = store.folder / f"{name}.json"
+        write_json(seal, {**read_json(seal), "seconds": seconds})
+    again = BlockStore("task", {}, tmp_path)
+    assert again.seconds() < 1000
+    for name in ("b", "a"):
+        assert again.load(name) is not None
+    assert 2000 <= again.seconds() < 3000
+    again.drop("a")
+    assert again.load("a") is None
 
 
 def test_other_settings_never_see_it(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from llmpress.core.artifacts import read_json
 from llmpress.deltas.compression import compress_delta_artifact
 from llmpress.methods.base import Method
 from llmpress.methods.registry import build_method
-from llmpress.models.adapters import add_adapters, open_base, save_adapter, save_base
 from llmpress.models.checkpoints.files import CheckpointWriter, copy_companions
 from llmpress.planning import ModelShapes, sizes, stages
+from llmpress.training.adapters import add_adapters, open_base, save_adapter, save_base
 
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("bitdelta", {}),

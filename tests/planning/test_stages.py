@@ -14,9 +14,8 @@ from llmpress.methods.registry import build_method
 from llmpress.planning import ModelShapes, stages
 from llmpress.planning.sizes import planned_layers
 from llmpress.planning.stages import Need, TaskText
-from llmpress.training.full import TrainingSettings
 from llmpress.training.objectives import CHUNK
-from llmpress.training.settings import FinetuningSettings, Trains
+from llmpress.training.settings import FinetuningSettings, TrainingSettings, Trains
 from llmpress.tuning.settings import TuningSettings
 
 CALIBRATION = CalibrationSettings(  # as it was in the run below

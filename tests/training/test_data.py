@@ -10,9 +10,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from llmpress.calibration.stage import CalibrationText
 from llmpress.core.errors import SourceError
 from llmpress.data.tasks.arithmetic import generate
-from llmpress.training.data import task_data, text_data
-from llmpress.training.examples import encode
-from llmpress.training.full import draw_batches
+from llmpress.training.data import draw, task_data, text_data
+from llmpress.training.examples import Example, encode
 from llmpress.training.settings import FinetuningSettings
 
 ITEMS = generate(40, 1, 0)["train"]
@@ -30,8 +29,20 @@ def tokenizer(tiny_model_folder: str) -> Tokenizer:
 
 def test_items_come_as_in_full_finetuning(tokenizer: Tokenizer) -> None:
     data = task_data(ITEMS, tokenizer, settings(), seed=3)
-    batches = draw_batches(encode(ITEMS, tokenizer), steps=3, batch_size=4, seed=3)
-    assert data.train == [example for batch in batches for example in batch]
+    assert data.train == draw(encode(ITEMS, tokenizer), 12, seed=3)
+
+
+def test_everything_is_seen_before_it_repeats() -> None:
+    examples = [Example([number], 0) for number in range(7)]
+    drawn = draw(examples, 20, seed=0)
+    order = [example.tokens[0] for example in drawn]
+    assert len(order) == 20
+    rounds = [order[start : start + 7] for start in (0, 7, 14)]
+    assert sorted(rounds[0]) == sorted(rounds[1]) == list(range(7))
+    assert len(set(rounds[2])) == 6
+    assert rounds[0] != rounds[1]
+    assert drawn == draw(examples, 20, seed=0)
+    assert drawn != draw(examples, 20, seed=1)
 
 
 def test_held_out_items_are_never_trained_on(tokenizer: Tokenizer) -> None:

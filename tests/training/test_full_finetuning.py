@@ -15,7 +15,8 @@ from llmpress.data.tasks import calls
 from llmpress.data.tasks.arithmetic import generate
 from llmpress.models.architectures import block_linears
 from llmpress.training.examples import Example, collate, encode, window_examples
-from llmpress.training.full import TrainingSettings, add_tokens, answer_loss, draw_batches, finetune
+from llmpress.training.full import add_tokens, finetune
+from llmpress.training.settings import TrainingSettings
 
 SETTINGS = TrainingSettings(
     base="b", steps=12, task="t", batch_size=4, learning_rate=2e-3, warmup=2, precision="float32"
@@ -48,37 +49,10 @@ def test_items_without_worked_answers_are_refused(tokenizer: Tokenizer) -> None:
         encode([{"query": "Q", "gold": 1}], tokenizer)
 
 
-def test_batches_go_through_everything_before_repeating() -> None:
-    examples = [Example([number], 0) for number in range(7)]
-    batches = list(draw_batches(examples, steps=7, batch_size=3, seed=0))
-    order = [example.tokens[0] for batch in batches for example in batch]
-    assert [len(batch) for batch in batches] == [3] * 7
-    rounds = [order[start : start + 7] for start in (0, 7, 14)]
-    assert all(sorted(one) == list(range(7)) for one in rounds)
-    assert rounds[0] != rounds[1]
-    assert batches == list(draw_batches(examples, steps=7, batch_size=3, seed=0))
-    assert batches != list(draw_batches(examples, steps=7, batch_size=3, seed=1))
-
-
-def test_a_batch_larger_than_the_data_repeats_it() -> None:
-    examples = [Example([number], 0) for number in range(2)]
-    [batch] = draw_batches(examples, steps=1, batch_size=5, seed=0)
-    assert len(batch) == 5
-
-
 def test_collate_labels_answers_only() -> None:
     tokens, labels = collate([Example([5, 6, 7], 1), Example([8, 9], 1)])
     assert tokens.tolist() == [[5, 6, 7], [8, 9, 0]]
     assert labels.tolist() == [[-100, 6, 7], [-100, 9, -100]]
-
-
-def test_loss_is_that_of_the_whole_model_at_the_answers(
-    model: PreTrainedModel, examples: list[Example]
-) -> None:
-    tokens, labels = collate(examples[:5])
-    mask = (tokens != 0).long()
-    expected = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
-    torch.testing.assert_close(answer_loss(model, tokens, labels), expected)
 
 
 def test_finetuning_learns_and_changes_block_linears_only(

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmpress.training import objectives
 from llmpress.training.objectives import model_loss
 
 
@@ -28,32 +27,24 @@ def batch(tiny_windows: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, labels
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 512])
+@pytest.mark.parametrize("chunk", [1, 4, 512, None])
 def test_next_token_is_transformers_own_loss(
-    model: PreTrainedModel,
-    batch: tuple[Tensor, Tensor],
-    chunk: int,
-    monkeypatch: pytest.MonkeyPatch,
+    model: PreTrainedModel, batch: tuple[Tensor, Tensor], chunk: int | None
 ) -> None:
-    monkeypatch.setattr(objectives, "CHUNK", chunk)
     tokens, labels = batch
     expected = model(input_ids=tokens, labels=labels).loss
     expected.backward()
     gradient = model.model.norm.weight.grad.clone()
     model.zero_grad()
-    loss = model_loss(model, tokens, labels)
+    loss = model_loss(model, tokens, labels, chunk=chunk)
     loss.backward()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(model.model.norm.weight.grad, gradient, atol=1e-6, rtol=1e-4)
 
 
 def test_distillation_is_the_divergence_from_the_teacher(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel,
-    batch: tuple[Tensor, Tensor],
-    monkeypatch: pytest.MonkeyPatch,
+    model: PreTrainedModel, teacher: PreTrainedModel, batch: tuple[Tensor, Tensor]
 ) -> None:
-    monkeypatch.setattr(objectives, "CHUNK", 4)
     tokens, labels = batch
     learnt = labels[:, 1:] != -100
     ours, theirs = (
@@ -61,7 +52,7 @@ def test_distillation_is_the_divergence_from_the_teacher(
         for m in (model, teacher)
     )
     expected = (theirs.exp() * (theirs - ours)).sum(-1).mean()
-    loss = model_loss(model, tokens, labels, teacher)
+    loss = model_loss(model, tokens, labels, teacher=teacher, chunk=4)
     torch.testing.assert_close(loss.double(), expected, atol=1e-6, rtol=1e-4)
     assert expected.item() > 1e-3
     loss.backward()
@@ -71,5 +62,5 @@ def test_distillation_is_the_divergence_from_the_teacher(
 def test_the_divergence_of_a_model_from_itself_is_zero(
     model: PreTrainedModel, batch: tuple[Tensor, Tensor]
 ) -> None:
-    loss = model_loss(model, *batch, model)
+    loss = model_loss(model, *batch, teacher=model)
     torch.testing.assert_close(loss.item(), 0.0, atol=1e-6, rtol=0)

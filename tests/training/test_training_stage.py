@@ -1,5 +1,6 @@
 """End-to-end finetuning of tiny models: what changes, what is kept, what it repeats and resumes."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -8,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from tiny_artifacts import Make
 from tiny_models import library_text
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import llmpress
@@ -25,7 +28,7 @@ from llmpress.methods.registry import build_method
 from llmpress.models import adapters
 from llmpress.nn.layers import AdaptedLinear
 from llmpress.nn.layers.quantized import QuantizedLinear
-from llmpress.training import loop
+from llmpress.training import stage
 from llmpress.training.data import task_data, text_data
 from llmpress.training.examples import collate
 from llmpress.training.objectives import model_loss
@@ -216,7 +219,7 @@ def test_the_loss_of_a_delta_is_that_of_the_loaded_result(
     tokenizer = llmpress.load_tokenizer(tiny_finetuned_folder)
     tokens, labels = collate(text_data({"code": part}, tokenizer, settings, 0).held_out)
     with torch.no_grad():
-        loss = model_loss(loaded, tokens, labels, teacher)
+        loss = model_loss(loaded, tokens, labels, teacher=teacher)
     assert record["best_step"] == 2
     assert float(loss) == pytest.approx(record["loss_after"], rel=1e-4)
 
@@ -229,7 +232,7 @@ def test_a_killed_distillation_of_a_delta_continues_to_the_same_bytes(
     stop_at(4, monkeypatch)
     with pytest.raises(Killed):
         distill()
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000002.safetensors"]
     assert content(distill()) == whole
 
 
@@ -298,6 +301,29 @@ def test_a_result_is_never_worse_than_its_start(tune: Tune, compressed: Make) ->
     assert changed(compressed("cluscomp"), out) == set()
 
 
+def test_a_start_in_fp32_is_kept_too(distill: Tune, signs: Path) -> None:
+    out = distill(learning_rate=100.0, warmup=0, max_grad_norm=1e6)
+    assert read_json(out / "training.json")["best_step"] == 0
+    old, new = (load_file(folder / "delta.safetensors") for folder in (signs, out))
+    torch.testing.assert_close(new, old, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("trains", ["compressed", "lora"])
+def test_a_batch_in_parts_gives_the_same_but_for_rounding(
+    tune: Tune, monkeypatch: pytest.MonkeyPatch, trains: Trains
+) -> None:
+    whole = tune("whole", trains, precision="float32")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    parts = tune("parts", trains, precision="float32")
+    first, second = (read_json(out / "training.json") for out in (whole, parts))
+    assert second["losses"] == pytest.approx(first["losses"], rel=1e-4)
+    assert second["loss_after"] == pytest.approx(first["loss_after"], rel=1e-3)
+    first, second = (read_provenance(out)["settings"] for out in (whole, parts))
+    assert second == {**first, "gradient_accumulation_steps": 2}
+    with pytest.raises(ConfigError, match="batch_size 3"):
+        tune("uneven", trains, batch_size=3)
+
+
 def test_held_out_loss_is_that_of_the_stored_values(tune: Tune) -> None:
     first = read_json(tune("first", steps=2) / "training.json")
     settings = {"steps": 1, "rate": 1e-9, "check_every": 1}
@@ -327,64 +353,78 @@ class Killed(BaseException):
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Die once, in the middle of that step."""
-    note = loop._HeldOut.note
-    done = []
+    clip, calls = Accelerator.clip_grad_norm_, itertools.count(1)
 
-    def dying(self: Any, loss: float) -> None:
-        if len(self.record.losses) + 1 == step and not done:
-            done.append(step)
+    def dying(self: Accelerator, *arguments: Any) -> Any:
+        if next(calls) == step:
             raise Killed
-        note(self, loss)
+        return clip(self, *arguments)
 
-    monkeypatch.setattr(loop._HeldOut, "note", dying)
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", dying)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with each step that is taken."""
+    taken: list[int] = []
+    step = torch.optim.AdamW.step
+
+    def counted(self: torch.optim.AdamW, *arguments: Any) -> Any:
+        taken.append(1)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    return taken
 
 
 def checkpoints(tmp_path: Path) -> list[Path]:
-    return sorted((tmp_path / "scratch").glob("*/checkpoint-*"))
+    return sorted((tmp_path / "scratch").glob("*/step-*.safetensors"))
 
 
 @pytest.mark.parametrize("trains", ["compressed", "lora"])
 def test_a_rerun_after_a_kill_continues_and_gives_the_same_bytes(
-    tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trains: Trains
+    tune: Tune,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: list[int],
+    trains: Trains,
 ) -> None:
     whole = content(tune("out", trains))
     shutil.rmtree(tmp_path / "out")
     stop_at(4, monkeypatch)
     with pytest.raises(Killed):
         tune("out", trains)
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000002.safetensors"]
     assert not (tmp_path / "out").exists()
-    steps: list[float] = []
-    note = loop._HeldOut.note
-    monkeypatch.setattr(
-        loop._HeldOut, "note", lambda self, loss: (steps.append(loss), note(self, loss))[1]
-    )
+    steps.clear()
     assert content(tune("out", trains)) == whole
     assert len(steps) == 4
     assert not (tmp_path / "scratch").exists()
 
 
 def test_a_rerun_knows_a_best_state_from_before_the_checkpoint(
-    tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int]
 ) -> None:
-    judge = loop._HeldOut._judge
-    monkeypatch.setattr(
-        loop._HeldOut,
-        "_judge",
-        lambda self, values, step: judge(self, values, step) + abs(step - 2),
-    )
+    def judged(model: nn.Module, *arguments: Any, **more: Any) -> torch.Tensor:
+        away = 0 if model.training else abs(len(steps) - 2)
+        return loss(model, *arguments, **more) + away
+
+    loss = stage.model_loss
+    monkeypatch.setattr(stage, "model_loss", judged)
     whole = content(tune())
     assert read_json(tmp_path / "out" / "training.json")["best_step"] == 2
     shutil.rmtree(tmp_path / "out")
     stop_at(6, monkeypatch)
+    steps.clear()
     with pytest.raises(Killed):
         tune()
-    assert checkpoints(tmp_path)[-1].name == "checkpoint-4"
+    assert checkpoints(tmp_path)[-1].name == "step-000004.safetensors"
+    del steps[4:]
     assert content(tune()) == whole
 
 
 def test_a_damaged_checkpoint_is_not_continued_from(
-    tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int]
 ) -> None:
     whole = content(tune())
     shutil.rmtree(tmp_path / "out")
@@ -392,16 +432,11 @@ def test_a_damaged_checkpoint_is_not_continued_from(
     with pytest.raises(Killed):
         tune()
     second, fourth = checkpoints(tmp_path)
-    (fourth / "seal.json").unlink()
-    weights = second / "model.safetensors"
-    data = bytearray(weights.read_bytes())
+    fourth.with_suffix(".json").unlink()
+    data = bytearray(second.read_bytes())
     data[-1] ^= 1
-    weights.write_bytes(data)
-    steps: list[float] = []
-    note = loop._HeldOut.note
-    monkeypatch.setattr(
-        loop._HeldOut, "note", lambda self, loss: (steps.append(loss), note(self, loss))[1]
-    )
+    second.write_bytes(data)
+    steps.clear()
     assert content(tune()) == whole
     assert len(steps) == 6
 
@@ -413,21 +448,25 @@ def test_checkpoints_hold_the_trained_values_alone(
     with pytest.raises(Killed):
         tune()
     [checkpoint] = checkpoints(tmp_path)
-    stored = load_file(checkpoint / "model.safetensors")
-    assert {name.rpartition("/")[2] for name in stored} == {"codebook", "scales"}
-    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    stored = load_file(checkpoint)
+    assert {name.partition("/")[0] for name in stored} == {
+        *("best", "value", "step", "exp_avg", "exp_avg_sq")
+    }
+    values = {n.rpartition(".")[2]: t for n, t in stored.items() if n.startswith("value/")}
+    assert values.keys() == {"codebook", "scales"}
+    assert {tensor.dtype for tensor in values.values()} == {torch.float32}
 
 
 def test_a_loss_that_is_not_finite_names_the_rate(
     tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss = loop.model_loss
+    loss = stage.model_loss
     monkeypatch.setattr(
-        loop, "model_loss", lambda *a: loss(*a) * (torch.nan if a[0].training else 1)
+        stage, "model_loss", lambda *a, **k: loss(*a, **k) * (torch.nan if a[0].training else 1)
     )
     with pytest.raises(NumericalError, match="the loss is nan at step 1: lower `learning_rate`"):
         tune()
-    monkeypatch.setattr(loop, "model_loss", lambda *a: loss(*a) * torch.inf)
+    monkeypatch.setattr(stage, "model_loss", lambda *a, **k: loss(*a, **k) * torch.inf)
     with pytest.raises(NumericalError, match="held-out loss is inf after 0 steps: lower `learn"):
         tune()
     assert not (tmp_path / "out").exists()
@@ -471,7 +510,7 @@ def test_peft_opens_an_adapter(tune: Tune, tiny_model_folder: Path) -> None:
     peft = pytest.importorskip("peft")
     out = tune(trains="lora", steps=2, rate=5e-3)
     model = llmpress.load_model(tiny_model_folder)
-    with adapters._calm():
+    with adapters.calm():
         wrapped = peft.PeftModel.from_pretrained(model, out)
     layer = wrapped.base_model.model.model.layers[1].self_attn.v_proj
     stored = load_file(out / adapters.ADAPTER_WEIGHTS)

@@ -1,20 +1,18 @@
 """Fine-tune one model of params.yaml's `finetuned_models` into data/models/<name>/."""
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import PreTrainedTokenizerBase
 
-from llmpress.core.artifacts import artifact_folder, write_json
 from llmpress.core.devices import pick_device
 from llmpress.core.failures import script_errors
 from llmpress.core.params import build, read_params, section
 from llmpress.data.corpora import load_text, token_windows
 from llmpress.data.tasks.files import read_items
-from llmpress.training.examples import encode, window_examples
-from llmpress.training.full import TrainingSettings, add_tokens, finetune
+from llmpress.training.examples import Example, encode, window_examples
+from llmpress.training.full import finetune_model
+from llmpress.training.settings import TrainingSettings
 
 
 def main() -> None:
@@ -27,37 +25,28 @@ def main() -> None:
         params = read_params(arguments.params)
         where = f"finetuned_models.{arguments.name}"
         settings = build(TrainingSettings, section(params, where), where)
-        seed = section(params, "seed")
-        base = Path("data/models") / settings.base
         text = (
             {"task": Path("data/tasks") / settings.task}
             if settings.task
             else {"corpus": Path("data/corpora") / str(settings.corpus)}
         )
-        with artifact_folder(
-            Path("data/models") / arguments.name,
-            stage="train_task",
-            settings={**asdict(settings), "seed": seed},
-            inputs={"base": base, **text},
-        ) as folder:
-            tokenizer = AutoTokenizer.from_pretrained(base)
-            # for answers this short, plain matrix products beat the fused attention's backward
-            model = AutoModelForCausalLM.from_pretrained(
-                base, dtype=torch.float32, attn_implementation="eager" if settings.task else "sdpa"
-            ).to(pick_device())
-            new_tokens = add_tokens(model, tokenizer, settings.added_tokens)
+
+        def examples(tokenizer: PreTrainedTokenizerBase) -> list[Example]:
             if settings.task:
-                examples = encode(read_items(text["task"] / "train.jsonl"), tokenizer)
-            else:
-                documents = load_text(text["corpus"], "calibration")
-                examples = window_examples(
-                    token_windows(documents, tokenizer, settings.length, settings.windows)
-                )
-            losses = finetune(model, examples, settings, seed, new_tokens=new_tokens)
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            record = {"settings": asdict(settings), "seed": seed, "losses": losses}
-            write_json(folder / "training.json", record)
+                return encode(read_items(text["task"] / "train.jsonl"), tokenizer)
+            documents = load_text(text["corpus"], "calibration")
+            windows = token_windows(documents, tokenizer, settings.length, settings.windows)
+            return window_examples(windows)
+
+        finetune_model(
+            Path("data/models") / settings.base,
+            Path("data/models") / arguments.name,
+            settings=settings,
+            examples=examples,
+            text=text,
+            seed=section(params, "seed"),
+            device=pick_device(),
+        )
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def finetune(
     def data(tokenizer: "PreTrainedTokenizerBase") -> "TrainingData":
         return _data(tokenizer, text, items, settings, seed)
 
-    finetune_artifact(
+    written = finetune_artifact(
         folder,
         folder if original is None else model_folder(original),
         out,
@@ -93,7 +93,8 @@ def finetune(
         device=place,
         scratch=scratch_folder(out),
     )
-    _print(out, as_json=as_json)
+    if written:
+        _print(out, as_json=as_json)
 
 
 def _settings(

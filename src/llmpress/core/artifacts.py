@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,7 +36,12 @@ SHOW_PROGRESS_ABOVE = 2_000_000_000  # bytes; hashing fewer takes some three sec
 
 @contextmanager
 def artifact_folder(
-    out: Path, *, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, Path]
+    out: Path,
+    *,
+    stage: str,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, Path],
+    seconds: Callable[[], float] | None = None,
 ) -> Iterator[Path]:
     """Build an artifact beside its final place and move it there when it is complete.
 
@@ -47,6 +52,7 @@ def artifact_folder(
         stage: What makes it, for provenance.json.
         settings: The settings it is made with, JSON-representable.
         inputs: Folders it is made from, by role; they are verified, their fingerprints recorded.
+        seconds: How long it took, asked at the end; this call alone without it.
 
     Yields:
         An empty temporary folder to write into. On an error it is removed and ``out`` is left
@@ -72,7 +78,7 @@ def artifact_folder(
             "inputs": fingerprints,
             "settings": dict(settings),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.perf_counter() - started, 3),
+            "seconds": round(seconds() if seconds else time.perf_counter() - started, 3),
             "peak_memory_bytes": peak_memory_bytes(),
             "hardware": hardware(),
             "packages": packages(),

@@ -12,6 +12,7 @@ import logging
 import re
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -47,6 +48,7 @@ class BlockStore:
     """
 
     def __init__(self, task: str, decided_by: Mapping[str, Any], root: Path = SCRATCH) -> None:
+        self._opened = self._started = time.perf_counter()
         state = {"decided_by": decided_by, "code": _code(), "packages": packages()}
         text = json.dumps(state, sort_keys=True, default=str)
         self._state: dict[str, dict[str, Any]] = json.loads(text)
@@ -80,35 +82,48 @@ class BlockStore:
         if kind is None or issubclass(kind, NumericalError | ConfigError | ValueError):
             self.clear()
 
-    def load(self, index: int) -> tuple[dict[str, Tensor], Any] | None:
+    def seconds(self) -> float:
+        """Return the wall seconds so far, those of the processes that are continued included."""
+        return time.perf_counter() - self._started
+
+    def load(self, index: int | str) -> tuple[dict[str, Tensor], Any] | None:
         """Return tensors and record of a finished block, None when it has to be computed.
 
         A damaged checkpoint is as good as none: its block is computed again.
         """
-        tensors = self.folder / f"{index:04d}.safetensors"
-        record = self.folder / f"{index:04d}.json"
+        tensors, record = (self._file(index, suffix) for suffix in ("safetensors", "json"))
         if not (record.is_file() and tensors.is_file()):
             return None
         try:
             content = read_json(record)
             if content["sha256"] == sha256(tensors):
+                self._started = min(self._started, self._opened - content["seconds"])
                 return load_file(tensors), content["record"]
         except (ArtifactError, KeyError, TypeError):
             pass
-        logger.warning("%s: damaged, block %d is computed again", record, index)
+        logger.warning("%s: damaged, what it held is computed again", record)
         return None
 
-    def save(self, index: int, tensors: Mapping[str, Tensor], record: Any) -> None:
-        """Keep a finished block; the record is written last and makes it valid."""
+    def save(self, index: int | str, tensors: Mapping[str, Tensor], record: Any) -> None:
+        """Keep a finished block or a named state; the record is written last and makes it valid."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / STATE).is_file():
             write_json(self.folder / STATE, self._state)
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        path = self.folder / f"{index:04d}.safetensors"
+        path, temporary = (self._file(index, suffix) for suffix in ("safetensors", "tmp"))
         save_tensors(contiguous, path)
-        temporary = self.folder / f"{index:04d}.tmp"
-        write_json(temporary, {"sha256": sha256(path), "record": record})
-        temporary.rename(self.folder / f"{index:04d}.json")
+        seal = {"sha256": sha256(path), "seconds": self.seconds(), "record": record}
+        write_json(temporary, seal)
+        temporary.rename(temporary.with_suffix(".json"))
+
+    def drop(self, index: int | str) -> None:
+        """Remove a checkpoint."""
+        for suffix in ("json", "safetensors"):
+            self._file(index, suffix).unlink(missing_ok=True)
+
+    def _file(self, index: int | str, suffix: str) -> Path:
+        name = index if isinstance(index, str) else f"{index:04d}"
+        return self.folder / f"{name}.{suffix}"
 
     def clear(self) -> None:
         """Remove all checkpoints of this task, of older settings too."""

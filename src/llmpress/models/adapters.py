@@ -6,11 +6,10 @@ double quantization included. peft and bitsandbytes are needed for these alone a
 """
 
 import importlib
-import json
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmpress.core.artifacts import folder_bytes, read_json, save_tensors
+from llmpress.core.artifacts import folder_bytes, read_json
 from llmpress.core.devices import pick_device
-from llmpress.core.errors import ArtifactError, ConfigError
+from llmpress.core.errors import ArtifactError
 from llmpress.models.architectures import block_linears, replace_module
-from llmpress.models.checkpoints.compressed import is_compressed
-from llmpress.models.checkpoints.files import Checkpoint, copy_companions, stored_dtype
+from llmpress.models.checkpoints.files import Checkpoint, stored_dtype
 from llmpress.models.loading import load_model
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE = "base"
-STORED_DTYPE = torch.bfloat16
-"""What adapters, and what is not quantized of an NF4 base, are stored in."""
 
 # bitsandbytes says at its import that it has no kernel of its own for this processor
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -41,103 +37,6 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter."""
     return (folder / ADAPTER_CONFIG).is_file()
-
-
-def open_base(model: Path, *, quantize: bool, device: torch.device) -> PreTrainedModel:
-    """Load a dense model to put adapters on, its linears as NF4 with ``quantize``.
-
-    Raises:
-        ModuleNotFoundError: bitsandbytes is not installed.
-        ConfigError: The model is compressed.
-    """
-    if is_compressed(Checkpoint(model)):
-        raise ConfigError(f"{model}: is compressed; adapters are trained on its original")
-    if not quantize:
-        return load_model(model, device=str(device))
-    required("bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    quantized: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        model,
-        quantization_config=settings,
-        dtype=STORED_DTYPE,
-        device_map={"": device},
-        trust_remote_code=False,
-        local_files_only=True,
-    )
-    _as_stored(quantized)
-    quantized.eval()
-    return quantized
-
-
-def save_base(model: PreTrainedModel, source: Path, folder: Path) -> None:
-    """Store an NF4 base inside an adapter folder."""
-    model.save_pretrained(folder / BASE)
-    copy_companions(source, folder / BASE)
-
-
-def add_adapters(
-    model: PreTrainedModel, *, rank: int, alpha: float, seed: int
-) -> dict[str, nn.Parameter]:
-    """Put an adapter beside every linear of the decoder blocks, in place.
-
-    Args:
-        model: What `open_base` returned; all else of it is frozen, and its tensors outside the
-            quantized linears become fp32.
-        rank: Of the adapters.
-        alpha: The product of an adapter is scaled by ``alpha / rank``.
-        seed: Of the factor that does not start at zero.
-
-    Returns:
-        The adapters' parameters by the names they are stored under.
-
-    Raises:
-        ModuleNotFoundError: peft is not installed.
-    """
-    peft = required("peft")
-    names = {name.rpartition(".")[2] for block in block_linears(model) for name in block}
-    settings = peft.LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=sorted(names), task_type="CAUSAL_LM"
-    )
-    for parameter in model.parameters():
-        if parameter.is_floating_point():  # NF4 is stored as integers
-            parameter.data = parameter.data.float()
-    torch.manual_seed(seed)
-    with _calm():
-        wrapped = peft.get_peft_model(model, settings)
-    state = peft.get_peft_model_state_dict(wrapped)
-    by_place = {p.data_ptr(): p for p in wrapped.parameters() if p.requires_grad}
-    return {name: by_place[tensor.data_ptr()] for name, tensor in state.items()}
-
-
-def save_adapter(
-    tensors: Mapping[str, Tensor], folder: Path, *, model: str, rank: int, alpha: float
-) -> None:
-    """Write an adapter as peft would, without its random order of names."""
-    peft = required("peft")
-    modules = {name.removesuffix(".weight").split(".")[-2] for name in tensors}
-    settings = peft.LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=sorted(modules),
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=model,
-        inference_mode=True,
-    )
-    content = {
-        key: sorted(value) if isinstance(value, set) else value
-        for key, value in settings.to_dict().items()
-    }
-    text = json.dumps(content, indent=2, sort_keys=True, default=str)
-    (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_tensors(contiguous, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 def load_adapted(
@@ -168,10 +67,10 @@ def load_adapted(
             trust_remote_code=False,
             local_files_only=True,
         )
-        _as_stored(model)
+        keep_as_stored(model)
     else:
         model = load_model(original, dtype=dtype, device=device)
-    with _calm():
+    with calm():
         wrapped = peft.PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
     for parameter in wrapped.parameters():
         if parameter.is_floating_point():  # NF4 is stored as integers
@@ -262,7 +161,7 @@ def required(package: str) -> Any:
         ) from None
 
 
-def _as_stored(model: PreTrainedModel) -> None:
+def keep_as_stored(model: PreTrainedModel) -> None:
     """Keep bitsandbytes from rewriting weights for some processors, with coarser scales."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -270,7 +169,7 @@ def _as_stored(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _calm() -> Iterator[None]:
+def calm() -> Iterator[None]:
     """Hide peft's use of what transformers renames: no user can act on it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

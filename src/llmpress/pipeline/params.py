@@ -18,8 +18,7 @@ from llmpress.data.tasks.source import TaskSource
 from llmpress.deltas.settings import DeltaRun, DeltaSource, read_delta_run
 from llmpress.evaluation.settings import Evaluation
 from llmpress.methods.registry import build_method
-from llmpress.training.full import TrainingSettings
-from llmpress.training.settings import Training, read_training
+from llmpress.training.settings import Training, TrainingSettings, read_training
 from llmpress.tuning.settings import Finetune, read_finetune
 
 

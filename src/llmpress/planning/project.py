@@ -31,8 +31,7 @@ from llmpress.planning.records import Record, read_records
 from llmpress.planning.shapes import ModelShapes, read_shapes
 from llmpress.planning.sizes import Layers, planned_layers
 from llmpress.planning.stages import Need, TaskText
-from llmpress.training.full import TrainingSettings
-from llmpress.training.settings import FinetuningSettings, read_training
+from llmpress.training.settings import FinetuningSettings, TrainingSettings, read_training
 from llmpress.tuning.settings import read_finetune
 
 CHARACTERS_PER_TOKEN = 4.2

@@ -25,9 +25,14 @@ from llmpress.nn.layers import CompressedLinear
 from llmpress.planning import sizes
 from llmpress.planning.shapes import ModelShapes
 from llmpress.planning.sizes import ArtifactSize, Layers
-from llmpress.training.full import TrainingSettings
 from llmpress.training.objectives import CHUNK
-from llmpress.training.settings import ADAPTERS, FinetuningSettings, Trains, with_precision
+from llmpress.training.settings import (
+    ADAPTERS,
+    FinetuningSettings,
+    TrainingSettings,
+    Trains,
+    with_precision,
+)
 from llmpress.tuning.settings import TuningSettings
 
 PACKAGES_BYTES = 440_000_000

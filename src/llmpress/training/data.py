@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmpress.calibration.stage import CalibrationText
 from llmpress.core.errors import SourceError
 from llmpress.data.corpora import token_windows
 from llmpress.training.examples import Example, encode, window_examples
@@ -13,6 +12,8 @@ from llmpress.training.settings import FinetuningSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from llmpress.calibration.stage import CalibrationText
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,11 @@ def task_data(
         )
     examples = random.Random(seed).sample(encode(records, tokenizer), len(records))
     pool, held_out = examples[: -settings.held_out], examples[-settings.held_out :]
-    return TrainingData(_repeated(pool, settings, seed), held_out)
+    return TrainingData(_order(pool, settings, seed), held_out)
 
 
 def text_data(
-    texts: Mapping[str, CalibrationText],
+    texts: Mapping[str, "CalibrationText"],
     tokenizer: "PreTrainedTokenizerBase",
     settings: FinetuningSettings,
     seed: int,
@@ -78,13 +79,27 @@ def text_data(
         held_out.append(window_examples(windows[1]))
     mixed = [example for group in zip(*held_out, strict=True) for example in group]
     random.Random(seed).shuffle(pool)
-    return TrainingData(_repeated(pool, settings, seed), mixed[: settings.held_out])
+    return TrainingData(_order(pool, settings, seed), mixed[: settings.held_out])
 
 
-def _repeated(pool: Sequence[Example], settings: FinetuningSettings, seed: int) -> list[Example]:
-    """Return the pool in its order, then again in new ones, until there is enough."""
-    random_state = random.Random(seed + 1)
-    drawn = list(pool)
-    while len(drawn) < settings.steps * settings.batch_size:
-        drawn += random_state.sample(pool, len(pool))
-    return drawn[: settings.steps * settings.batch_size]
+def draw(
+    examples: Sequence[Example], count: int, seed: int, *, first: Sequence[Example] = ()
+) -> list[Example]:
+    """Go through all examples in a new random order each time, until there are ``count``.
+
+    Args:
+        examples: At least one.
+        count: How many to return.
+        seed: Of the orders.
+        first: What comes before.
+    """
+    random_state = random.Random(seed)
+    drawn = list(first)
+    while len(drawn) < count:
+        drawn += random_state.sample(examples, len(examples))
+    return drawn[:count]
+
+
+def _order(pool: Sequence[Example], settings: FinetuningSettings, seed: int) -> list[Example]:
+    """Return the pool in its order, then again in new ones, as many as the steps take."""
+    return draw(pool, settings.steps * settings.batch_size, seed + 1, first=pool)

@@ -53,6 +53,11 @@ def window_examples(windows: Tensor) -> list[Example]:
     return [Example(window, 1) for window in windows.tolist()]
 
 
+def num_learnt(examples: Sequence[Example]) -> int:
+    """Return how many tokens are learnt; nothing predicts the first one of an example."""
+    return sum(len(item.tokens) - max(1, item.num_query_tokens) for item in examples)
+
+
 def collate(batch: Sequence[Example]) -> tuple[Tensor, Tensor]:
     """Pad a batch on the right.
 

@@ -5,65 +5,85 @@ the weights that delta methods compress, and the rows of added tokens, which the
 Weights stay fp32 under bf16 autocast: in bf16 a small fine-tuning step is lost to rounding.
 """
 
-import math
-import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmpress.core.errors import ConfigError, NumericalError
-from llmpress.core.settings import Count, Model, NameOf, Natural, Positive, Settings, Task, Tokens
+from llmpress.core.artifacts import write_json
+from llmpress.core.errors import ConfigError
+from llmpress.core.resume import SCRATCH, BlockStore
 from llmpress.models.architectures import block_linears
-from llmpress.training.examples import Example, collate
+from llmpress.training.data import TrainingData, draw
+from llmpress.training.examples import Example
+from llmpress.training.loop import train
+from llmpress.training.objectives import model_loss
+from llmpress.training.processes import trained_artifact
+from llmpress.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class TrainingSettings(Settings):
-    """One entry of ``finetuned_models`` in params.yaml.
+def finetune_model(
+    base: Path,
+    out: Path,
+    *,
+    settings: TrainingSettings,
+    examples: Callable[["PreTrainedTokenizerBase"], list[Example]],
+    text: Mapping[str, Path],
+    seed: int,
+    device: torch.device,
+    scratch: Path = SCRATCH,
+) -> None:
+    """Train a model on disk into another one.
 
-    Attributes:
-        base: Name of the model to start from.
-        steps: Optimizer steps.
-        task: Name of a task with training items.
-        corpus: Name of a corpus whose calibration part is trained on, instead of a task.
-        added_tokens: What the vocabulary grows by.
-        length: Tokens of a window of the corpus.
-        windows: Windows of the corpus to train on.
-        batch_size: Items or windows per step.
-        learning_rate: Its peak; it rises over ``warmup`` steps and falls linearly to zero.
-        warmup: Steps.
-        max_grad_norm: Gradients are scaled down to this norm.
-        precision: Of the matrix products; weights and optimizer state are fp32.
+    A killed call continues from its last checkpoint when it is repeated, and gives the same bytes.
+
+    Args:
+        base: The model to start from.
+        out: The model to write.
+        settings: How.
+        examples: Makes what is learnt with the tokenizer, added tokens included.
+        text: The artifact that the examples come from, by role.
+        seed: Same seed, same bytes.
+        device: Where to compute.
+        scratch: Folder for the checkpoints of an unfinished call.
+
+    Raises:
+        ArtifactError: A damaged folder.
+        ConfigError: Tokens that cannot be added, a batch that processes cannot share evenly.
+        NumericalError: A loss that is not finite.
     """
-
-    base: Model
-    steps: Count
-    task: Task | None = None
-    corpus: Annotated[str, NameOf("corpora")] | None = None
-    added_tokens: tuple[str, ...] = ()
-    length: Tokens = 256
-    windows: Count = 1024
-    batch_size: Count = 16
-    learning_rate: Positive = 1e-4
-    warmup: Natural = 10
-    max_grad_norm: Positive = 1.0
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if bool(self.task) == bool(self.corpus):
-            raise ValueError("give either `task` or `corpus` to train on")
-        if len(set(self.added_tokens)) < len(self.added_tokens) or "" in self.added_tokens:
-            raise ValueError(f"added_tokens must be different texts, got {self.added_tokens}")
+    with trained_artifact(
+        out,
+        stage="train_task",
+        settings={**asdict(settings), "seed": seed},
+        inputs={"base": base, **text},
+        device=device,
+        scratch=scratch,
+    ) as made:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        # for answers this short, plain matrix products beat the fused attention's backward
+        attention = "eager" if settings.task else "sdpa"
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            base, dtype=torch.float32, attn_implementation=attention
+        )
+        model.to(made.device)
+        new_tokens = add_tokens(model, tokenizer, settings.added_tokens)
+        losses = finetune(
+            model, examples(tokenizer), settings, seed, new_tokens=new_tokens, store=made.store
+        )
+        if made.folder is not None:
+            model.save_pretrained(made.folder)
+            tokenizer.save_pretrained(made.folder)
+            record = {"settings": asdict(settings), "seed": seed, "losses": losses}
+            write_json(made.folder / "training.json", record)
 
 
 def add_tokens(
@@ -106,28 +126,6 @@ def add_tokens(
     return list(range(count, count + len(tokens)))
 
 
-def draw_batches(
-    examples: Sequence[Example], steps: int, batch_size: int, seed: int
-) -> Iterator[list[Example]]:
-    """Yield ``steps`` batches, going through all examples in a new random order each time."""
-    random_state = random.Random(seed)
-    waiting: list[Example] = []
-    for _ in range(steps):
-        while len(waiting) < batch_size:
-            waiting += random_state.sample(examples, len(examples))
-        yield waiting[:batch_size]
-        waiting = waiting[batch_size:]
-
-
-def answer_loss(model: "PreTrainedModel", tokens: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of the answers' tokens; logits are computed only there."""
-    hidden_states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-    learnt = labels[:, 1:] != -100  # [B, T - 1]
-    head: nn.Module = model.get_output_embeddings()
-    logits = head(hidden_states[:, :-1][learnt])  # [answer tokens, V]
-    return functional.cross_entropy(logits.float(), labels[:, 1:][learnt])
-
-
 def finetune(
     model: "PreTrainedModel",
     examples: Sequence[Example],
@@ -135,6 +133,7 @@ def finetune(
     seed: int,
     *,
     new_tokens: Sequence[int] = (),
+    store: BlockStore | None = None,
 ) -> list[float]:
     """Train the linear layers of the decoder blocks in place.
 
@@ -144,6 +143,7 @@ def finetune(
         settings: Steps, batch size, learning rate.
         seed: Of the order of the examples.
         new_tokens: Ids whose rows of embeddings and head train too, what `add_tokens` returns.
+        store: Where checkpoints lie; the newest whole one is continued from.
 
     Returns:
         The loss of each step, in nats per answer token.
@@ -151,63 +151,32 @@ def finetune(
     Raises:
         NumericalError: The loss is no longer finite.
     """
-    parameters = _only_block_linears(model)
+    parameters = {
+        f"{name}.{part}": parameter
+        for block in block_linears(model)
+        for name, linear in block.items()
+        for part, parameter in linear.named_parameters()
+        if part == "weight"
+    }
     masks = []
-    for weight in _vocabulary_weights(model) if new_tokens else ():
-        weight.requires_grad = True
-        masks.append(weight.register_hook(partial(_rows_only, new_tokens)))
-        parameters.append(weight)
-    optimizer = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    if new_tokens:
+        for number, weight in enumerate(_vocabulary_weights(model)):
+            parameters[f"vocabulary.{number}"] = weight
+            weight.requires_grad = True
+            masks.append(weight.register_hook(partial(_rows_only, new_tokens)))
+    drawn = draw(examples, settings.steps * settings.batch_size, seed)
+    _, record = train(
+        model,
+        parameters,
+        partial(model_loss, model, chunk=None),
+        TrainingData(drawn, held_out=()),
+        settings,
+        seed=seed,
+        store=store,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_share(step, settings.steps, settings.warmup)
-    )
-    precision = torch.autocast(
-        model.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"
-    )
-    batches = draw_batches(examples, settings.steps, settings.batch_size, seed)
-    losses: list[float] = []
-    model.train()
-    with tqdm(batches, total=settings.steps, desc="fine-tuning", unit="step") as progress:
-        for batch in progress:
-            tokens, labels = (part.to(model.device) for part in collate(batch))
-            with precision:
-                loss = answer_loss(model, tokens, labels)
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise NumericalError(
-                    f"the loss is {losses[-1]} at step {len(losses)}: lower `learning_rate`"
-                )
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            progress.set_postfix(loss=f"{losses[-1]:.3f}")
     for mask in masks:
         mask.remove()
-    model.train(mode=False)
-    return losses
-
-
-def learning_rate_share(step: int, steps: int, warmup: int) -> float:
-    """Return the share of the peak learning rate at a step counted from zero."""
-    rising = (step + 1) / (warmup + 1)
-    falling = (steps - step) / max(1, steps - warmup)
-    return min(1.0, rising, falling)
-
-
-def _only_block_linears(model: "PreTrainedModel") -> list[nn.Parameter]:
-    model.requires_grad_(requires_grad=False)
-    parameters = []
-    for linears in block_linears(model):
-        for linear in linears.values():
-            linear.requires_grad_(requires_grad=True)
-            if linear.bias is not None:
-                linear.bias.requires_grad = False
-            parameters += [item for item in linear.parameters() if item.requires_grad]
-    return parameters
+    return record.losses
 
 
 def _vocabulary_weights(model: "PreTrainedModel") -> list[nn.Parameter]:

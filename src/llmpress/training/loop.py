@@ -1,49 +1,35 @@
-"""Train some parameters of a model with transformers' Trainer, judged by held-out examples.
+"""The training loop of all that is trained end to end, on accelerate.
 
-Trainer's checkpoints hold the trained parameters, the optimizer and the random state; each is
-sealed with a checksum of all its files, so that a rerun after a kill continues from the newest
-whole one and gives the same bytes. Weights are read as safetensors and the rest through torch's
-loader of plain tensors; no code in a checkpoint is run.
+The order of the examples, the rates and the random numbers of a step follow from its number and the
+seed alone, so that a checkpoint is the trained values, the optimizer's state and the step, and a
+rerun after a kill gives the same bytes. A step's batch is the same however many processes share it,
+and in however many parts each of them takes its share: only rounding differs.
 """
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import SequentialSampler
 from tqdm.auto import tqdm
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import PreTrainedModel
 
-from llmpress.core.artifacts import read_json, save_tensors, sha256, write_json
-from llmpress.core.errors import ArtifactError, ConfigError, NumericalError
+from llmpress.core.errors import ConfigError, NumericalError
+from llmpress.core.resume import BlockStore
 from llmpress.numerics.linalg import root_mean_square
 from llmpress.training.data import TrainingData
-from llmpress.training.examples import Example, collate
-from llmpress.training.full import learning_rate_share
-from llmpress.training.objectives import model_loss
-from llmpress.training.settings import FinetuningSettings
-from llmpress.training.trainables import Parameters, holding, rounded
+from llmpress.training.examples import Example, collate, num_learnt
+from llmpress.training.processes import open_accelerator
+from llmpress.training.settings import FinetuningSettings, TrainingSettings
+from llmpress.training.trainables import Parameters, holding, rounded, training
 
 logger = logging.getLogger(__name__)
 
-SEAL = "seal.json"
-BEST = "best.safetensors"
-SHORT = 128
-"""Tokens; up to here plain matrix products beat the fused attention's backward pass on a CPU."""
+Objective = Callable[[Tensor, Tensor], Tensor]
+"""The mean loss in nats of what is learnt, from tokens and labels ``[B, T]``."""
 
 
 @dataclass
@@ -51,268 +37,270 @@ class TrainingRecord:
     """What training did.
 
     Attributes:
-        loss_before: Held-out loss of the start, in nats.
-        loss_after: The same of what is stored.
-        best_step: The step that is stored; 0 when no step lowered the held-out loss.
-        held_out: Step and held-out loss of every look at it.
+        held_out: Step and held-out loss, in nats, of every look at it; the start is step 0.
         losses: Training loss of each step.
     """
 
-    loss_before: float
-    loss_after: float
-    best_step: int = 0
     held_out: list[tuple[int, float]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+
+    @property
+    def best(self) -> tuple[int, float]:
+        """The step with the lowest held-out loss, 0 when none lowered it, and that loss."""
+        step, loss = min(self.held_out, key=lambda look: look[1])
+        return step, loss
 
 
 def train(
     model: PreTrainedModel,
     parameters: Parameters,
-    dtypes: Mapping[str, torch.dtype],
+    objective: Objective,
     data: TrainingData,
-    settings: FinetuningSettings,
+    settings: FinetuningSettings | TrainingSettings,
     *,
     seed: int,
-    folder: Path,
-    teacher: PreTrainedModel | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
     relative_rate: bool = False,
+    store: BlockStore | None = None,
 ) -> tuple[dict[str, Tensor], TrainingRecord]:
-    """Train parameters in fp32 and return their best values as they are stored.
+    """Train parameters in fp32, in place.
 
     Args:
         model: On its device.
-        parameters: What trains, fp32, by full name.
-        dtypes: What each is stored in; it is judged rounded to that.
-        data: Examples to train on and to judge by.
-        settings: Steps, rates, objective.
-        seed: Same seed, same bytes.
-        folder: Where checkpoints lie; those that are there are continued from.
-        teacher: The original model, for distillation.
+        parameters: What trains, by full name.
+        objective: The loss of that model.
+        data: Examples to train on and, if any, to judge by.
+        settings: Steps, rates, precision.
+        seed: Of the random numbers that the model draws.
+        dtypes: What each is stored in, fp32 without: it is judged rounded to that.
         relative_rate: Scale each tensor's rate with the size of its entries at the start.
+        store: Where checkpoints lie; the newest whole one is continued from.
 
     Returns:
-        The values with the lowest held-out loss, the start's when none is lower, and a record.
+        The values with the lowest held-out loss as they are stored, the start's when none is lower,
+        none when nothing is held out; and a record.
 
     Raises:
         NumericalError: A loss is NaN or infinite.
-        ConfigError: A GPU that Trainer would not use.
+        ConfigError: A batch that the processes cannot share evenly.
     """
-    device = model.device
-    if max(len(example.tokens) for example in (*data.train, *data.held_out)) <= SHORT:
-        model.set_attn_implementation("eager")
-    if device.type == "cuda" and device.index not in (None, 0):
-        raise ConfigError(f"device {device}: finetuning takes cuda:0; set CUDA_VISIBLE_DEVICES")
-    part = _TrainedPart(model, parameters, settings, teacher)
-    watch = _HeldOut(part, parameters, dtypes, data.held_out, settings)
-    checkpoint = _last_checkpoint(folder)
-    trainer = _Trainer(
-        model=part,
-        args=_arguments(settings, seed, folder, device),
-        train_dataset=data.train,
-        data_collator=_collate,
-        optimizers=_optimizer(parameters, settings, relative=relative_rate),
-        callbacks=[watch],
-    )
-    trainer.args._n_gpu = min(1, trainer.args.n_gpu)  # one process, one device
-    trainer.watch = watch
-    for talkative in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(talkative)
-    watch.begin(checkpoint)
-    with watch.progress:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with training(model, parameters):
+        loop = _Loop(model, parameters, objective, data, settings, seed, dtypes, relative_rate)
+        loop.run(store)
     model.eval()
-    return watch.best, watch.record
+    return loop.best, loop.record
 
 
-class _TrainedPart(nn.Module):
+class _Part(nn.Module):
     """The trained parameters as a module of their own, whose output is the whole model's loss.
 
-    So Trainer's checkpoints hold these parameters alone.
+    So these alone are spread over processes.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        parameters: Parameters,
-        settings: FinetuningSettings,
-        teacher: PreTrainedModel | None,
+        self, model: PreTrainedModel, parameters: Parameters, objective: Objective, precision: str
     ) -> None:
         super().__init__()
         for name, parameter in parameters.items():
             self.register_parameter(name.replace(".", "/"), parameter)
-        self._whole = (model, teacher)  # in a tuple, so that they are no submodules
-        self._autocast = settings.precision == "bfloat16"
+        self._whole = (model, objective)  # in a tuple, so that the model is no submodule
+        # accelerate's own mixed precision is one for all of a process: the settings decide here
+        self._autocast = precision == "bfloat16"
 
-    def train(self, mode: bool = True) -> "_TrainedPart":
+    def train(self, mode: bool = True) -> "_Part":
         """Switch the whole model."""
         self._whole[0].train(mode)
         super().train(mode)
         return self
 
-    def forward(self, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        model, teacher = self._whole
+    def forward(self, batch: Sequence[Example]) -> Tensor:
+        model, objective = self._whole
+        tokens, labels = (part.to(model.device) for part in collate(batch))
         with torch.autocast(model.device.type, torch.bfloat16, enabled=self._autocast):
-            loss = model_loss(model, tokens.to(model.device), labels.to(model.device), teacher)
-        return {"loss": loss}
+            return objective(tokens, labels)
 
 
-class _Trainer(Trainer):
-    """Goes through the examples in their order, and stops at a loss that is not finite."""
-
-    watch: "_HeldOut"
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        examples: Any = train_dataset or self.train_dataset
-        return SequentialSampler(examples)
-
-    def compute_loss(  # type: ignore[override]  # of what Trainer passes, the inputs are needed
-        self, model: nn.Module, inputs: Mapping[str, Tensor], **_: Any
-    ) -> Tensor:
-        loss: Tensor = model(**inputs)["loss"]
-        self.watch.note(float(loss.detach()))
-        return loss
-
-
-class _HeldOut(TrainerCallback):
-    """Looks at the held-out loss, keeps the best state, and seals checkpoints."""
+class _Loop:
+    """One training: what it holds, its steps, its looks at the held-out loss, its checkpoints."""
 
     def __init__(
         self,
-        part: _TrainedPart,
+        model: PreTrainedModel,
         parameters: Parameters,
-        dtypes: Mapping[str, torch.dtype],
-        examples: Sequence[Example],
-        settings: FinetuningSettings,
+        objective: Objective,
+        data: TrainingData,
+        settings: FinetuningSettings | TrainingSettings,
+        seed: int,
+        dtypes: Mapping[str, torch.dtype] | None,
+        relative_rate: bool,
     ) -> None:
-        self.part, self.parameters, self.dtypes = part, parameters, dtypes
-        self.examples, self.settings = examples, settings
+        experts = any(".experts." in name for name in parameters)
+        self.accelerator = open_accelerator(model.device, experts=experts)
+        self.parameters, self.data, self.settings, self.seed = parameters, data, settings, seed
+        self.dtypes = dtypes or dict.fromkeys(parameters, torch.float32)
+        self.device = model.device
+        self.part = _Part(model, parameters, objective, str(settings.precision))
+        self.spread = self.accelerator.prepare_model(self.part, device_placement=False)
+        self.optimizer = _optimizer(parameters, settings, relative=relative_rate)
         self.best: dict[str, Tensor] = {}
-        self.record = TrainingRecord(math.nan, math.nan)
-        self.progress = tqdm(
-            total=settings.steps, desc="finetune", unit="step", dynamic_ncols=True, mininterval=1.0
+        self.record = TrainingRecord()
+
+    def run(self, store: BlockStore | None) -> None:
+        """Take all steps that are still to take."""
+        settings, record = self.settings, self.record
+        progress = tqdm(
+            total=settings.steps,
+            desc="finetune",
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=1.0,
+            disable=not self.accelerator.is_main_process,
         )
+        with progress:
+            if not (store and self._continue(store)) and self.data.held_out:
+                self._look()
+            self.part.train()
+            progress.update(len(record.losses))
+            for step in range(len(record.losses), settings.steps):
+                self._step(step)
+                progress.update()
+                done = step + 1
+                if done % settings.check_every == 0 or done == settings.steps:
+                    said = {"loss": f"{record.losses[-1]:.3f}"}
+                    if self.data.held_out:
+                        said["held_out"] = f"{self._look():.3f}"
+                    progress.set_postfix(said)
+                    if store and done < settings.steps and self.accelerator.is_main_process:
+                        self._save(store)
 
-    def begin(self, checkpoint: Path | None) -> None:
-        """Judge the start, or take up what a checkpoint says."""
-        if checkpoint is None:
-            self.best = rounded(self.parameters, self.dtypes)
-            loss = self._judge(self.best, 0)
-            self.record = TrainingRecord(loss, loss, held_out=[(0, loss)])
-        else:
-            self.best = load_file(checkpoint / BEST)
-            self.record = TrainingRecord(**read_json(checkpoint / SEAL)["record"])
-            done = len(self.record.losses)
-            logger.warning("continues after step %d, which is read from %s", done, checkpoint)
-            self.progress.update(done)
-
-    def note(self, loss: float) -> None:
-        """Keep the training loss of a step."""
+    def _step(self, step: int) -> None:
+        """Take one step, numbered from zero."""
+        settings, accelerator = self.settings, self.accelerator
+        size = settings.batch_size
+        batch = self.data.train[step * size : (step + 1) * size]
+        torch.manual_seed(
+            (self.seed << 32) + step * accelerator.num_processes + accelerator.process_index
+        )
+        learnt = num_learnt(batch)
+        total = torch.zeros((), device=self.device)
+        for share in _shares(batch, accelerator):
+            with accelerator.accumulate(self.spread):
+                loss = self.spread(share) * (num_learnt(share) / learnt)
+                # what accelerate divides by: it takes means over parts and processes
+                divisor = accelerator.num_processes * accelerator.gradient_accumulation_steps
+                accelerator.backward(loss * divisor)
+                total += loss.detach()
+        loss = float(accelerator.reduce(total, "sum"))
         self.record.losses.append(loss)
         if not math.isfinite(loss):
-            raise NumericalError(
-                f"the loss is {loss} at step {len(self.record.losses)}: lower `learning_rate`"
-            )
+            raise NumericalError(f"the loss is {loss} at step {step + 1}: lower `learning_rate`")
+        accelerator.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * learning_rate_share(step, settings.steps, settings.warmup)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Look at the held-out loss now and then, and after the last step."""
-        del args
-        step = state.global_step
-        self.progress.update()
-        if step % self.settings.check_every == 0 or step == self.settings.steps:
-            values = rounded(self.parameters, self.dtypes)
-            loss = self._judge(values, step)
-            self.record.held_out.append((step, loss))
-            if loss < self.record.loss_after:
-                self.best, self.record.best_step, self.record.loss_after = values, step, loss
-            self.progress.set_postfix(loss=f"{self.record.losses[-1]:.3f}", held_out=f"{loss:.3f}")
-            control.should_save = step < self.settings.steps
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Add the best state to a checkpoint, and seal it: what has no seal is not used."""
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        save_tensors({name: t.contiguous() for name, t in self.best.items()}, folder / BEST)
-        digests = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.name != SEAL}
-        temporary = folder / f"{SEAL}.tmp"
-        write_json(temporary, {"record": asdict(self.record), "files": digests})
-        temporary.rename(folder / SEAL)
-
-    @torch.no_grad()
-    def _judge(self, values: Mapping[str, Tensor], step: int) -> float:
-        """Return the held-out loss of the parameters as they would be stored."""
-        size = self.settings.batch_size
-        total = count = 0.0
-        was_training = self.part.training
-        self.part.eval()
-        with holding(self.parameters, values):
-            for start in range(0, len(self.examples), size):
-                batch = _collate(self.examples[start : start + size])
-                predicted = int((batch["labels"][:, 1:] != -100).sum())
-                total += float(self.part(**batch)["loss"]) * predicted
-                count += predicted
-        self.part.train(was_training)
-        loss = total / count
+    def _look(self) -> float:
+        """Judge the parameters as they would be stored, and keep them if they are the best."""
+        values = rounded(self.parameters, self.dtypes)
+        step, loss = len(self.record.losses), self._judge(values)
         if not math.isfinite(loss):
             raise NumericalError(
                 f"the held-out loss is {loss} after {step} steps: lower `learning_rate`"
             )
+        self.record.held_out.append((step, loss))
+        if self.record.best[0] == step:
+            self.best = values
         return loss
 
+    @torch.no_grad()
+    def _judge(self, values: Mapping[str, Tensor]) -> float:
+        """Return the held-out loss of values, in nats."""
+        size, examples, accelerator = self.settings.batch_size, self.data.held_out, self.accelerator
+        starts = range(0, len(examples), size)[
+            accelerator.process_index :: accelerator.num_processes
+        ]
+        total = torch.zeros((), dtype=torch.float64)
+        self.part.eval()
+        with holding(self.parameters, values):
+            for start in starts:
+                batch = examples[start : start + size]
+                total += float(self.part(batch)) * num_learnt(batch)
+        self.part.train()
+        return float(accelerator.reduce(total.to(self.device), "sum")) / num_learnt(examples)
 
-def _collate(examples: Sequence[Example]) -> dict[str, Tensor]:
-    tokens, labels = collate(examples)
-    return {"tokens": tokens, "labels": labels}
+    def _save(self, store: BlockStore) -> None:
+        """Keep all that the next step needs; of older checkpoints the newest one stays."""
+        for old in _checkpoints(store)[:-1]:
+            store.drop(old)
+        tensors = {f"best/{name}": tensor for name, tensor in self.best.items()}
+        state = self.optimizer.state_dict()["state"]
+        for index, (name, parameter) in enumerate(self.parameters.items()):
+            tensors[f"value/{name}"] = parameter.detach()
+            tensors |= {f"{key}/{name}": value for key, value in state.get(index, {}).items()}
+        store.save(f"step-{len(self.record.losses):06d}", tensors, asdict(self.record))
+
+    def _continue(self, store: BlockStore) -> bool:
+        """Take up the newest whole checkpoint; whether there is one."""
+        for name in reversed(_checkpoints(store)):
+            if (found := store.load(name)) is not None:
+                break
+        else:
+            return False
+        tensors, record = found
+        self.record.held_out = [(step, loss) for step, loss in record["held_out"]]
+        self.record.losses += record["losses"]
+        states: dict[int, dict[str, Tensor]] = {}
+        numbers = {name: number for number, name in enumerate(self.parameters)}
+        for full_name, tensor in tensors.items():
+            key, _, name = full_name.partition("/")
+            if key == "best":
+                self.best[name] = tensor
+            elif key == "value":
+                self.parameters[name].data.copy_(tensor)
+            else:
+                states.setdefault(numbers[name], {})[key] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": states, "param_groups": groups})
+        if self.accelerator.is_main_process:
+            done = len(self.record.losses)
+            logger.warning("continues after step %d, which is read from %s", done, store.folder)
+        return True
+
+
+def learning_rate_share(step: int, steps: int, warmup: int) -> float:
+    """Return the share of the peak learning rate at a step counted from zero."""
+    rising = (step + 1) / (warmup + 1)
+    falling = (steps - step) / max(1, steps - warmup)
+    return min(1.0, rising, falling)
 
 
 def _optimizer(
-    parameters: Parameters, settings: FinetuningSettings, *, relative: bool
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    parameters: Parameters, settings: FinetuningSettings | TrainingSettings, *, relative: bool
+) -> torch.optim.Optimizer:
     sizes = [root_mean_square(p) if relative else 1.0 for p in parameters.values()]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [parameter], "lr": size * settings.learning_rate}
-            for parameter, size in zip(parameters.values(), sizes, strict=True)
-        ],
-        betas=(0.9, 0.95),
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_share(step, settings.steps, settings.warmup)
+    groups = [
+        {"params": [parameter], "peak": size * settings.learning_rate}
+        for parameter, size in zip(parameters.values(), sizes, strict=True)
+    ]
+    return torch.optim.AdamW(
+        groups, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True
     )
 
 
-def _arguments(
-    settings: FinetuningSettings, seed: int, folder: Path, device: torch.device
-) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        max_grad_norm=settings.max_grad_norm,
-        seed=seed,
-        use_cpu=device.type == "cpu",
-        save_strategy="no",  # when the held-out loss was looked at, see on_step_end
-        save_total_limit=2,  # the older one is removed before the newer one is sealed
-        eval_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-    )
+def _shares(batch: Sequence[Example], accelerator: Accelerator) -> Iterator[Sequence[Example]]:
+    """Yield the parts of a batch that this process takes, one after the other."""
+    parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
+    if len(batch) % parts:
+        raise ConfigError(
+            f"batch_size {len(batch)} is no multiple of {parts}, the processes times "
+            "gradient_accumulation_steps: change one of them"
+        )
+    first = accelerator.process_index * accelerator.gradient_accumulation_steps
+    for number in range(first, first + accelerator.gradient_accumulation_steps):
+        yield batch[number::parts]
 
 
-def _last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint of a folder."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.partition("-")[2]))
-    for checkpoint in reversed(found):
-        try:
-            digests = read_json(checkpoint / SEAL)["files"]
-            if all(sha256(checkpoint / name) == digest for name, digest in digests.items()):
-                return checkpoint
-        except (ArtifactError, OSError, KeyError, TypeError, AttributeError):
-            pass
-        logger.warning("%s: incomplete, an older one is continued from", checkpoint)
-    return None
+def _checkpoints(store: BlockStore) -> list[str]:
+    """Return the names of the checkpoints in a store, oldest first."""
+    return sorted(path.stem for path in store.folder.glob("step-*.safetensors"))

@@ -14,7 +14,12 @@ CHUNK = 512
 
 
 def model_loss(
-    model: PreTrainedModel, tokens: Tensor, labels: Tensor, teacher: PreTrainedModel | None = None
+    model: PreTrainedModel,
+    tokens: Tensor,
+    labels: Tensor,
+    *,
+    teacher: PreTrainedModel | None = None,
+    chunk: int | None = CHUNK,
 ) -> Tensor:
     """Return the mean loss in nats over the positions that are predicted.
 
@@ -24,6 +29,8 @@ def model_loss(
         labels: The token itself where it is learnt, -100 elsewhere, ``[B, T]``.
         teacher: With it the loss is ``KL(teacher || model)``; without it the cross-entropy of the
             token that follows.
+        chunk: Positions whose logits are in memory together; they are computed again for the
+            gradient. None: all of them, which are kept for it.
     """
     learnt = labels[:, 1:] != -100  # [B, T - 1]
     states = _states(model, tokens, learnt)  # [P, hidden]
@@ -34,9 +41,10 @@ def model_loss(
         with torch.no_grad():
             aims = _states(teacher, tokens, learnt)
         teacher_head = teacher.get_output_embeddings()
+    if chunk is None:
+        return _chunk_loss(states, aims, head, teacher_head) / len(targets)
     total = torch.zeros((), device=states.device)
-    for part, aim in zip(states.split(CHUNK), aims.split(CHUNK), strict=True):
-        # logits are computed again for the gradient instead of being kept for all positions
+    for part, aim in zip(states.split(chunk), aims.split(chunk), strict=True):
         loss = checkpoint(_chunk_loss, part, aim, head, teacher_head, use_reentrant=False)
         total = total + loss
     return total / len(targets)

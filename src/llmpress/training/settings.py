@@ -1,9 +1,9 @@
-"""How a model is finetuned end to end, and what params.yaml's section ``trainings`` says."""
+"""How models are trained: params.yaml's sections ``finetuned_models`` and ``trainings``."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from llmpress.core.errors import ConfigError
 from llmpress.core.params import build, suggestion
@@ -24,6 +24,49 @@ from llmpress.core.settings import (
 Trains = Literal["compressed", "delta", "lora", "qlora"]
 TRAINS: tuple[Trains, ...] = get_args(Trains)
 ADAPTERS = ("lora", "qlora")
+
+
+@dataclass(frozen=True)
+class TrainingSettings(Settings):
+    """One entry of ``finetuned_models`` in params.yaml.
+
+    Attributes:
+        base: Name of the model to start from.
+        steps: Optimizer steps.
+        task: Name of a task with training items.
+        corpus: Name of a corpus whose calibration part is trained on, instead of a task.
+        added_tokens: What the vocabulary grows by.
+        length: Tokens of a window of the corpus.
+        windows: Windows of the corpus to train on.
+        batch_size: Items or windows per step.
+        learning_rate: Its peak; it rises over ``warmup`` steps and falls linearly to zero.
+        warmup: Steps.
+        max_grad_norm: Gradients are scaled down to this norm.
+        precision: Of the matrix products; weights and optimizer state are fp32.
+    """
+
+    base: Model
+    steps: Count
+    task: Task | None = None
+    corpus: Annotated[str, NameOf("corpora")] | None = None
+    added_tokens: tuple[str, ...] = ()
+    length: Tokens = 256
+    windows: Count = 1024
+    batch_size: Count = 16
+    learning_rate: Positive = 1e-4
+    warmup: Natural = 10
+    max_grad_norm: Positive = 1.0
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+
+    weight_decay: ClassVar[float] = 0.0
+    check_every: ClassVar[int] = 50  # steps between two checkpoints
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.task) == bool(self.corpus):
+            raise ValueError("give either `task` or `corpus` to train on")
+        if len(set(self.added_tokens)) < len(self.added_tokens) or "" in self.added_tokens:
+            raise ValueError(f"added_tokens must be different texts, got {self.added_tokens}")
 
 
 @dataclass(frozen=True)

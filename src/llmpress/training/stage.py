@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -12,23 +12,25 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmpress.core.artifacts import (
-    artifact_folder,
-    fingerprint,
-    read_json,
-    read_provenance,
-    write_json,
-)
+from llmpress.core.artifacts import fingerprint, read_json, read_provenance, write_json
 from llmpress.core.errors import ArtifactError, ConfigError
-from llmpress.core.resume import SCRATCH, BlockStore
+from llmpress.core.resume import SCRATCH
 from llmpress.deltas.applying import load_finetuned
-from llmpress.models.adapters import STORED_DTYPE, add_adapters, open_base, save_adapter, save_base
 from llmpress.models.checkpoints.compressed import is_compressed
 from llmpress.models.checkpoints.delta_files import DeltaFolder, DeltaWriter
 from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter, copy_companions
 from llmpress.models.loading import load_model, load_tokenizer
+from llmpress.training.adapters import (
+    STORED_DTYPE,
+    add_adapters,
+    open_base,
+    save_adapter,
+    save_base,
+)
 from llmpress.training.data import TrainingData
-from llmpress.training.loop import TrainingRecord, train
+from llmpress.training.loop import train
+from llmpress.training.objectives import model_loss
+from llmpress.training.processes import Written, trained_artifact
 from llmpress.training.settings import (
     ADAPTERS,
     FinetuningSettings,
@@ -36,16 +38,12 @@ from llmpress.training.settings import (
     check_settings,
     with_precision,
 )
-from llmpress.training.trainables import (
-    Parameters,
-    compressed_parameters,
-    delta_parameters,
-    training,
-)
+from llmpress.training.trainables import Parameters, compressed_parameters, delta_parameters
 
 RECORD = "training.json"
 Data = Callable[[PreTrainedTokenizerBase], TrainingData]
-Fit = Callable[..., tuple[dict[str, Tensor], TrainingRecord]]
+SHORT = 128
+"""Tokens; up to here plain matrix products beat the fused attention's backward pass on a CPU."""
 
 
 def finetune_artifact(
@@ -62,7 +60,7 @@ def finetune_artifact(
     device: torch.device,
     base: Path | None = None,
     scratch: Path = SCRATCH,
-) -> None:
+) -> bool:
     """Train a few parameters of a model on the loss of the whole model.
 
     A killed call continues from its last checkpoint when it is repeated, and gives the same bytes.
@@ -83,9 +81,13 @@ def finetune_artifact(
         base: The base of a delta.
         scratch: Folder for the checkpoints of an unfinished call.
 
+    Returns:
+        Whether this process wrote the artifact; of several that train together one does.
+
     Raises:
         ArtifactError: A damaged folder, or a start that was made from another model.
-        ConfigError: Nothing in the start may train, or a delta comes without its base.
+        ConfigError: Nothing in the start may train, a delta comes without its base, or a batch that
+            the processes cannot share evenly.
         NumericalError: A loss that is not finite.
         ModuleNotFoundError: A package that adapters need is not installed.
     """
@@ -97,98 +99,128 @@ def finetune_artifact(
         roles["base"] = _delta_base(start, original, base)
     method = trains if trains in ADAPTERS else read_provenance(start)["settings"].get("method")
     recorded = {"method": method, "trains": trains, **asdict(settings), **described, "seed": seed}
-    prints = {role: fingerprint(path) for role, path in roles.items()}
-    store = BlockStore(f"train-{out.name}", {**recorded, **prints}, scratch)
-    with (
-        store,  # kept until the artifact is complete
-        artifact_folder(out, stage="train", settings=recorded, inputs=roles) as folder,
-    ):
+    with trained_artifact(
+        out, stage="train", settings=recorded, inputs=roles, device=device, scratch=scratch
+    ) as made:
         examples = data(load_tokenizer(original))
         teacher = None
         if settings.objective == "distillation":
             dtype = getattr(torch, str(settings.precision))
-            teacher = load_model(original, dtype=dtype, device=str(device))
-        run = _train_adapters if trains in ADAPTERS else _train_compressed
-        if trains == "delta":
-            run = partial(_train_delta, roles["base"])
-        fit = partial(
-            train, data=examples, settings=settings, seed=seed, folder=store.folder, teacher=teacher
+            teacher = load_model(original, dtype=dtype, device=str(made.device))
+        if trains in ADAPTERS:
+            begun = _begin_adapters(start, trains, settings, seed, made)
+        elif trains == "delta":
+            begun = _begin_delta(roles["base"], start, made.device)
+        else:
+            begun = _begin_compressed(start, settings, made.device)
+        if max(len(example.tokens) for example in (*examples.train, *examples.held_out)) <= SHORT:
+            begun.model.set_attn_implementation("eager")
+        best, record = train(
+            begun.model,
+            begun.parameters,
+            partial(model_loss, begun.model, teacher=teacher),
+            examples,
+            settings,
+            seed=seed,
+            dtypes=begun.dtypes,
+            relative_rate=trains not in ADAPTERS,
+            store=made.store,
         )
-        record, trained, weights = run(start, folder, trains, settings, seed, device, fit)
+        if made.folder is None:
+            return False
+        begun.save(best, made.folder)
+        trained = sum(parameter.numel() for parameter in begun.parameters.values())
+        best_step, loss = record.best
         write_json(
-            folder / RECORD,
+            made.folder / RECORD,
             {
                 "trains": trains,
                 "settings": {**asdict(settings), **described},
                 "seed": seed,
                 "trainable_parameters": trained,
-                "model_parameters": weights,
-                "trainable_share": trained / weights,
+                "model_parameters": begun.num_weights,
+                "trainable_share": trained / begun.num_weights,
+                "loss_before": record.held_out[0][1],
+                "loss_after": loss,
+                "best_step": best_step,
                 **asdict(record),
             },
         )
+    return True
 
 
-def _train_compressed(
-    start: Path,
-    folder: Path,
-    trains: Trains,
-    settings: FinetuningSettings,
-    seed: int,
-    device: torch.device,
-    fit: Fit,
-) -> tuple[TrainingRecord, int, int]:
-    del trains, seed  # the codebooks start where they are
+@dataclass
+class _Begun:
+    """A start that is loaded.
+
+    Attributes:
+        model: What computes the loss.
+        parameters: What trains, by the name it is stored under.
+        dtypes: What each is stored in.
+        num_weights: Of the whole model.
+        save: Writes the artifact with other values into a folder.
+    """
+
+    model: PreTrainedModel
+    parameters: Parameters
+    dtypes: Mapping[str, torch.dtype]
+    num_weights: int
+    save: Callable[[Mapping[str, Tensor], Path], None]
+
+
+def _begin_compressed(start: Path, settings: FinetuningSettings, device: torch.device) -> _Begun:
     checkpoint = Checkpoint(start)
     model = load_model(start, dtype=torch.float32, device=str(device))
     parameters = compressed_parameters(model, norms=settings.norms)
-    best, record = _fit_stored(model, parameters, checkpoint, fit)
-    writer = CheckpointWriter(folder)
-    for name in checkpoint.names():
-        writer.add(name, best[name] if name in best else checkpoint.tensor(name))
-    writer.close()
-    shutil.copyfile(start / "config.json", folder / "config.json")
-    copy_companions(start, folder)
     layers = read_json(start / "layers.json")
-    write_json(folder / "layers.json", _without_errors(layers))
-    trained = sum(parameter.numel() for parameter in parameters.values())
-    return record, trained, int(layers["totals"]["model_weights"])
+
+    def save(best: Mapping[str, Tensor], folder: Path) -> None:
+        writer = CheckpointWriter(folder)
+        for name in checkpoint.names():
+            writer.add(name, best[name] if name in best else checkpoint.tensor(name))
+        writer.close()
+        shutil.copyfile(start / "config.json", folder / "config.json")
+        copy_companions(start, folder)
+        write_json(folder / "layers.json", _without_errors(layers))
+
+    dtypes = {name: checkpoint.tensor(name).dtype for name in parameters}
+    return _Begun(model, parameters, dtypes, int(layers["totals"]["model_weights"]), save)
 
 
-def _train_delta(
-    base: Path,
-    start: Path,
-    folder: Path,
-    trains: Trains,
-    settings: FinetuningSettings,
-    seed: int,
-    device: torch.device,
-    fit: Fit,
-) -> tuple[TrainingRecord, int, int]:
-    del trains, settings, seed
+def _begin_delta(base: Path, start: Path, device: torch.device) -> _Begun:
     stored = DeltaFolder(start, "compressed_delta")
     model = load_finetuned(base, start, dtype=torch.float32, device=str(device))
     parameters = delta_parameters(model)
-    best, record = _fit_stored(model, parameters, stored, fit)
-    writer = DeltaWriter(folder)
-    for name in chain.from_iterable(stored.header["files"].values()):  # in the start's order
-        writer.add(name, best[name] if name in best else stored.tensor(name))
-    own = ("format_version", "kind", "files")  # the writer's
-    header = {key: value for key, value in stored.header.items() if key not in own}
-    writer.close("compressed_delta", header)
-    write_json(folder / "layers.json", _without_errors(read_json(start / "layers.json")))
-    trained = sum(parameter.numel() for parameter in parameters.values())
-    return record, trained, int(stored.header["model_weights"])
 
+    def save(best: Mapping[str, Tensor], folder: Path) -> None:
+        writer = DeltaWriter(folder)
+        for name in chain.from_iterable(stored.header["files"].values()):  # in the start's order
+            writer.add(name, best[name] if name in best else stored.tensor(name))
+        own = ("format_version", "kind", "files")  # the writer's
+        header = {key: value for key, value in stored.header.items() if key not in own}
+        writer.close("compressed_delta", header)
+        write_json(folder / "layers.json", _without_errors(read_json(start / "layers.json")))
 
-def _fit_stored(
-    model: PreTrainedModel, parameters: Parameters, stored: Checkpoint | DeltaFolder, fit: Fit
-) -> tuple[dict[str, Tensor], TrainingRecord]:
-    """Train parameters; the best ones come back in the dtypes they are stored in."""
     dtypes = {name: stored.tensor(name).dtype for name in parameters}
-    with training(model, parameters):
-        # One rate for stored values of whole numbers and for their scales.
-        return fit(model, parameters, dtypes, relative_rate=True)
+    return _Begun(model, parameters, dtypes, int(stored.header["model_weights"]), save)
+
+
+def _begin_adapters(
+    start: Path, trains: Trains, settings: FinetuningSettings, seed: int, made: Written
+) -> _Begun:
+    model = open_base(start, quantize=trains == "qlora", device=made.device)
+    if trains == "qlora" and made.folder is not None:
+        save_base(model, start, made.folder)
+    parameters = add_adapters(model, rank=settings.rank, alpha=settings.alpha, seed=seed)
+    original = Checkpoint(start)
+    num_weights = sum(torch.Size(original.shape(name)).numel() for name in original.names())
+
+    def save(best: Mapping[str, Tensor], folder: Path) -> None:
+        save_adapter(best, folder, model=start.name, rank=settings.rank, alpha=settings.alpha)
+        copy_companions(start, folder)
+
+    dtypes = dict.fromkeys(parameters, STORED_DTYPE)
+    return _Begun(model, parameters, dtypes, num_weights, save)
 
 
 def _without_errors(layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,29 +228,6 @@ def _without_errors(layers: Mapping[str, Any]) -> dict[str, Any]:
     unknown = {"relative_weight_error": None, "relative_output_error": None}
     entries = [{**layer, **unknown} for layer in layers["layers"]]
     return {"layers": entries, "totals": layers["totals"]}
-
-
-def _train_adapters(
-    start: Path,
-    folder: Path,
-    trains: Trains,
-    settings: FinetuningSettings,
-    seed: int,
-    device: torch.device,
-    fit: Fit,
-) -> tuple[TrainingRecord, int, int]:
-    model = open_base(start, quantize=trains == "qlora", device=device)
-    if trains == "qlora":
-        save_base(model, start, folder)
-    parameters = add_adapters(model, rank=settings.rank, alpha=settings.alpha, seed=seed)
-    for parameter in parameters.values():
-        parameter.data = parameter.data.float()
-    best, record = fit(model, parameters, dict.fromkeys(parameters, STORED_DTYPE))
-    save_adapter(best, folder, model=start.name, rank=settings.rank, alpha=settings.alpha)
-    copy_companions(start, folder)
-    original = Checkpoint(start)
-    weights = sum(torch.Size(original.shape(name)).numel() for name in original.names())
-    return record, sum(parameter.numel() for parameter in parameters.values()), weights
 
 
 def _delta_base(start: Path, original: Path, base: Path | None) -> Path:

@@ -99,8 +99,11 @@ def rebuilding(layers: Sequence[CompressedLinear]) -> Iterator[None]:
 
 
 def rounded(parameters: Parameters, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """Return the parameters as they would be stored, on the CPU."""
-    return {name: rounded_to(p.detach(), dtypes[name]).cpu() for name, p in parameters.items()}
+    """Return copies of the parameters as they would be stored, on the CPU."""
+    return {
+        name: rounded_to(p.detach(), dtypes[name]).to("cpu", copy=True)
+        for name, p in parameters.items()
+    }
 
 
 @contextmanager

@@ -60,7 +60,9 @@ def tune_model(
     store = BlockStore(f"finetune-{out.name}", {**decided, **fingerprints}, scratch)
     with (
         store,  # kept until the artifact is complete
-        artifact_folder(out, stage="finetune", settings=decided, inputs=inputs) as folder,
+        artifact_folder(
+            out, stage="finetune", settings=decided, inputs=inputs, seconds=store.seconds
+        ) as folder,
     ):
         student_checkpoint = Checkpoint(compressed)
         teacher, student = (
