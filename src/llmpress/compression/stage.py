@@ -59,7 +59,9 @@ def compress_model(
     )
     with (
         store,  # kept until the artifact is complete
-        artifact_folder(out, stage="compress", settings=settings, inputs=inputs) as folder,
+        artifact_folder(
+            out, stage="compress", settings=settings, inputs=inputs, seconds=store.seconds
+        ) as folder,
     ):
         checkpoint = Checkpoint(model)
         if is_compressed(checkpoint):

@@ -137,7 +137,9 @@ def compress_delta_artifact(
     store = BlockStore(f"compress-delta-{out.name}", decided_by, scratch)
     with (
         store,  # kept until the artifact is complete
-        artifact_folder(out, stage="compress_delta", settings=settings, inputs=inputs) as folder,
+        artifact_folder(
+            out, stage="compress_delta", settings=settings, inputs=inputs, seconds=store.seconds
+        ) as folder,
     ):
         if calibration:
             _check_calibration(calibration, opened)
