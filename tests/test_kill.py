@@ -287,9 +287,13 @@ def test_a_killed_stage_continues_with_the_same_bytes(
     assert sum(name != WEIGHED for name in now) == BLOCKS
     assert {name: now[name] for name in kept} == kept  # finished blocks were not made again
 
+    for seal in store.glob("[0-9]*.json"):
+        write_json(seal, {**read_json(seal), "seconds": 1000.0})
+
     status, said = run_stage(unfinished, stage)
     assert status == 0, said
     assert "continues after 3 finished blocks" in said
+    assert 1000 < read_provenance(out)["seconds"] < 2000  # of all three processes
     assert content(out) == content(finished / OUTPUTS[stage])
     assert [p.name for p in out.parent.iterdir()] == ["small"]
     assert not (unfinished / "scratch").exists()
