@@ -28,13 +28,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmpress.compression.writing import write_model_config
 from llmpress.core.artifacts import write_json
 from llmpress.core.resume import BlockStore
 from llmpress.methods.cluscomp import ClusComp
+from llmpress.models.checkpoints.compressed import model_config
 from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter
 from llmpress.models.loading import skeleton
 from llmpress.models.walk import BlockWalk
+from llmpress.nn.layers import layer_entry
 from llmpress.nn.layers.codebook import CodebookLinear
 from llmpress.nn.packing import pack
 from llmpress.tuning.blocks import tune_blocks
@@ -113,12 +114,13 @@ def build(root: Path, scale: float, entries: int, vector_size: int) -> None:
         codes = torch.randint(entries, (layer.num_vectors,))
         layer.codes = pack(codes, layer.code_bits)
         layer.codebook.data.normal_(0, 0.02)
-        layers[name.removesuffix(".weight")] = {"kind": layer.kind, "spec": layer.spec()}
+        layers[name.removesuffix(".weight")] = layer_entry(layer.kind, layer.spec())
         for key, tensor in layer.tensors().items():
             small.add(f"{name.removesuffix('.weight')}.{key}", tensor)
     dense.close()
     small.close()
-    write_model_config(Checkpoint(original), layers, compressed)
+    content = model_config(Checkpoint(original), torch.bfloat16, layers)
+    write_json(compressed / "config.json", content)
 
 
 def child(root: Path, length: int, batch: int) -> None:

@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 
 from llmpress.calibration.settings import CalibrationSettings
 from llmpress.calibration.stage import calibrate_model, corpus_text, task_text
-from llmpress.core.artifacts import folder_bytes, read_json, read_provenance
+from llmpress.core.artifacts import folder_bytes, read_provenance
+from llmpress.core.records import read_records
 from llmpress.data.corpora import load_text, token_windows
 from llmpress.data.tasks.files import read_items
 from llmpress.deltas.applying import load_delta
@@ -255,23 +256,22 @@ def _described(folder: Path | None, calibration: Path | None) -> dict[str, Any]:
     rest = (*times, "left_seconds", "calibrate_seconds", "relative_output_error", "made_on")
     if folder is None:
         return dict.fromkeys((*names, *rest), "")
-    record, provenance = read_json(folder / "layers.json"), read_provenance(folder)
-    layers, totals = record["layers"], record["totals"]
+    records, provenance = read_records(folder), read_provenance(folder)
+    totals = records.totals
 
     def summed(key: str) -> float:
-        return round(sum(layer.get("notes", {}).get(key, 0.0) for layer in layers), 1)
+        return round(sum(layer.notes.get(key, 0.0) for layer in records.layers), 1)
 
-    in_layers = sum(layer["seconds"] for layer in layers)
-    errors = [layer["relative_output_error"] or 0.0 for layer in layers]
+    errors = [layer.relative_output_error or 0.0 for layer in records.layers]
     return {
         "method": provenance["settings"]["method"],
         "settings": json.dumps(provenance["settings"]),
-        "bits_per_weight": round(totals["bits_per_weight"], 4),
-        "linear_bytes": totals["stored_bits"] // 8,
-        "exact_bytes": totals["exact_bytes"],
+        "bits_per_weight": round(totals.bits_per_weight, 4),
+        "linear_bytes": totals.stored_bits // 8,
+        "exact_bytes": totals.exact_bytes,
         "bytes": folder_bytes(folder),
         "seconds": round(provenance["seconds"], 1),
-        "weigh_and_write_seconds": round(provenance["seconds"] - in_layers, 1),
+        "weigh_and_write_seconds": round(provenance["seconds"] - records.seconds, 1),
         **{key: summed(key) for key in ("directions_seconds", "right_seconds", "left_seconds")},
         "calibrate_seconds": round(read_provenance(calibration)["seconds"], 1)
         if calibration

@@ -24,13 +24,12 @@ from transformers import LlamaForCausalLM
 import llmpress
 from llmpress import methods
 from llmpress.cli import app
-from llmpress.compression.records import LayerRecord
 from llmpress.compression.stage import compress_model
 from llmpress.core.artifacts import read_json
+from llmpress.core.records import BlockRecord, LayerRecord
 from llmpress.methods.registry import build_method, known_methods, method_class
 from llmpress.nn.layers import KINDS
 from llmpress.training.settings import FinetuningSettings
-from llmpress.tuning.blocks import BlockRecord
 from llmpress.tuning.settings import TuningSettings
 
 ROOT = Path(__file__).parents[1]
@@ -203,7 +202,7 @@ def test_format_page_names_every_key(compressed: Path) -> None:
     record = read_json(compressed / "provenance.json")
     assert rows(page, "## provenance.json").keys() == record.keys()
     layer = {field.name for field in dataclasses.fields(LayerRecord)}
-    assert rows(page, "An entry of `layers`:").keys() - {"method"} == layer
+    assert rows(page, "An entry of `layers`:").keys() == layer
     blocks = page.read_text().partition("An entry of `blocks`:")[2].partition("\n## ")[0]
     assert [f.name for f in dataclasses.fields(BlockRecord) if f"`{f.name}`" not in blocks] == []
     stored = read_json(compressed / "config.json")["quantization_config"]

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from llmpress.compression.records import LayerRecord, totals
-from llmpress.core.artifacts import artifact_folder, read_provenance, write_json
+from llmpress.core.artifacts import artifact_folder, read_provenance
+from llmpress.core.records import LayerRecord, Records, total_size, write_records
 from llmpress.evaluation.metrics import Cost
 from llmpress.evaluation.sizes import compressed_size, cost, delta_size, model_size
 
@@ -73,19 +73,13 @@ def test_compressing_costs_and_fetching_does_not(folder: str, *, applies: bool) 
 
 def test_finetuning_adds_its_own_cost(tmp_path: Path) -> None:
     with artifact_folder(tmp_path / "out", stage="finetune", settings={}, inputs={}) as folder:
-        write_json(folder / "layers.json", {"layers": [{"seconds": 1.5}, {"seconds": 2.0}]})
+        layers = tuple(
+            LayerRecord("layer", "sign", {}, (8, 10), 80, 1.0, None, None, seconds)
+            for seconds in (1.5, 2.0)
+        )
+        write_records(folder, Records(layers, total_size(layers, 160)))
     found = cost(tmp_path / "out")
     provenance = read_provenance(tmp_path / "out")
     assert (found.compress_seconds, found.compress_peak_memory_bytes) == (3.5, 0)
     assert found.finetune_seconds == provenance["seconds"]
     assert found.finetune_peak_memory_bytes == provenance["peak_memory_bytes"]
-
-
-def test_layers_left_dense_count_with_their_bits() -> None:
-    def record(kind: str, stored_bits: int) -> LayerRecord:
-        return LayerRecord("layer", kind, {}, (8, 10), stored_bits, 0.0, 0.0, None, 0.0)
-
-    size = totals([record("low_rank", 640), record("dense", 1280)], 1000)
-    assert size["compressed_weights"] == 160
-    assert size["stored_bits"] == 1920
-    assert size["bits_per_weight"] == 12

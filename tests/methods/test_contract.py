@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from llmpress.methods.base import InputStatistics, Method, Shape, Work
 from llmpress.methods.registry import known_methods, method_class
-from llmpress.nn.layers import CompressedLinear, build_layer
+from llmpress.nn.layers import CompressedLinear, build_layer, layer_entry
 from llmpress.numerics.linalg import relative_output_error, relative_weight_error
 
 SHAPES = [(1, 1), (1, 7), (5, 1), (17, 33), (64, 40), (24, 130), (130, 24)]
@@ -111,9 +111,8 @@ def test_disk_keeps_every_bit(
         save_file(layer.tensors(), file)
         header_bytes = struct.unpack("<Q", file.read_bytes()[:8])[0]
         assert layer.stored_bits() == 8 * (file.stat().st_size - 8 - header_bytes)
-        spec = json.loads(json.dumps(layer.spec()))
-        twin = build_layer(layer.kind, layer.in_features, layer.out_features, spec)
-        twin.load_state_dict(load_file(file))
+        entry = json.loads(json.dumps(layer_entry(layer.kind, layer.spec())))
+        twin = build_layer(entry, layer.in_features, layer.out_features, load_file(file))
         torch.testing.assert_close(twin.dequantize(), layer.dequantize(), rtol=0, atol=0)
 
 

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +119,19 @@ def test_another_format_version_is_refused(compress: Callable[[str], Path]) -> N
     config["quantization_config"]["format_version"] = 99
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match="version 99"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("damage", [{"kind": "cubic"}, {"spec": {"rank": 2}}, {"spec": None}])
+def test_a_damaged_entry_of_a_layer_is_named(
+    compress: Callable[[str], Path], damage: dict[str, Any]
+) -> None:
+    folder = compress("rtn")
+    config = json.loads((folder / "config.json").read_text())
+    name, entry = next(iter(config["quantization_config"]["layers"].items()))
+    entry.update(damage)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match=re.escape(name)):
         load_model(folder)
 
 

@@ -11,13 +11,14 @@ from torch import Tensor
 from llmpress.compression.layers import compress_layers, model_shapes
 from llmpress.compression.writing import write_compressed_model
 from llmpress.core.errors import NumericalError
+from llmpress.core.records import BlockRecord
 from llmpress.core.resume import BlockStore
 from llmpress.methods.cluscomp import ClusComp
 from llmpress.methods.lillama import Lillama
 from llmpress.models.checkpoints.files import Checkpoint
 from llmpress.models.loading import skeleton
 from llmpress.models.walk import BlockWalk
-from llmpress.tuning.blocks import BlockRecord, tune_blocks
+from llmpress.tuning.blocks import tune_blocks
 from llmpress.tuning.settings import TuningSettings
 
 CPU = torch.device("cpu")

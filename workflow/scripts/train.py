@@ -9,7 +9,7 @@ from llmpress.calibration.stage import corpus_text
 from llmpress.core.devices import pick_device
 from llmpress.core.failures import script_errors
 from llmpress.core.params import read_params, section
-from llmpress.data.tasks.files import read_items
+from llmpress.data.tasks.files import TRAIN_FILE, read_items
 from llmpress.training.data import task_data, text_data
 from llmpress.training.settings import base_folder, read_training, start_folder
 from llmpress.training.stage import finetune_artifact
@@ -38,7 +38,7 @@ def main(
             trains=training.trains,
             settings=settings,
             data=lambda tokenizer: (
-                task_data(read_items(task / "train.jsonl"), tokenizer, settings, seed)
+                task_data(read_items(task / TRAIN_FILE), tokenizer, settings, seed)
                 if training.task
                 else text_data(
                     {path.name: corpus_text(path) for path in inputs.values()},

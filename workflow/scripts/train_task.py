@@ -9,7 +9,7 @@ from llmpress.core.devices import pick_device
 from llmpress.core.failures import script_errors
 from llmpress.core.params import build, read_params, section
 from llmpress.data.corpora import load_text, token_windows
-from llmpress.data.tasks.files import read_items
+from llmpress.data.tasks.files import TRAIN_FILE, read_items
 from llmpress.training.examples import Example, encode, window_examples
 from llmpress.training.full import finetune_model
 from llmpress.training.settings import TrainingSettings
@@ -33,7 +33,7 @@ def main() -> None:
 
         def examples(tokenizer: PreTrainedTokenizerBase) -> list[Example]:
             if settings.task:
-                return encode(read_items(text["task"] / "train.jsonl"), tokenizer)
+                return encode(read_items(text["task"] / TRAIN_FILE), tokenizer)
             documents = load_text(text["corpus"], "calibration")
             windows = token_windows(documents, tokenizer, settings.length, settings.windows)
             return window_examples(windows)

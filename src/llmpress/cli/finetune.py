@@ -135,21 +135,20 @@ def _data(
     seed: int,
 ) -> "TrainingData":
     from llmpress.cli.texts import calibration_texts
-    from llmpress.data.tasks.files import read_items
+    from llmpress.data.tasks.files import TRAIN_FILE, read_items
     from llmpress.training.data import task_data, text_data
 
     if items is None:
         return text_data(calibration_texts(text or []), tokenizer, settings, seed)
-    file = items / "train.jsonl" if items.is_dir() else items
+    file = items / TRAIN_FILE if items.is_dir() else items
     return task_data(read_items(file), tokenizer, settings, seed)
 
 
 def _print(out: Path, *, as_json: bool) -> None:
     from llmpress.cli.output import print_facts, print_json
-    from llmpress.core.artifacts import read_json, read_provenance
-    from llmpress.training.stage import RECORD
+    from llmpress.core.artifacts import TRAINING, read_json, read_provenance
 
-    record, made = read_json(out / RECORD), read_provenance(out)
+    record, made = read_json(out / TRAINING), read_provenance(out)
     if as_json:
         print_json({"folder": str(out), **record})
         return

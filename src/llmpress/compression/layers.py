@@ -9,14 +9,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from llmpress.compression.records import LayerRecord, layer_record
 from llmpress.core.errors import NumericalError
 from llmpress.core.progress import progress
+from llmpress.core.records import DENSE, LayerRecord
 from llmpress.core.resume import NOT_A_BLOCK, BlockStore
 from llmpress.methods.base import InputStatistics, Method, Shape
 from llmpress.models.architectures import block_linears
+from llmpress.models.checkpoints.compressed import REST_DTYPE
 from llmpress.models.walk import TensorSource
-from llmpress.nn.layers import CompressedLinear, build_layer
+from llmpress.nn.layers import CompressedLinear, build_layer, layer_entry
+from llmpress.numerics.linalg import relative_output_error, relative_weight_error
 
 
 class SequentialInputs(Protocol):
@@ -161,8 +163,33 @@ def _compress_one(
         statistics[name].second_moment if statistics is not None and name in statistics else None
     )
     moment = None if moment is None else moment.to(device)
-    record = layer_record(name, weight, layer, moment, seconds)
+    record = _measured(name, weight, layer, moment, seconds)
     return None if layer is None else layer.cpu(), record
+
+
+def _measured(
+    name: str, weight: Tensor, layer: CompressedLinear | None, moment: Tensor | None, seconds: float
+) -> LayerRecord:
+    """Measure a layer against its weight ``[out, in]``; ``layer`` None means left dense."""
+    weight_error = output_error = 0.0
+    if layer is not None:
+        approximation = layer.dequantize().detach()
+        weight_error = relative_weight_error(weight, approximation)
+        if moment is not None:
+            output_error = relative_output_error(weight, approximation, moment)
+    bits = 8 * REST_DTYPE.itemsize * weight.numel() if layer is None else layer.stored_bits()
+    return LayerRecord(
+        name=name,
+        kind=DENSE if layer is None else layer.kind,
+        settings={} if layer is None else layer.spec(),
+        shape=(weight.shape[0], weight.shape[1]),
+        stored_bits=bits,
+        bits_per_weight=bits / weight.numel(),
+        relative_weight_error=weight_error,
+        relative_output_error=None if moment is None else output_error,
+        seconds=seconds,
+        notes={} if layer is None else dict(layer.notes),
+    )
 
 
 def _follow(
@@ -183,11 +210,11 @@ def _restore(
     for fields in records:
         record = LayerRecord(**{**fields, "shape": tuple(fields["shape"])})
         layer = None
-        if record.kind != "dense":
+        if record.kind != DENSE:
             out_features, in_features = record.shape
-            layer = build_layer(record.kind, in_features, out_features, dict(record.settings))
             prefix = f"{record.name}|"
             own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-            layer.load_state_dict(own)
+            entry = layer_entry(record.kind, record.settings)
+            layer = build_layer(entry, in_features, out_features, own)
         done[record.name] = (layer, record)
     return done

@@ -1,19 +1,14 @@
 """Write compressed models: Hugging Face folders with packed weights and a record of every layer."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from llmpress.compression.records import LayerRecord, totals
 from llmpress.core.artifacts import write_json
+from llmpress.core.records import LayerRecord, Records, total_size, write_records
+from llmpress.models.checkpoints.compressed import REST_DTYPE, model_config
 from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter, copy_companions
-from llmpress.models.quantizer import FORMAT_VERSION, LLMPressConfig
-from llmpress.nn.layers import CompressedLinear
-
-REST_DTYPE = torch.bfloat16
-"""What the tensors that no method compresses (embeddings, norms, dense layers) are stored in."""
+from llmpress.nn.layers import CompressedLinear, layer_entry
 
 
 def write_compressed_model(
@@ -36,7 +31,7 @@ def write_compressed_model(
     for name, layer, record in layers:
         records.append(record)
         if layer is not None:
-            entries[name] = {"kind": layer.kind, "spec": layer.spec()}
+            entries[name] = layer_entry(layer.kind, layer.spec())
             for key, tensor in layer.tensors().items():
                 writer.add(f"{name}.{key}", tensor)
     replaced = {f"{name}.weight" for name in entries}
@@ -45,17 +40,6 @@ def write_compressed_model(
             tensor = source.tensor(name)
             writer.add(name, tensor.to(REST_DTYPE) if tensor.is_floating_point() else tensor)
     writer.close()
-    write_model_config(source, entries, folder)
+    write_json(folder / "config.json", model_config(source, REST_DTYPE, entries))
     copy_companions(source.folder, folder)
-    write_json(
-        folder / "layers.json",
-        {"layers": [r.as_entry() for r in records], "totals": totals(records, model_weights)},
-    )
-
-
-def write_model_config(source: Checkpoint, entries: Mapping[str, Any], folder: Path) -> None:
-    """Write config.json with the list of compressed layers in it."""
-    config = source.plain_config()
-    config["dtype"] = str(REST_DTYPE).removeprefix("torch.")
-    config["quantization_config"] = LLMPressConfig(entries, FORMAT_VERSION).to_dict()
-    write_json(folder / "config.json", config)
+    write_records(folder, Records(tuple(records), total_size(records, model_weights)))

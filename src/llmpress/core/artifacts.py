@@ -29,6 +29,10 @@ from llmpress.core.environment import hardware, packages, peak_memory_bytes
 from llmpress.core.errors import ArtifactError
 
 PROVENANCE = "provenance.json"
+TRAINING = "training.json"
+"""What was trained end to end, on what, with which losses; in what training made."""
+WEIGHTS_INDEX = "model.safetensors.index.json"
+"""Says which shard each tensor is in, where a model has several."""
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 """What a model folder without provenance is fingerprinted by."""
 SHOW_PROGRESS_ABOVE = 2_000_000_000  # bytes; hashing fewer takes some three seconds

@@ -225,7 +225,7 @@ def fitted_delta(model: PreTrainedModel, folder: Path, base: tuple[Path, str] | 
     delta = ModelDelta(folder)
     for name in stored.header["layers"]:
         linear = _base_linear(model, name, stored)
-        delta.layers[name] = AdaptedLinear(linear, _own_layer(name, stored, _device(linear)))
+        delta.layers[name] = AdaptedLinear(linear, delta_layer(name, stored, _device(linear)))
     for name in stored.exact_names():
         _add_exact(model, name, stored, delta)
     _add_tie(model, stored, delta)
@@ -258,14 +258,6 @@ def _base_linear(
             f"{stored.folder}: {name} is {need} in the delta and {have} in the model"
         )
     return linear
-
-
-def _own_layer(name: str, stored: DeltaFolder, device: torch.device) -> CompressedLinear:
-    """Read a layer of the delta into tensors that do not lie in the file."""
-    layer = delta_layer(name, stored)
-    tensors = {key: tensor.to(device, copy=True) for key, tensor in layer.tensors().items()}
-    layer.load_state_dict(tensors, assign=True)
-    return layer
 
 
 def _add_exact(model: PreTrainedModel, name: str, stored: DeltaFolder, delta: ModelDelta) -> None:

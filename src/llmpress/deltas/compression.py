@@ -1,23 +1,25 @@
 """Compress an extracted delta layer by layer into a folder that `load_delta` puts on its base."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from llmpress.calibration.files import check_calibration, load_statistics, load_windows
 from llmpress.compression.layers import compress_layers
-from llmpress.compression.records import totals
-from llmpress.core.artifacts import artifact_folder, fingerprint, read_provenance, write_json
+from llmpress.core.artifacts import artifact_folder, fingerprint, read_provenance
 from llmpress.core.errors import ArtifactError, ConfigError
+from llmpress.core.records import LayerRecord, Records, total_size, write_records
 from llmpress.core.resume import SCRATCH, BlockStore
 from llmpress.deltas.sequential import SequentialStatistics
 from llmpress.methods.base import InputStatistics, Method, Shape
-from llmpress.models.checkpoints.delta_files import DeltaFolder, DeltaWriter
+from llmpress.models.checkpoints.delta_files import DELTA_SHARD_BYTES, DeltaFolder, DeltaWriter
 from llmpress.models.checkpoints.dense_view import dense_checkpoint
 from llmpress.models.checkpoints.finetuned_view import FinetunedCheckpoint
 from llmpress.models.walk import BlockWalk
+from llmpress.nn.layers import layer_entry
 
 
 def compress_delta(
@@ -31,7 +33,7 @@ def compress_delta(
     store: BlockStore,
     sequential: SequentialStatistics | None = None,
     device: torch.device | None = None,
-    max_shard_bytes: int = 1 << 30,
+    max_shard_bytes: int = DELTA_SHARD_BYTES,
 ) -> None:
     """Compress every changed linear layer; carry what is kept exactly over as it is.
 
@@ -40,7 +42,7 @@ def compress_delta(
         method: How each layer's delta is compressed.
         statistics: Input statistics of the fine-tuned model by layer name.
         folder: Existing folder for delta.json, delta.safetensors and layers.json.
-        method_name: For layers.json.
+        method_name: For the records.
         seed: Same seed, same bytes.
         store: Keeps finished decoder blocks for a rerun.
         sequential: Lets each layer be compressed for the inputs it gets once the layers before it
@@ -61,7 +63,8 @@ def compress_delta(
             "cannot be stored in a delta; choose settings that compress every layer"
         )
     writer = DeltaWriter(folder, max_shard_bytes)
-    layers, records = {}, []
+    layers: dict[str, dict[str, Any]] = {}
+    records: list[LayerRecord] = []
     for name, layer, record in compress_layers(
         _by_block(shapes),
         delta,
@@ -80,16 +83,15 @@ def compress_delta(
             )
         for key, tensor in layer.tensors().items():
             writer.add(f"{name}.{key}", tensor)
-        layers[name] = {"kind": layer.kind, "spec": layer.spec(), "shape": list(record.shape)}
-        records.append(record)
+        layers[name] = {**layer_entry(layer.kind, layer.spec()), "shape": list(record.shape)}
+        records.append(replace(record, method=method_name))
     for name, tensor in delta.exact_tensors():
         writer.add(name, tensor)
     kept = ("base", "finetuned", "exact", "exact_rows", "tie_word_embeddings", "model_weights")
     header = {key: delta.header[key] for key in kept}
     writer.close("compressed_delta", {**header, "layers": layers})
-    size = {**totals(records, model_weights), "exact_bytes": delta.exact_bytes()}
-    rows = [{**record.as_entry(), "method": method_name} for record in records]
-    write_json(folder / "layers.json", {"layers": rows, "blocks": [], "totals": size})
+    size = total_size(records, model_weights, delta.exact_bytes())
+    write_records(folder, Records(tuple(records), size, blocks=()))
 
 
 def compress_delta_artifact(

@@ -12,13 +12,22 @@ from llmpress.core.progress import progress
 from llmpress.models.adapters import is_adapter
 from llmpress.models.architectures import block_linears
 from llmpress.models.checkpoints.adapter_view import finetuned_checkpoint
-from llmpress.models.checkpoints.delta_files import EXACT, EXACT_ROWS, DeltaWriter
+from llmpress.models.checkpoints.delta_files import (
+    DELTA_SHARD_BYTES,
+    EXACT,
+    EXACT_ROWS,
+    DeltaWriter,
+)
 from llmpress.models.checkpoints.dense_view import dense_checkpoint
 from llmpress.models.checkpoints.files import Checkpoint
 
 
 def extract_delta(
-    base: Checkpoint, finetuned: Checkpoint, folder: Path, *, max_shard_bytes: int = 1 << 30
+    base: Checkpoint,
+    finetuned: Checkpoint,
+    folder: Path,
+    *,
+    max_shard_bytes: int = DELTA_SHARD_BYTES,
 ) -> None:
     """Write the delta of a fine-tuned model; memory is bounded by a shard, not by the model.
 

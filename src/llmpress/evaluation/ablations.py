@@ -9,7 +9,7 @@ import json
 import statistics
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,9 @@ import torch
 from tqdm.auto import tqdm
 
 from llmpress.calibration.files import load_statistics, load_windows
-from llmpress.core.artifacts import fingerprint, read_json, write_json
+from llmpress.core.artifacts import fingerprint, read_json, read_provenance, write_json
+from llmpress.core.errors import ArtifactError
+from llmpress.core.records import BlockRecord, read_records
 from llmpress.data.corpora import load_text, token_windows
 from llmpress.evaluation.likelihood import likelihood
 from llmpress.methods.base import Shape
@@ -208,35 +210,34 @@ def with_largest_codebook(settings: Mapping[str, Any], shape: Shape) -> dict[str
 
 def _blocks(folder: Path) -> Row:
     """Read what block finetuning recorded: losses by epoch, and seconds of both steps."""
-    record = read_json(folder / "layers.json")
-    blocks = record["blocks"]
-    compress = sum(layer["seconds"] for layer in record["layers"])
-
-    return _losses(blocks) | {
-        "bits": record["totals"]["bits_per_weight"],
-        "compress_seconds": compress,
-        "finetune_seconds": sum(block["seconds"] for block in blocks),
+    records = read_records(folder)
+    if not records.blocks:
+        raise ArtifactError(f"{folder}: was not finetuned block by block; name a run that was")
+    return _losses(records.blocks) | {
+        "bits": records.totals.bits_per_weight,
+        "compress_seconds": records.seconds,
+        "finetune_seconds": sum(block.seconds for block in records.blocks),
     }
 
 
-def _losses(blocks: list[dict[str, Any]]) -> Row:
+def _losses(blocks: Sequence[BlockRecord]) -> Row:
     """Return the mean losses of finetuned blocks, before, after, and after every epoch.
 
     A block that was left early keeps the loss of its last epoch.
     """
-    epochs = max(len(block["train_loss"]) for block in blocks)
+    epochs = max(len(block.train_loss) for block in blocks)
 
-    def by_epoch(key: str) -> list[float]:
-        curves = [b[key] + [b[key][-1]] * (epochs - len(b[key])) for b in blocks if b[key]]
+    def by_epoch(losses: Iterable[list[float]]) -> list[float]:
+        curves = [curve + curve[-1:] * (epochs - len(curve)) for curve in losses if curve]
         return [statistics.fmean(values) for values in zip(*curves, strict=True)]
 
     return {
         "blocks": len(blocks),
-        "kept": sum(block["kept"] for block in blocks),
-        "before": statistics.fmean(block["loss_before"] for block in blocks),
-        "after": statistics.fmean(block["loss_after"] for block in blocks),
-        "train": by_epoch("train_loss"),
-        "held_out": by_epoch("validation_loss"),
+        "kept": sum(block.kept for block in blocks),
+        "before": statistics.fmean(block.loss_before for block in blocks),
+        "after": statistics.fmean(block.loss_after for block in blocks),
+        "train": by_epoch(block.train_loss for block in blocks),
+        "held_out": by_epoch(block.validation_loss for block in blocks),
     }
 
 
@@ -244,8 +245,7 @@ def _perplexity(ablation: Ablation, folder: Path, data: Path) -> Row:
     """Score a model on text it was calibrated on and on test text."""
     calibration = data / "calibration" / ablation.model
     seen, _ = load_windows(calibration)
-    provenance = read_json(calibration / "provenance.json")
-    corpora = provenance["settings"]["corpora"]
+    corpora = read_provenance(calibration)["settings"]["corpora"]
     tokenizer = load_tokenizer(data / "models" / ablation.model)
     share = ablation.windows
     test = torch.cat(

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmpress.core.records import has_records
 from llmpress.data.corpora import token_windows
 from llmpress.deltas.applying import load_delta
 from llmpress.evaluation.likelihood import likelihood
 from llmpress.evaluation.metrics import Size
-from llmpress.evaluation.sizes import LAYERS, compressed_size, delta_size, model_size
+from llmpress.evaluation.sizes import compressed_size, delta_size, model_size
 from llmpress.models.loading import dequantized, load_model, load_tokenizer
 
 
@@ -94,4 +95,4 @@ def compare_models(
 
 def folder_size(folder: Path) -> Size:
     """Return the true size of a model folder, compressed or not."""
-    return compressed_size(folder) if (folder / LAYERS).is_file() else model_size(folder)
+    return compressed_size(folder) if has_records(folder) else model_size(folder)

@@ -1,11 +1,15 @@
 """What lies in a folder: an artifact's kind, size, layers and origin in one record."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from llmpress.calibration.files import WINDOWS
 from llmpress.core.artifacts import PROVENANCE, folder_bytes, read_json, verify
 from llmpress.core.errors import ArtifactError
-from llmpress.evaluation.sizes import LAYERS, compressed_size, delta_size, model_size
+from llmpress.core.records import entry, has_records, read_records
+from llmpress.data.tasks.files import TASK_FILE
+from llmpress.evaluation.sizes import compressed_size, delta_size, model_size
 from llmpress.models.checkpoints.delta_files import HEADER
 
 SIZES = {
@@ -14,9 +18,9 @@ SIZES = {
     "compressed delta": delta_size,
 }
 KINDS_BY_FILE = {
-    "windows.safetensors": "calibration",
+    WINDOWS: "calibration",
     "calibration.txt": "corpus",
-    "task.yaml": "task",
+    TASK_FILE: "task",
 }
 
 
@@ -27,7 +31,7 @@ def describe(folder: Path) -> dict[str, Any]:
         JSON-representable, always with these keys: ``folder``; ``kind``; ``verified``, false for a
         folder without provenance; ``bytes`` of all files; ``size``, as in the report's metrics, or
         None; ``method``, or None, and its ``settings``; ``layers`` and ``blocks``, the records of
-        layers.json; ``provenance``, or None.
+        each; ``provenance``, or None.
 
     Raises:
         ArtifactError: No such folder, nothing that llmpress knows, or damaged.
@@ -37,9 +41,7 @@ def describe(folder: Path) -> dict[str, Any]:
     has_provenance = (folder / PROVENANCE).is_file()
     provenance = verify(folder) if has_provenance else None
     kind = _kind(folder)
-    details: dict[str, Any] = {}
-    if (folder / LAYERS).is_file():
-        details = read_json(folder / LAYERS)
+    records = read_records(folder) if has_records(folder) else None
     settings = dict(provenance["settings"]) if provenance else {}
     return {
         "folder": str(folder),
@@ -49,8 +51,8 @@ def describe(folder: Path) -> dict[str, Any]:
         "size": SIZES[kind](folder).model_dump() if kind in SIZES else None,
         "method": settings.pop("method", None),
         "settings": settings,
-        "layers": details.get("layers", []),
-        "blocks": details.get("blocks", []),
+        "layers": [entry(layer) for layer in records.layers] if records else [],
+        "blocks": [asdict(block) for block in (records.blocks if records else None) or ()],
         "provenance": provenance,
     }
 
@@ -60,7 +62,7 @@ def _kind(folder: Path) -> str:
         kind: str = read_json(folder / HEADER).get("kind", "delta").replace("_", " ")
         return kind
     if (folder / "config.json").is_file():
-        return "compressed model" if (folder / LAYERS).is_file() else "model"
+        return "compressed model" if has_records(folder) else "model"
     for name, kind in KINDS_BY_FILE.items():
         if (folder / name).is_file():
             return kind

@@ -173,7 +173,7 @@ class Details(Record):
     base: str | None = Field(description="Deltas: the model the delta is put on; null otherwise.")
     evaluation: EvaluationRecord = Field(description="How it was measured.")
     layers: dict[str, Any] | None = Field(
-        description="layers.json of the artifact: size and errors of every layer, losses of every "
+        description="Records of the artifact: size and errors of every layer, losses of every "
         "finetuned block; null for a model and for adapters."
     )
     training: dict[str, Any] | None = Field(

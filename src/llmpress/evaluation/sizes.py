@@ -2,16 +2,14 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
-from llmpress.core.artifacts import folder_bytes, read_json, read_provenance
+from llmpress.core.artifacts import folder_bytes, read_provenance
+from llmpress.core.records import Totals, has_records, read_records
 from llmpress.evaluation.metrics import Cost, Size
 from llmpress.models.adapters import adapter_sizes, is_adapter
 from llmpress.models.checkpoints.delta_files import HEADER, DeltaFolder
 from llmpress.models.checkpoints.files import Checkpoint, block_linears, stored_dtype
 
-LAYERS = "layers.json"
-TRAINING = "training.json"
 BF16_BYTES = 2
 
 
@@ -28,11 +26,8 @@ def model_size(folder: Path) -> Size:
 
 def compressed_size(folder: Path) -> Size:
     """Return the size of a compressed model, measured against the whole model in bf16."""
-    totals = read_json(folder / LAYERS)["totals"]
-    model_weights = totals["model_weights"]
-    reference = BF16_BYTES * model_weights
-    weights, bits = totals["compressed_weights"], totals["stored_bits"]
-    return _size(folder, weights, bits, model_weights, reference)
+    totals = read_records(folder).totals
+    return _recorded_size(folder, totals, BF16_BYTES * totals.model_weights)
 
 
 def trained_size(folder: Path, original: Path) -> Size:
@@ -55,11 +50,10 @@ def trained_size(folder: Path, original: Path) -> Size:
 
 def delta_size(folder: Path) -> Size:
     """Return the size of a compressed delta, measured against the same delta in bf16."""
-    totals = read_json(folder / LAYERS)["totals"]
+    totals = read_records(folder).totals
     delta = DeltaFolder(folder, "compressed_delta")
     exact = sum(delta.header["exact"].values())  # weights of the tensors that are kept as they are
-    weights, bits = totals["compressed_weights"], totals["stored_bits"]
-    return _size(folder, weights, bits, totals["model_weights"], BF16_BYTES * (weights + exact))
+    return _recorded_size(folder, totals, BF16_BYTES * (totals.compressed_weights + exact))
 
 
 def cost(folder: Path) -> Cost:
@@ -68,11 +62,8 @@ def cost(folder: Path) -> Cost:
     seconds = float(provenance["seconds"])
     memory = int(provenance["peak_memory_bytes"])
     if provenance["stage"] in ("finetune", "train"):
-        layers: list[dict[str, Any]] = []
-        if (folder / LAYERS).is_file():
-            layers = read_json(folder / LAYERS)["layers"]
         return Cost(
-            compress_seconds=sum(float(layer["seconds"]) for layer in layers),
+            compress_seconds=read_records(folder).seconds if has_records(folder) else 0.0,
             compress_peak_memory_bytes=0,
             finetune_seconds=seconds,
             finetune_peak_memory_bytes=memory,
@@ -85,6 +76,11 @@ def cost(folder: Path) -> Cost:
         finetune_seconds=0.0,
         finetune_peak_memory_bytes=0,
     )
+
+
+def _recorded_size(folder: Path, totals: Totals, reference_bytes: int) -> Size:
+    weights, bits = totals.compressed_weights, totals.stored_bits
+    return _size(folder, weights, bits, totals.model_weights, reference_bytes)
 
 
 def _size(folder: Path, weights: int, bits: int, model_weights: int, reference_bytes: int) -> Size:

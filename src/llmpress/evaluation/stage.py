@@ -6,23 +6,21 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmpress.core.artifacts import read_json, read_provenance
+from llmpress.core.artifacts import TRAINING, read_json, read_provenance
 from llmpress.core.environment import hardware, packages, peak_memory_bytes
 from llmpress.core.errors import SourceError
+from llmpress.core.records import has_records, read_records
 from llmpress.data.corpora import load_text, token_windows
 from llmpress.evaluation import metrics
 from llmpress.evaluation.likelihood import Likelihood, likelihood
 from llmpress.evaluation.samples import sample_texts
 from llmpress.evaluation.settings import EvaluationSettings
 from llmpress.evaluation.sizes import (
-    LAYERS,
-    TRAINING,
     compressed_size,
     cost,
     delta_size,
@@ -172,7 +170,9 @@ def _details(
     samples: list[dict[str, str]],
     seconds: dict[str, float],
 ) -> metrics.Details:
-    artifact = read_provenance(subject.folder)
+    folder = subject.folder
+    training = folder / TRAINING
+    artifact = read_provenance(folder)
     settings = dict(artifact["settings"])
     is_model = subject.kind == "model"
     return metrics.Details(
@@ -183,8 +183,8 @@ def _details(
         original=subject.original,
         base=subject.base,
         evaluation=evaluation,
-        layers=_record(subject.folder / LAYERS),
-        training=_record(subject.folder / TRAINING),
+        layers=read_records(folder).content() if has_records(folder) else None,
+        training=read_json(training) if training.is_file() else None,
         provenance=metrics.Provenance(
             artifact=artifact,
             source=None if is_model else read_provenance(subject.original_folder),
@@ -198,11 +198,3 @@ def _details(
         ),
         samples=[metrics.Sample(**sample) for sample in samples],
     )
-
-
-def _record(file: Path) -> dict[str, Any] | None:
-    """Return a record that some artifacts hold."""
-    if not file.is_file():
-        return None
-    content: dict[str, Any] = read_json(file)
-    return content

@@ -16,11 +16,11 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmpress.core.errors import ArtifactError
+from llmpress.data.tasks.files import TASK_FILE
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-TASK_FILE = "task.yaml"
 GENERATION = "generate_until"
 SCORED = (
     16  # answers scored at the same time: sorted by length, so small batches waste less padding

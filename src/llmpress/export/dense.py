@@ -10,6 +10,7 @@ from torch import Tensor
 from llmpress.core.artifacts import artifact_folder, write_json
 from llmpress.core.progress import progress
 from llmpress.models.architectures import stored_name
+from llmpress.models.checkpoints.compressed import model_config
 from llmpress.models.checkpoints.delta_files import DeltaFolder
 from llmpress.models.checkpoints.dense_view import delta_layer, dense_checkpoint
 from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter, copy_companions
@@ -58,8 +59,7 @@ def export_dense(
             stored = stored_name(source.config.model_type, name)
             writer.add(stored, tensor.to(dtype) if tensor.is_floating_point() else tensor)
         writer.close()
-        config = _plain_config(source, change, shapes, dtype)
-        write_json(folder / "config.json", config)
+        write_json(folder / "config.json", _config(source, change, shapes, dtype))
         copy_companions(Path(tokenizer) if tokenizer else source.folder, folder)
 
 
@@ -79,15 +79,13 @@ def _dense_tensors(source: Checkpoint, delta: DeltaFolder | None) -> Iterator[tu
             yield name, tensor
 
 
-def _plain_config(
+def _config(
     source: Checkpoint,
     delta: DeltaFolder | None,
     shapes: Mapping[str, torch.Size],
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    config = source.plain_config()
-    config.pop("quantization_config", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
+    config = model_config(source, dtype)
     if delta is not None:
         config["tie_word_embeddings"] = bool(delta.header["tie_word_embeddings"])
         model = source.skeleton()

@@ -10,12 +10,11 @@ from torch import Tensor
 from llmpress.core.artifacts import artifact_folder, write_json
 from llmpress.core.errors import ArtifactError
 from llmpress.core.progress import progress
-from llmpress.export.dense import _plain_config
-from llmpress.models.architectures import LEFT_MULTIPLIED, matches
-from llmpress.models.checkpoints.compressed import compressed_layers
-from llmpress.models.checkpoints.dense_view import compressed_linear, stored_layer
+from llmpress.models.architectures import LEFT_MULTIPLIED, compressed_linear, matches
+from llmpress.models.checkpoints.compressed import compressed_layers, model_config
+from llmpress.models.checkpoints.dense_view import stored_layer
 from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter, copy_companions
-from llmpress.nn.layers import KINDS
+from llmpress.nn.layers import layer_class
 
 
 def export_factors(
@@ -49,7 +48,7 @@ def export_factors(
         for name, tensor in _factored_tensors(source):
             writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
         writer.close()
-        write_json(folder / "config.json", _plain_config(source, None, {}, dtype))
+        write_json(folder / "config.json", model_config(source, dtype))
         copy_companions(source.folder, folder)
 
 
@@ -74,4 +73,4 @@ def _factored_tensors(source: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
 
 def _has_factors(name: str, entry: Mapping[str, Any]) -> bool:
-    return KINDS[entry["kind"]].has_factors and not matches(name, LEFT_MULTIPLIED)
+    return layer_class(entry).has_factors and not matches(name, LEFT_MULTIPLIED)

@@ -15,9 +15,11 @@ from llmpress.core.artifacts import (
     verify,
 )
 from llmpress.core.errors import ArtifactError, HubError
+from llmpress.core.records import DENSE, has_records, read_records
 from llmpress.data.sources.hub import SECONDS_TO_ANSWER, delete_damaged, download, reported
 from llmpress.data.sources.patterns import matches
 from llmpress.data.sources.source import repository_and_revision
+from llmpress.models.checkpoints.delta_files import HEADER
 
 CARD = "README.md"
 _NOT_OURS = {CARD, ".gitattributes"}
@@ -129,15 +131,14 @@ def model_card(folder: Path, repository: str, revision: str | None = None) -> st
         ArtifactError: The folder is neither a compressed model nor a compressed delta.
     """
     record = read_provenance(folder)
-    if not (folder / "layers.json").is_file():
+    if not has_records(folder):
         raise ArtifactError(f"{folder}: neither a compressed model nor a compressed delta")
-    layers = read_json(folder / "layers.json")
-    sizes, settings = layers["totals"], dict(record.get("settings", {}))
+    records, settings = read_records(folder), dict(record.get("settings", {}))
     method = settings.pop("method", "unknown")
-    count = sum(layer["kind"] != "dense" for layer in layers["layers"])
-    is_delta = (folder / "delta.json").is_file()
+    count = sum(layer.kind != DENSE for layer in records.layers)
+    is_delta = (folder / HEADER).is_file()
     if is_delta:
-        base = read_json(folder / "delta.json")["base"]
+        base = read_json(folder / HEADER)["base"]
         what, library = f"A fine-tuning delta of `{base['name']}`", "llmpress"
         origin, load = f"`{base['name']}`, {base['fingerprint']}", _LOAD_DELTA
         name = base["name"]
@@ -149,9 +150,9 @@ def model_card(folder: Path, repository: str, revision: str | None = None) -> st
     versions = record.get("packages", {})
     rows = {
         "method": f"`{method}`",
-        "bits per weight, compressed layers": f"{sizes['bits_per_weight']:.2f}",
-        "compressed layers": f"{count}, with {sizes['compressed_weights']:,} weights",
-        "weights of the whole model": f"{sizes['model_weights']:,}",
+        "bits per weight, compressed layers": f"{records.totals.bits_per_weight:.2f}",
+        "compressed layers": f"{count}, with {records.totals.compressed_weights:,} weights",
+        "weights of the whole model": f"{records.totals.model_weights:,}",
         "size of the weights": f"{folder_bytes(folder) / 1e6:,.1f} MB",
         "settings": f"`{json.dumps({k: v for k, v in settings.items() if v is not None})}`",
         "base model (fingerprint)": origin,

@@ -11,6 +11,8 @@ from fnmatch import fnmatch
 
 from torch import nn
 
+from llmpress.core.errors import ArtifactError
+
 ROUTERS = ("*.router", "*.router.layer", "*.mlp.gate", "*.shared_expert_gate")
 """Linears that choose experts: tiny, and an error in them sends tokens to another expert."""
 
@@ -89,6 +91,21 @@ def compressible(block: nn.Module) -> dict[str, nn.Linear]:
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether a module's name fits one of the patterns."""
     return any(fnmatch(f".{name}", pattern) for pattern in patterns)
+
+
+def compressed_linear(name: str, model: nn.Module) -> nn.Linear:
+    """Return the linear layer of a plain model that an artifact stores compressed.
+
+    Raises:
+        ArtifactError: The model has no such linear.
+    """
+    try:
+        linear = model.get_submodule(name)
+    except AttributeError:
+        linear = None
+    if not isinstance(linear, nn.Linear):
+        raise ArtifactError(f"{name}: compressed in the artifact, but the model has no such linear")
+    return linear
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

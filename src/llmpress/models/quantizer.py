@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -18,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmpress.core.artifacts import PROVENANCE, verify
 from llmpress.core.errors import ArtifactError
-from llmpress.models.architectures import replace_module
+from llmpress.models.architectures import compressed_linear, replace_module
 from llmpress.models.experts import separate_experts
 from llmpress.nn.layers import build_layer, keep_dense
 
@@ -36,7 +35,7 @@ class LLMPressConfig(QuantizationConfigMixin):
     """What config.json says under ``quantization_config``.
 
     Args:
-        layers: For each compressed layer, by full name: its ``kind`` and ``spec``.
+        layers: For each compressed layer, by full name: its `llmpress.nn.layers.layer_entry`.
         format_version: Version of the artifact format.
     """
 
@@ -113,28 +112,20 @@ def insert_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> 
 
     Args:
         model: Has an ``nn.Linear`` under each of the names.
-        layers: ``{"kind": ..., "spec": {...}}`` by full name.
+        layers: What `llmpress.nn.layers.layer_entry` says of each, by full name.
 
     Raises:
-        ArtifactError: The model has no linear layer of a name.
+        ArtifactError: The model has no linear layer of a name, or the entry is damaged.
     """
     for name, entry in layers.items():
+        linear = compressed_linear(name, model)
+        shape = (linear.in_features, linear.out_features)
         try:
-            linear = model.get_submodule(name)
-        except AttributeError:
-            linear = None
-        if not isinstance(linear, nn.Linear):
+            layer = build_layer(entry, *shape, bias=linear.bias is not None)
+        except ValueError as error:
             raise ArtifactError(
-                f"{name}: compressed in the artifact, but the model has no such linear"
-            )
-        with torch.device("meta"):
-            layer = build_layer(
-                entry["kind"],
-                linear.in_features,
-                linear.out_features,
-                dict(entry["spec"]),
-                bias=linear.bias is not None,
-            )
+                f"config.json: layer {name} is damaged: {error}; compress again"
+            ) from None
         replace_module(model, name, layer)
 
 

@@ -21,10 +21,12 @@ from llmpress.core.artifacts import PROVENANCE, read_json
 from llmpress.core.errors import ArtifactError, ConfigError
 from llmpress.core.kinds import KINDS
 from llmpress.core.params import build, section, suggestion
+from llmpress.data.tasks.files import TASK_FILE, TEST_FILE, TRAIN_FILE
 from llmpress.deltas.settings import read_delta, read_delta_run
 from llmpress.evaluation.settings import EvaluationSettings, read_evaluation
 from llmpress.methods.base import Method
 from llmpress.methods.registry import build_method
+from llmpress.models.checkpoints.delta_files import HEADER
 from llmpress.planning import stages
 from llmpress.planning.plan import Machine, Plan, PlanRow, make_row, summarize
 from llmpress.planning.records import Record, read_records
@@ -212,7 +214,7 @@ class _Project:
             generator = (self.params.get("tasks") or {}).get(task, {}).get("generator")
             return TaskText(45, 70, 32) if generator else TaskText()
         lines = (folder / split).read_text(encoding="utf-8").splitlines()
-        config = yaml.safe_load((folder / "task.yaml").read_text(encoding="utf-8"))
+        config = yaml.safe_load((folder / TASK_FILE).read_text(encoding="utf-8"))
         generates = config.get("output_type") == "generate_until"
         tokens = config.get("generation_kwargs", {}).get("max_gen_toks", 256) if generates else 0
         return task_text([json.loads(line) for line in lines if line.strip()], tokens, drawn)
@@ -222,7 +224,7 @@ class _Project:
 
     def _exact_tensors(self, name: str) -> Collection[str]:
         """Return what fine-tuning changes outside the linears: as known, or at most everything."""
-        header = self.root / "data/deltas" / name / "delta.json"
+        header = self.root / "data/deltas" / name / HEADER
         if self.model is None and header.is_file():
             return list(read_json(header)["exact"])
         finetuned = read_delta(self.params, name).finetuned
@@ -235,7 +237,7 @@ class _Project:
         settings = self._settings(TrainingSettings, f"finetuned_models.{name}")
 
         def need(layout: ModelShapes, settings: TrainingSettings) -> Need:
-            text = self.text(settings.task, "train.jsonl") if settings.task else TaskText()
+            text = self.text(settings.task, TRAIN_FILE) if settings.task else TaskText()
             return stages.train_task(layout, settings, text)
 
         return _Task(("train_task", ""), settings.base, settings, need, ())
@@ -291,7 +293,7 @@ class _Project:
         start = self.tasks.get(maker)  # a fetched model has none
 
         def need(layout: ModelShapes, settings: FinetuningSettings) -> Need:
-            text = self.text(training.task, "train.jsonl") if training.task else None
+            text = self.text(training.task, TRAIN_FILE) if training.task else None
             layers = start.layers(layout) if start else {}
             return stages.train(layout, training.trains, settings, text, layers)
 
@@ -305,7 +307,7 @@ class _Project:
         settings = replace(settings, tasks=settings.tasks_of(original), own_tasks={})
 
         def need(layout: ModelShapes, settings: EvaluationSettings) -> Need:
-            texts = {n: self.text(n, "test.jsonl", few) for n, few in settings.tasks.items()}
+            texts = {n: self.text(n, TEST_FILE, few) for n, few in settings.tasks.items()}
             layers, delta = made.layers(layout) if made else None, stage == "compress_delta"
             return stages.evaluate(layout, settings, texts, layers, delta=delta)
 

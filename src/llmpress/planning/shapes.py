@@ -13,10 +13,11 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from llmpress.core.artifacts import WEIGHTS_INDEX
 from llmpress.core.errors import ArtifactError
 from llmpress.methods.base import Shape
 from llmpress.models.architectures import block_linears, decoder_blocks
-from llmpress.models.checkpoints.files import WEIGHTS, WEIGHTS_INDEX, Checkpoint, companions
+from llmpress.models.checkpoints.files import WEIGHTS, Checkpoint, companions
 from llmpress.models.experts import SeparateExperts, separate_experts
 
 TRACE_TOKENS = 8

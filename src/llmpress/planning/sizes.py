@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from llmpress.calibration.settings import CalibrationSettings
-from llmpress.compression.writing import REST_DTYPE
 from llmpress.methods.base import Method
+from llmpress.models.checkpoints.compressed import REST_DTYPE
+from llmpress.models.checkpoints.delta_files import DELTA_SHARD_BYTES
+from llmpress.models.checkpoints.files import MODEL_SHARD_BYTES
 from llmpress.nn.layers import CompressedLinear
 from llmpress.planning.shapes import ModelShapes
 
-MODEL_SHARD_BYTES = 2 << 30
-DELTA_SHARD_BYTES = 1 << 30
 PROVENANCE_BYTES = 1300
 PROVENANCE_FILE_BYTES = 90
 RECORD_BYTES = 405

@@ -21,6 +21,8 @@ from llmpress.calibration.settings import CalibrationSettings
 from llmpress.core.errors import ConfigError
 from llmpress.evaluation.settings import EvaluationSettings
 from llmpress.methods.base import Method, Tunable
+from llmpress.models.checkpoints.delta_files import DELTA_SHARD_BYTES
+from llmpress.models.checkpoints.files import MODEL_SHARD_BYTES
 from llmpress.nn.layers import CompressedLinear
 from llmpress.planning import sizes
 from llmpress.planning.shapes import ModelShapes
@@ -114,7 +116,7 @@ def compress(model: ModelShapes, method: Method) -> Need:
     layers = sizes.planned_layers(model, method)
     artifact = _exact(sizes.compressed_model_size(model, layers), method)
     largest = 2 * max(t.numel() for t in model.tensors.values())  # an embedding, as bf16
-    pending = max(min(artifact.tensor_bytes, sizes.MODEL_SHARD_BYTES), largest)
+    pending = max(min(artifact.tensor_bytes, MODEL_SHARD_BYTES), largest)
     return _compression(model, method, artifact, pending, model.num_bytes)
 
 
@@ -131,7 +133,7 @@ def compress_delta(
     """
     layers = sizes.planned_layers(model, method)
     artifact = _exact(sizes.compressed_delta_size(model, layers, exact_tensors), method)
-    pending = min(artifact.tensor_bytes, sizes.DELTA_SHARD_BYTES)
+    pending = min(artifact.tensor_bytes, DELTA_SHARD_BYTES)
     mapped = sizes.delta_size(model, exact_tensors).tensor_bytes
     alone = _compression(model, method, artifact, pending, mapped)
     if sequential is None:
@@ -180,7 +182,7 @@ def finetune(
         work=2.0 * length * passes * model.linear_weights * walked / len(own),
         artifact=artifact,
         device_bytes=max(block, _embedding_bytes(model)),
-        host_bytes=PACKAGES_BYTES + states + min(artifact.tensor_bytes, sizes.MODEL_SHARD_BYTES),
+        host_bytes=PACKAGES_BYTES + states + min(artifact.tensor_bytes, MODEL_SHARD_BYTES),
         mapped_bytes=model.num_bytes + artifact.tensor_bytes,
         scratch_bytes=2 * sum(map(_num_trainable, layers.values())),
     )
@@ -264,7 +266,7 @@ def extract_delta(model: ModelShapes, exact_tensors: Collection[str] = ()) -> Ne
     """One tensor of each model and one shard; never on a GPU."""
     artifact = sizes.delta_size(model, exact_tensors)
     largest = 8 * max(math.prod(shape) for shape in model.linears.values())
-    pending = min(artifact.tensor_bytes, sizes.DELTA_SHARD_BYTES)
+    pending = min(artifact.tensor_bytes, DELTA_SHARD_BYTES)
     return Need(
         work=float(model.num_bytes + artifact.tensor_bytes),
         artifact=artifact,

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from llmpress.core.records import entry
 from llmpress.report.measures import plain
 from llmpress.report.tables import Result, Results
 
@@ -155,7 +156,7 @@ def provenance(result: Result) -> list[tuple[str, list[tuple[str, str]]]]:
     groups: dict[str, Any] = {
         "Settings": details.get("settings"),
         "Evaluation": details.get("evaluation"),
-        "Totals": result.layers.get("totals"),
+        "Totals": result.records and entry(result.records.totals),
     }
     for role, record in (details.get("provenance") or {}).items():
         groups[f"Provenance of the {role}"] = record

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from llmpress.core.records import DENSE
 from llmpress.report.measures import LAYER_ERRORS, significant
 from llmpress.report.tables import Results
 
@@ -41,7 +42,7 @@ def skipped(
 
 def _dense_layers(results: Results, layers: pd.DataFrame) -> Iterator[Skipped]:
     for run, rows in layers.groupby("run", sort=False):
-        dense = list(rows.loc[rows["kind"] == "dense", "name"])
+        dense = list(rows.loc[rows["kind"] == DENSE, "name"])
         if dense:
             result = results.get(str(run))
             more = len(dense) - NAMED_LAYERS

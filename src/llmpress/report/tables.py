@@ -7,7 +7,8 @@ said.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pandas as pd
 from llmpress.core.artifacts import read_json
 from llmpress.core.errors import ArtifactError
 from llmpress.core.kinds import KINDS, Kind
+from llmpress.core.records import BlockRecord, Records, parse_records
 
 RECOVERED = "recovered"
 """Kind of what was trained on text; what was trained on a task is ``trained``."""
@@ -72,10 +74,15 @@ class Result:
         """Name of the method; None for an uncompressed model."""
         return self.details.get("method")
 
-    @property
-    def layers(self) -> Mapping[str, Any]:
-        """Content of the artifact's layers.json; empty when there is none."""
-        return self.details.get("layers") or {}
+    @cached_property
+    def records(self) -> Records | None:
+        """What is recorded of each layer and block; None when nothing is.
+
+        Raises:
+            ArtifactError: They are damaged.
+        """
+        content = self.details.get("layers")
+        return parse_records(content, f"details of {self.name}") if content else None
 
 
 @dataclass(frozen=True)
@@ -173,10 +180,9 @@ def layers_frame(results: Results) -> pd.DataFrame:
     for result in results.found:
         if result.kind in ("recovered", "trained"):
             continue  # its layers are as large as those of the run it started from
-        for layer in result.layers.get("layers", []):
-            block, module = split_layer_name(layer["name"])
-            numbers = {key: layer.get(key) for key in LAYER_NUMBERS}
-            rows.append({"run": result.name, "block": block, "module": module, **layer, **numbers})
+        for layer in result.records.layers if result.records else ():
+            block, module = split_layer_name(layer.name)
+            rows.append({"run": result.name, "block": block, "module": module, **vars(layer)})
     frame = pd.DataFrame(rows, columns=LAYER_COLUMNS)
     frame[list(LAYER_NUMBERS)] = frame[list(LAYER_NUMBERS)].astype("float64")
     return frame
@@ -185,9 +191,10 @@ def layers_frame(results: Results) -> pd.DataFrame:
 def blocks_frame(results: Results) -> pd.DataFrame:
     """Return one row per finetuned decoder block; the two curves stay lists."""
     rows = [
-        {"run": result.name, **block}
+        {"run": result.name, **vars(block)}
         for result in results.found
-        for block in result.layers.get("blocks", [])
+        if result.records
+        for block in result.records.blocks or ()
     ]
     return pd.DataFrame(rows, columns=BLOCK_COLUMNS)
 
@@ -206,16 +213,7 @@ LAYER_NUMBERS = (
     "seconds",
 )
 LAYER_COLUMNS = ["run", "name", "block", "module", "kind", "settings", "shape", *LAYER_NUMBERS]
-BLOCK_COLUMNS = [
-    "run",
-    "index",
-    "loss_before",
-    "loss_after",
-    "kept",
-    "train_loss",
-    "validation_loss",
-    "seconds",
-]
+BLOCK_COLUMNS = ["run", *(field.name for field in fields(BlockRecord))]
 
 
 def _named(params: Mapping[str, Any]) -> dict[str, tuple[Kind, Mapping[str, Any]]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmpress.core.artifacts import write_json
+from llmpress.core.artifacts import TRAINING, write_json
 from llmpress.core.errors import ConfigError
 from llmpress.core.resume import SCRATCH, BlockStore
 from llmpress.models.architectures import block_linears
@@ -83,7 +83,7 @@ def finetune_model(
             model.save_pretrained(made.folder)
             tokenizer.save_pretrained(made.folder)
             record = {"settings": asdict(settings), "seed": seed, "losses": losses}
-            write_json(made.folder / "training.json", record)
+            write_json(made.folder / TRAINING, record)
 
 
 def add_tokens(

@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmpress.core.artifacts import fingerprint, read_json, read_provenance, write_json
+from llmpress.core.artifacts import TRAINING, fingerprint, read_provenance, write_json
 from llmpress.core.errors import ArtifactError, ConfigError
+from llmpress.core.records import read_records, write_records
 from llmpress.core.resume import SCRATCH
 from llmpress.deltas.applying import load_finetuned
 from llmpress.models.checkpoints.compressed import is_compressed
@@ -40,7 +40,6 @@ from llmpress.training.settings import (
 )
 from llmpress.training.trainables import Parameters, compressed_parameters, delta_parameters
 
-RECORD = "training.json"
 Data = Callable[[PreTrainedTokenizerBase], TrainingData]
 SHORT = 128
 """Tokens; up to here plain matrix products beat the fused attention's backward pass on a CPU."""
@@ -132,7 +131,7 @@ def finetune_artifact(
         trained = sum(parameter.numel() for parameter in begun.parameters.values())
         best_step, loss = record.best
         write_json(
-            made.folder / RECORD,
+            made.folder / TRAINING,
             {
                 "trains": trains,
                 "settings": {**asdict(settings), **described},
@@ -172,7 +171,7 @@ def _begin_compressed(start: Path, settings: FinetuningSettings, device: torch.d
     checkpoint = Checkpoint(start)
     model = load_model(start, dtype=torch.float32, device=str(device))
     parameters = compressed_parameters(model, norms=settings.norms)
-    layers = read_json(start / "layers.json")
+    records = read_records(start).finetuned()
 
     def save(best: Mapping[str, Tensor], folder: Path) -> None:
         writer = CheckpointWriter(folder)
@@ -181,10 +180,10 @@ def _begin_compressed(start: Path, settings: FinetuningSettings, device: torch.d
         writer.close()
         shutil.copyfile(start / "config.json", folder / "config.json")
         copy_companions(start, folder)
-        write_json(folder / "layers.json", _without_errors(layers))
+        write_records(folder, records)
 
     dtypes = {name: checkpoint.tensor(name).dtype for name in parameters}
-    return _Begun(model, parameters, dtypes, int(layers["totals"]["model_weights"]), save)
+    return _Begun(model, parameters, dtypes, records.totals.model_weights, save)
 
 
 def _begin_delta(base: Path, start: Path, device: torch.device) -> _Begun:
@@ -199,7 +198,7 @@ def _begin_delta(base: Path, start: Path, device: torch.device) -> _Begun:
         own = ("format_version", "kind", "files")  # the writer's
         header = {key: value for key, value in stored.header.items() if key not in own}
         writer.close("compressed_delta", header)
-        write_json(folder / "layers.json", _without_errors(read_json(start / "layers.json")))
+        write_records(folder, read_records(start).finetuned())
 
     dtypes = {name: stored.tensor(name).dtype for name in parameters}
     return _Begun(model, parameters, dtypes, int(stored.header["model_weights"]), save)
@@ -221,13 +220,6 @@ def _begin_adapters(
 
     dtypes = dict.fromkeys(parameters, STORED_DTYPE)
     return _Begun(model, parameters, dtypes, num_weights, save)
-
-
-def _without_errors(layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return layers.json for other values of the same layers: their errors are unknown."""
-    unknown = {"relative_weight_error": None, "relative_output_error": None}
-    entries = [{**layer, **unknown} for layer in layers["layers"]]
-    return {"layers": entries, "totals": layers["totals"]}
 
 
 def _delta_base(start: Path, original: Path, base: Path | None) -> Path:

@@ -9,13 +9,14 @@ block boundary: both chains are stored as plain tensors between blocks.
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
 from llmpress.core.errors import NumericalError
 from llmpress.core.progress import progress
+from llmpress.core.records import BlockRecord
 from llmpress.core.resume import BlockStore
 from llmpress.methods.base import Chain, Tunable
 from llmpress.models.walk import BlockWalk
@@ -23,29 +24,6 @@ from llmpress.nn.layers import CompressedLinear
 from llmpress.nn.layers.base import rounded_to
 from llmpress.numerics.linalg import root_mean_square
 from llmpress.tuning.settings import TuningSettings
-
-
-@dataclass
-class BlockRecord:
-    """What finetuning did to one block.
-
-    Attributes:
-        index: Which block.
-        loss_before: Loss on the held-out windows with the block as it was compressed.
-        loss_after: The same with the block as it is stored now.
-        kept: Whether finetuning lowered it; otherwise the block stayed as it was.
-        train_loss: Mean training loss of each epoch.
-        validation_loss: Held-out loss after each epoch.
-        seconds: Time for this block.
-    """
-
-    index: int
-    loss_before: float
-    loss_after: float = 0.0
-    kept: bool = False
-    train_loss: list[float] = field(default_factory=list)
-    validation_loss: list[float] = field(default_factory=list)
-    seconds: float = 0.0
 
 
 def tune_blocks(

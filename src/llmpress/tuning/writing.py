@@ -2,14 +2,12 @@
 
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
 
-from llmpress.core.artifacts import read_json, write_json
+from llmpress.core.records import BlockRecord, read_records, write_records
 from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter, copy_companions
-from llmpress.tuning.blocks import BlockRecord
 
 
 def rewrite_model(
@@ -20,14 +18,14 @@ def rewrite_model(
     Args:
         compressed: A folder that `write_compressed_model` wrote.
         blocks: Trained tensors by full name in their stored dtype, and a record of each block.
-        folder: Where to write. Errors of single layers are left out of its layers.json: finetuning
+        folder: Where to write. Errors of single layers are left out of its records: finetuning
             lets layers drift from their originals to bring the block's output closer.
     """
     writer = CheckpointWriter(folder)
     trained: set[str] = set()
-    block_records = []
+    block_records: list[BlockRecord] = []
     for tensors, record in blocks:
-        block_records.append(asdict(record))
+        block_records.append(record)
         trained.update(tensors)
         for name, tensor in tensors.items():
             writer.add(name, tensor)
@@ -37,7 +35,4 @@ def rewrite_model(
     writer.close()
     shutil.copyfile(compressed.folder / "config.json", folder / "config.json")
     copy_companions(compressed.folder, folder)
-    layers = read_json(compressed.folder / "layers.json")
-    unknown = {"relative_weight_error": None, "relative_output_error": None}
-    layers["layers"] = [{**layer, **unknown} for layer in layers["layers"]]
-    write_json(folder / "layers.json", {**layers, "blocks": block_records})
+    write_records(folder, read_records(compressed.folder).finetuned(block_records))

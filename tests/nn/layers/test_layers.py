@@ -8,7 +8,7 @@ import torch
 from method_examples import example_layers
 from safetensors.torch import load, save
 
-from llmpress.nn.layers import KINDS, CompressedLinear, build_layer
+from llmpress.nn.layers import KINDS, CompressedLinear, build_layer, layer_entry
 from llmpress.nn.layers.base import frozen
 from llmpress.nn.layers.pivoted_low_rank import PivotedLowRankLinear
 
@@ -30,15 +30,15 @@ def test_every_kind_is_made_by_some_example() -> None:
     assert example_layers(OUT, IN).keys() == KINDS.keys()
 
 
-def twin_of(layer: CompressedLinear, *, bias: bool = False) -> CompressedLinear:
-    spec = json.loads(json.dumps(layer.spec()))
-    with torch.device("meta"):
-        return build_layer(layer.kind, layer.in_features, layer.out_features, spec, bias=bias)
+def twin_of(
+    layer: CompressedLinear, tensors: dict[str, torch.Tensor] | None, *, bias: bool = False
+) -> CompressedLinear:
+    entry = json.loads(json.dumps(layer_entry(layer.kind, layer.spec())))
+    return build_layer(entry, layer.in_features, layer.out_features, tensors, bias=bias)
 
 
 def test_an_empty_twin_is_filled_from_a_file(layer: CompressedLinear) -> None:
-    twin = twin_of(layer)
-    twin.load_state_dict(load(save(layer.tensors())), assign=True)
+    twin = twin_of(layer, load(save(layer.tensors())))
     assert twin.stored_bits() == layer.stored_bits()
     torch.testing.assert_close(twin.dequantize(), layer.dequantize(), rtol=0, atol=0)
 
@@ -54,9 +54,8 @@ def test_weight_and_output_have_the_shape_and_the_dtype_they_should(
 
 
 def test_bias_is_added(layer: CompressedLinear) -> None:
-    twin = twin_of(layer, bias=True)
     bias = torch.randn(OUT)
-    twin.load_state_dict({**layer.tensors(), "bias": bias}, assign=True)
+    twin = twin_of(layer, {**layer.tensors(), "bias": bias}, bias=True)
     x = torch.randn(4, IN)
     torch.testing.assert_close(twin(x), layer(x) + bias)
     assert twin.stored_bits() == layer.stored_bits() + 32 * OUT
@@ -94,11 +93,11 @@ def test_size_is_shown(layer: CompressedLinear) -> None:
 
 def test_unknown_kinds_and_specs_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'cubic' .*codebook"):
-        build_layer("cubic", 3, 3, {})
+        build_layer(layer_entry("cubic", {}), 3, 3)
     with pytest.raises(ValueError, match=r"sign.*rank"):
-        build_layer("sign", 3, 3, {"rank": 2})
+        build_layer(layer_entry("sign", {"rank": 2}), 3, 3)
     with pytest.raises(ValueError, match="0"):
-        build_layer("sign", 0, 3, {})
+        build_layer(layer_entry("sign", {}), 0, 3)
 
 
 @pytest.mark.parametrize("rank", [1, 4, OUT])

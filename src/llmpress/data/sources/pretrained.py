@@ -8,12 +8,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmpress.core.artifacts import read_json, sha256
+from llmpress.core.artifacts import WEIGHTS_INDEX, read_json, sha256
 from llmpress.core.errors import SourceError
 from llmpress.data.sources.source import Opened, Source, opened
 
 FOLDER_FILES = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,8 @@ def _check_folder(opened: Opened, name: str) -> None:
             f"{name}: no model*.safetensors (pickled weights run code when they are read): name a "
             "revision that has them, or save_pretrained() it where you trust it and use `path:`"
         )
-    if INDEX in names:
-        shards = set(read_json(opened.folder / INDEX)["weight_map"].values())
+    if WEIGHTS_INDEX in names:
+        shards = set(read_json(opened.folder / WEIGHTS_INDEX)["weight_map"].values())
         if missing := sorted(shards - names):
             raise SourceError(
                 f"{name}: {len(missing)} weight files are missing, first {missing[0]}"

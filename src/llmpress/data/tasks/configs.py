@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from llmpress.data.tasks.files import TEST_FILE
+
 
 def generation_config(name: str, *, pattern: str, max_new_tokens: int) -> dict[str, Any]:
     """Describe a task whose answer is written: greedily, to the end of the line.
@@ -33,7 +35,7 @@ def _config(name: str, output_type: str, metrics: list[str], **settings: Any) ->
     return {
         "task": name,
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": "test.jsonl"}},
+        "dataset_kwargs": {"data_files": {"test": TEST_FILE}},
         "test_split": "test",
         "output_type": output_type,
         "doc_to_text": "{{query}}",

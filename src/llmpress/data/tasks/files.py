@@ -9,6 +9,8 @@ import yaml
 
 from llmpress.core.errors import ArtifactError
 
+TASK_FILE = "task.yaml"
+TEST_FILE = "test.jsonl"
 TRAIN_FILE = "train.jsonl"
 
 
@@ -45,4 +47,4 @@ def write_task(
     for name, items in splits.items():
         write_items(folder / f"{name}.jsonl", items)
     text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-    (folder / "task.yaml").write_text(text, encoding="utf-8")
+    (folder / TASK_FILE).write_text(text, encoding="utf-8")

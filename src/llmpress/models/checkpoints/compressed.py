@@ -1,9 +1,16 @@
-"""Which checkpoints llmpress wrote, and which of their layers are compressed."""
+"""What config.json says of compression: which checkpoints and which of their layers have it."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from llmpress.models.checkpoints.files import Checkpoint
-from llmpress.models.quantizer import QUANT_METHOD, check_format
+from llmpress.models.quantizer import FORMAT_VERSION, QUANT_METHOD, LLMPressConfig, check_format
+
+KEY = "quantization_config"
+REST_DTYPE = torch.bfloat16
+"""What the tensors that no method compresses (embeddings, norms, dense layers) are stored in."""
 
 
 def is_compressed(checkpoint: Checkpoint) -> bool:
@@ -12,11 +19,36 @@ def is_compressed(checkpoint: Checkpoint) -> bool:
 
 
 def compressed_layers(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """Return kind and spec of each compressed layer of a checkpoint, none for a plain one."""
-    quantization = getattr(checkpoint.config, "quantization_config", None) or {}
+    """Return the `llmpress.nn.layers.layer_entry` of each compressed layer, none of a plain model.
+
+    Raises:
+        ArtifactError: An artifact of another format version.
+    """
+    quantization = getattr(checkpoint.config, KEY, None) or {}
     if not isinstance(quantization, dict):
         quantization = quantization.to_dict()
     if quantization.get("quant_method") != QUANT_METHOD:
         return {}
     check_format(quantization.get("format_version", 0))
     return dict(quantization["layers"])
+
+
+def model_config(
+    source: Checkpoint, dtype: torch.dtype, layers: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Return the content of config.json for what is made of a model.
+
+    Args:
+        source: The model; how it is compressed itself is left out.
+        dtype: What its plain tensors are stored in.
+        layers: Entries as `compressed_layers` returns them; None for a plain model.
+    """
+    config = source.plain_config()
+    config.pop(KEY, None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    return config if layers is None else config | quantization(layers)
+
+
+def quantization(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the part of config.json that lists the compressed layers."""
+    return {KEY: LLMPressConfig(layers, FORMAT_VERSION).to_dict()}

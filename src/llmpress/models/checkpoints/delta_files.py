@@ -20,6 +20,7 @@ from llmpress.core.shards import ShardWriter
 
 HEADER = "delta.json"
 FORMAT_VERSION = 2
+DELTA_SHARD_BYTES = 1 << 30
 EXACT = "exact."
 EXACT_ROWS = "exact_rows."
 
@@ -34,7 +35,7 @@ class DeltaWriter:
         max_shard_bytes: A shard is closed before it would exceed this.
     """
 
-    def __init__(self, folder: Path, max_shard_bytes: int = 1 << 30) -> None:
+    def __init__(self, folder: Path, max_shard_bytes: int = DELTA_SHARD_BYTES) -> None:
         self.folder = folder
         self._shards = ShardWriter(folder, "delta", max_shard_bytes)
 

@@ -5,13 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llmpress.core.errors import ArtifactError
+from llmpress.models.architectures import compressed_linear
 from llmpress.models.checkpoints.compressed import compressed_layers, is_compressed
 from llmpress.models.checkpoints.delta_files import DeltaFolder
 from llmpress.models.checkpoints.files import Checkpoint
-from llmpress.nn.layers import CompressedLinear, filled_layer
+from llmpress.nn.layers import CompressedLinear, build_layer
 
 
 class CheckpointView(Checkpoint):
@@ -97,45 +99,39 @@ def dense_checkpoint(folder: Path) -> Checkpoint:
     return DenseCheckpoint(checkpoint) if is_compressed(checkpoint) else checkpoint
 
 
-def compressed_linear(name: str, model: nn.Module) -> nn.Linear:
-    """Return the linear layer of a plain model that an artifact stores compressed.
-
-    Raises:
-        ArtifactError: The model has no such linear.
-    """
-    try:
-        linear = model.get_submodule(name)
-    except AttributeError:
-        linear = None
-    if not isinstance(linear, nn.Linear):
-        raise ArtifactError(f"{name}: compressed in the artifact, but the model has no such linear")
-    return linear
-
-
 def stored_layer(
-    name: str, entry: Mapping[str, Any], linear: nn.Linear, source: Checkpoint | DeltaFolder
+    name: str,
+    entry: Mapping[str, Any],
+    linear: nn.Linear,
+    source: Checkpoint | DeltaFolder,
+    device: torch.device | None = None,
 ) -> CompressedLinear:
     """Return a compressed layer of a model or of a delta.
 
     Args:
         name: Its full name.
-        entry: Its ``kind`` and ``spec``.
+        entry: What `llmpress.nn.layers.layer_entry` says of it.
         linear: Tells its shape and whether it has a bias.
         source: Where its tensors are.
+        device: Where they are copied to; by default they stay in the file until they are read.
 
     Raises:
         ArtifactError: It is damaged.
     """
     tensors = source.tensors(f"{name}.")
+    if device is not None:
+        tensors = {key: tensor.to(device, copy=True) for key, tensor in tensors.items()}
     shape = (linear.in_features, linear.out_features)
     try:
-        return filled_layer(entry, *shape, tensors, bias=linear.bias is not None)
+        return build_layer(entry, *shape, tensors, bias=linear.bias is not None)
     except ValueError as error:
         raise ArtifactError(f"{source.folder}: layer {name} is damaged: {error}") from None
 
 
-def delta_layer(name: str, delta: DeltaFolder) -> CompressedLinear:
-    """Return one compressed layer of a compressed delta.
+def delta_layer(
+    name: str, delta: DeltaFolder, device: torch.device | None = None
+) -> CompressedLinear:
+    """Return one compressed layer of a compressed delta; arguments as above.
 
     Raises:
         ArtifactError: It is damaged.
@@ -143,4 +139,4 @@ def delta_layer(name: str, delta: DeltaFolder) -> CompressedLinear:
     entry = delta.header["layers"][name]
     out_features, in_features = entry["shape"]
     like = nn.Linear(in_features, out_features, bias=False, device="meta")
-    return stored_layer(name, entry, like, delta)
+    return stored_layer(name, entry, like, delta, device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from llmpress.core.artifacts import fingerprint, read_json, write_json
+from llmpress.core.artifacts import WEIGHTS_INDEX, fingerprint, read_json, write_json
 from llmpress.core.errors import ArtifactError, SourceError
 from llmpress.core.shards import ShardWriter
 from llmpress.models.architectures import block_linears, module_name
@@ -21,7 +21,7 @@ from llmpress.models.experts import separate_experts
 __all__ = ["Checkpoint", "CheckpointWriter", "block_linears", "copy_companions", "stored_dtype"]
 
 WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
+MODEL_SHARD_BYTES = 2 << 30
 
 
 class Checkpoint:
@@ -176,7 +176,7 @@ class CheckpointWriter:
         max_shard_bytes: A shard is closed before it would exceed this.
     """
 
-    def __init__(self, folder: Path, max_shard_bytes: int = 2 << 30) -> None:
+    def __init__(self, folder: Path, max_shard_bytes: int = MODEL_SHARD_BYTES) -> None:
         self.folder = folder
         self._shards = ShardWriter(folder, "model", max_shard_bytes)
 

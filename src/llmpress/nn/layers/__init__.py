@@ -39,48 +39,52 @@ def dense_bytes(model: nn.Module) -> int:
     return store.held if store is not None else 0
 
 
-def build_layer(
-    kind: str, in_features: int, out_features: int, spec: dict[str, Any], *, bias: bool = False
-) -> CompressedLinear:
-    """Build an empty layer of a stored kind; fill it with ``load_state_dict``.
+def layer_entry(kind: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an artifact lists of a layer, JSON-representable: `build_layer` takes it."""
+    return {"kind": kind, "spec": spec}
+
+
+def layer_class(entry: Mapping[str, Any]) -> type[CompressedLinear]:
+    """Return the class of a listed layer.
 
     Raises:
-        ValueError: An unknown kind, or a spec that the kind does not take.
+        ValueError: An unknown kind.
     """
+    kind = entry.get("kind")
     if kind not in KINDS:
         raise ValueError(f"layer kind {kind!r} is unknown; known are {', '.join(sorted(KINDS))}")
-    try:
-        return KINDS[kind](in_features, out_features, bias=bias, **spec)
-    except TypeError as error:
-        raise ValueError(f"layer kind {kind!r} does not take {sorted(spec)}: {error}") from None
+    return KINDS[kind]
 
 
-def filled_layer(
+def build_layer(
     entry: Mapping[str, Any],
     in_features: int,
     out_features: int,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor] | None = None,
     *,
     bias: bool = False,
 ) -> CompressedLinear:
     """Build a stored layer around its tensors, which are not copied.
 
     Args:
-        entry: Its ``kind`` and ``spec``.
+        entry: What `layer_entry` says of it.
         in_features: Inputs of the layer.
         out_features: Outputs of the layer.
-        tensors: Everything the layer stores, by name.
+        tensors: Everything the layer stores, by name; None leaves it empty, on the meta device.
         bias: Whether a bias is among them.
 
     Raises:
-        ValueError: An unknown kind or spec, or tensors that are missing or of another shape.
+        ValueError: An unknown kind, a spec that the kind does not take, or tensors that are missing
+            or of another shape.
     """
-    with torch.device("meta"):
-        layer = build_layer(
-            entry["kind"], in_features, out_features, dict(entry["spec"]), bias=bias
-        )
+    kind, spec = layer_class(entry), entry.get("spec")
     try:
-        layer.load_state_dict(dict(tensors), assign=True)
+        with torch.device("meta"):
+            layer = kind(in_features, out_features, bias=bias, **dict(spec or {}))
+        if tensors is not None:
+            layer.load_state_dict(dict(tensors), assign=True)
+    except TypeError as error:
+        raise ValueError(f"layer kind {kind.kind!r} does not take {spec}: {error}") from None
     except RuntimeError as error:
         raise ValueError(" ".join(str(error).split())) from None
     return layer.requires_grad_(requires_grad=False)
@@ -93,6 +97,7 @@ __all__ = [
     "DenseStore",
     "build_layer",
     "dense_bytes",
-    "filled_layer",
     "keep_dense",
+    "layer_class",
+    "layer_entry",
 ]
