@@ -141,7 +141,9 @@ def rows(page: Path, heading: str) -> dict[str, list[str]]:
 
 
 def type_words(hint: Any) -> str:
-    """A field's type as the pages write it."""
+    """A field's type as the pages write it; what limits its values stands in its meaning."""
+    if typing.get_origin(hint) is typing.Annotated:
+        return type_words(typing.get_args(hint)[0])
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return " or ".join(arguments)
