@@ -14,8 +14,7 @@ from llmpress.compression.stage import compress_model
 from llmpress.core.devices import pick_device
 from llmpress.core.failures import script_errors
 from llmpress.methods.cluscomp import ClusComp
-from llmpress.tuning.settings import TuningSettings
-from llmpress.tuning.stage import tune_model
+from llmpress.tuning.stage import finetune_model
 
 
 def main(
@@ -38,22 +37,22 @@ def main(
             if not is_done(small):
                 compress_model(
                     model,
-                    small,
-                    method_name="cluscomp",
                     method=method,
                     calibration=calibration,
                     seed=0,
                     device=pick_device(),
+                    out=small,
                 )
             if epochs and not is_done(tuned):
-                tune_model(
+                finetune_model(
                     small,
-                    model,
-                    calibration,
-                    tuned,
+                    original=model,
+                    calibration=calibration,
+                    out=tuned,
+                    epochs=epochs,
+                    learning_rate=learning_rate or rate_at(size),
+                    batch_size=batch_size,
                     method=method,
-                    settings=TuningSettings(epochs, learning_rate or rate_at(size), batch_size),
-                    record={"run": small.name, "method": "cluscomp"},
                     seed=0,
                     device=pick_device(),
                 )

@@ -21,23 +21,21 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from llmpress.calibration.settings import CalibrationSettings
-from llmpress.calibration.stage import calibrate_model, corpus_text, task_text
+from llmpress.calibration.stage import calibrate_model
+from llmpress.calibration.texts import read_texts
 from llmpress.core.artifacts import folder_bytes, read_provenance
 from llmpress.core.records import read_records
 from llmpress.data.corpora import load_text, token_windows
 from llmpress.data.tasks.files import read_items
 from llmpress.deltas.applying import load_delta
-from llmpress.deltas.compression import compress_delta_artifact
-from llmpress.deltas.extraction import extract_delta_artifact
+from llmpress.deltas.compression import compress_delta
+from llmpress.deltas.extraction import extract_delta
 from llmpress.evaluation.likelihood import likelihood
 from llmpress.evaluation.tasks import evaluate_tasks
 from llmpress.methods.registry import build_method
 from llmpress.models.checkpoints.files import Checkpoint
 from llmpress.models.loading import dequantized, load_model, load_tokenizer
-from llmpress.training.data import text_data
-from llmpress.training.settings import FinetuningSettings
-from llmpress.training.stage import finetune_artifact
+from llmpress.training.stage import train_model
 
 PAPER = {
     "precisions": [8, 3, 2],
@@ -73,15 +71,15 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], bool]] = {
 """Method, settings without a budget, and whether in true-sequential order."""
 
 BUDGETED = ("delta_come", "svd", "magnitude")
-DISTILLATION = FinetuningSettings(
-    steps=100,
-    learning_rate=1e-2,
-    objective="distillation",
-    length=128,
-    batch_size=4,
-    windows=200,
-    held_out=15,
-)
+DISTILLATION: Mapping[str, Any] = {
+    "steps": 100,
+    "learning_rate": 1e-2,
+    "objective": "distillation",
+    "length": 128,
+    "batch_size": 4,
+    "windows": 200,
+    "held_out": 15,
+}
 """Of scales in fp32, on the texts of calibration; BitDelta's paper: 200 steps."""
 DISTILLED = ", distilled"
 """Ends the label of what is distilled; the rest of it is the start's."""
@@ -113,21 +111,26 @@ def main(
             raise SystemExit(f"error: {folder}: no such folder")
     if unknown := set(methods) - set(METHODS):
         raise SystemExit(f"error: {sorted(unknown)} unknown; known are {', '.join(METHODS)}")
-    name, device = finetuned.name, torch.device("cpu")
+    name = finetuned.name
     delta = work / name / "delta"
     if not is_done(delta):
-        extract_delta_artifact(base, finetuned, delta)
-    texts = {path.name: corpus_text(path) for path in corpora} if calibrate_on != "task" else {}
-    if task and calibrate_on != "general":
-        texts[task.name] = task_text(task)
+        extract_delta(base, finetuned, out=delta)
+    places = [*corpora] if calibrate_on != "task" else []
+    texts = read_texts([*places, task] if task and calibrate_on != "general" else places)
     if start:
         texts = {k: type(t)(list(t.statistics)[start:], t.validation) for k, t in texts.items()}
     called = "-".join([*texts, str(windows), str(seed), *([str(start)] if start else [])])
     calibration = work / name / f"calibration-{called}"
     if not is_done(calibration):
-        settings = CalibrationSettings(tuple(texts), windows, length)
         calibrate_model(
-            finetuned, texts, settings, calibration, inputs={}, seed=seed, device=device
+            finetuned,
+            text=texts,
+            out=calibration,
+            windows=windows,
+            length=length,
+            validation_windows=2,
+            seed=seed,
+            device="cpu",
         )
     judge = Judge(finetuned, corpora, task, test_windows, test_length, items)
     known = {(r["partner"], r["label"], r["calibration"]) for r in _rows(out)}
@@ -148,31 +151,30 @@ def main(
         folder = work / name / _folder_name(title, called)
         made = work / name / _folder_name(label.removesuffix(DISTILLED) + budgeted, called)
         if not is_done(made):
-            compress_delta_artifact(
+            compress_delta(
                 delta,
-                made,
-                method_name=method,
                 method=build_method(method, settings, label),
                 calibration=calibration,
-                base=base if sequential else None,
+                base=base,
+                sequential=sequential,
                 seed=seed,
-                device=device,
+                device="cpu",
                 scratch=work / "scratch",
+                out=made,
             )
         if not is_done(folder):
-            finetune_artifact(
+            train_model(
                 made,
-                finetuned,
-                folder,
-                trains="delta",
-                settings=DISTILLATION,
-                data=lambda tokenizer: text_data(texts, tokenizer, DISTILLATION, seed),
-                inputs={},
-                described={"texts": list(texts)},
-                seed=seed,
-                device=device,
+                original=finetuned,
                 base=base,
+                trains="delta",
+                text=texts,
+                record={"texts": list(texts)},
+                seed=seed,
+                device="cpu",
                 scratch=work / "scratch",
+                out=folder,
+                **DISTILLATION,
             )
         append_rows(out, [judge.row(name, title, folder, base, calibration, called)])
 

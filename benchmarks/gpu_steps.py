@@ -334,8 +334,7 @@ def syncs(out: Path = OUT, dry: bool = DRY) -> None:
     from llmpress.compression.stage import compress_model
     from llmpress.methods.registry import build_method
     from llmpress.models.loading import load_model
-    from llmpress.tuning.settings import TuningSettings
-    from llmpress.tuning.stage import tune_model
+    from llmpress.tuning.stage import finetune_model
 
     device = pick_device()
     tiny_artifacts.CPU = device  # what calibrate_tiny computes on
@@ -348,23 +347,22 @@ def syncs(out: Path = OUT, dry: bool = DRY) -> None:
         for name in WEIGHT_METHODS if not dry else ("rtn",):
             stages[f"compress {name}"] = lambda n=name: compress_model(
                 root / "model",
-                root / n,
-                method_name=n,
                 method=build_method(n, WEIGHT_METHODS[n], n),
                 calibration=root / "calibration",
                 seed=0,
                 device=device,
                 scratch=root / "scratch",
+                out=root / n,
             )
         for name in ("cluscomp", "lillama") if not dry else ():
-            stages[f"finetune {name}"] = lambda n=name: tune_model(
+            stages[f"finetune {name}"] = lambda n=name: finetune_model(
                 root / n,
-                root / "model",
-                root / "calibration",
-                root / f"{n}-tuned",
+                original=root / "model",
+                calibration=root / "calibration",
+                out=root / f"{n}-tuned",
+                epochs=2,
+                learning_rate=1e-3,
                 method=build_method(n, WEIGHT_METHODS[n], n),
-                settings=TuningSettings(epochs=2, learning_rate=1e-3),
-                record={},
                 seed=0,
                 device=device,
                 scratch=root / "scratch",

@@ -70,13 +70,11 @@ def _made(name: str, reduction: float, scratch: Path) -> Iterator[tuple[str, Pat
         folder = scratch / f"{name}-{form}"
         compress_model(
             dense,
-            folder,
-            method_name="lillama",
             method=method,
-            calibration=None,
             seed=0,
             device=pick_device(),
             scratch=scratch / "blocks",
+            out=folder,
         )
         yield f"lillama-{reduction}-{form}", folder
 

@@ -26,8 +26,8 @@ from llmpress.calibration.files import load_windows, save_calibration
 from llmpress.compression.stage import compress_model
 from llmpress.core.artifacts import write_json
 from llmpress.core.resume import BlockStore
-from llmpress.deltas.compression import compress_delta_artifact
-from llmpress.deltas.extraction import extract_delta_artifact
+from llmpress.deltas.compression import compress_delta
+from llmpress.deltas.extraction import extract_delta
 from llmpress.methods.cluscomp import ClusComp
 from llmpress.methods.delta_come import DeltaCoMe
 from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter
@@ -81,29 +81,20 @@ def run_stage(stage: str, root: Path, device: torch.device) -> None:
     model, calibration, compressed = root / "model", root / "calibration", root / "compressed"
     if stage == "compress":
         compress_model(
-            model,
-            compressed,
-            method_name="cluscomp",
-            method=method,
-            calibration=None,
-            seed=0,
-            device=device,
-            scratch=root / "scratch",
+            model, method=method, seed=0, device=device, scratch=root / "scratch", out=compressed
         )
         return
     if stage == "extract-delta":
-        extract_delta_artifact(model, root / "finetuned-model", root / "delta")
+        extract_delta(model, root / "finetuned-model", out=root / "delta")
         return
     if stage == "compress-delta":
-        compress_delta_artifact(
+        compress_delta(
             root / "delta",
-            root / "small-delta",
-            method_name="delta_come",
             method=DeltaCoMe(bits=0.25),
-            calibration=None,
             seed=0,
             device=device,
             scratch=root / "scratch",
+            out=root / "small-delta",
         )
         return
     original = Checkpoint(model)

@@ -31,8 +31,7 @@ from llmpress.methods.svd import SVD
 from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter, copy_companions
 from llmpress.models.loading import skeleton
 from llmpress.models.walk import BlockWalk
-from llmpress.tuning.settings import TuningSettings
-from llmpress.tuning.stage import tune_model
+from llmpress.tuning.stage import finetune_model
 
 
 class Mode(StrEnum):
@@ -61,16 +60,17 @@ def main(
         for reduction in reductions:
             lillama = Lillama(reduction=reduction)
             small, tuned = out / f"lillama-{reduction}", out / f"lillama-tuned-{reduction}"
-            _compress(model, small, "lillama", lillama, calibration)
+            _compress(model, small, lillama, calibration)
             if epochs and not is_done(tuned):
-                tune_model(
+                finetune_model(
                     small,
-                    model,
-                    calibration,
-                    tuned,
+                    original=model,
+                    calibration=calibration,
+                    out=tuned,
+                    epochs=epochs,
+                    learning_rate=learning_rate,
+                    batch_size=batch_size,
                     method=replace(lillama, mode=mode.value),
-                    settings=TuningSettings(epochs, learning_rate, batch_size),
-                    record={"run": small.name, "method": "lillama"},
                     seed=0,
                     device=pick_device(),
                 )
@@ -78,7 +78,7 @@ def main(
                 keep = _kept_of_linears(model, reduction)
                 for name, whiten in (("svd", False), ("whitened-svd", True)):
                     method = SVD(keep=keep, whiten=whiten)
-                    _compress(model, out / f"{name}-{reduction}", "svd", method, calibration)
+                    _compress(model, out / f"{name}-{reduction}", method, calibration)
         if peers:
             _remove_blocks(model, calibration, reductions, out)
 
@@ -91,16 +91,10 @@ def _kept_of_linears(model: Path, reduction: float) -> float:
     return 1 - reduction * total / sum(math.prod(shape) for shape in shapes)
 
 
-def _compress(model: Path, out: Path, name: str, method: Method, calibration: Path) -> None:
+def _compress(model: Path, out: Path, method: Method, calibration: Path) -> None:
     if not is_done(out):
         compress_model(
-            model,
-            out,
-            method_name=name,
-            method=method,
-            calibration=calibration,
-            seed=0,
-            device=pick_device(),
+            model, method=method, calibration=calibration, seed=0, device=pick_device(), out=out
         )
 
 

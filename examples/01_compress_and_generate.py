@@ -6,11 +6,7 @@ python examples/01_compress_and_generate.py MODEL OUT
 import argparse
 from pathlib import Path
 
-import torch
-
 import llmpress
-from llmpress.compression.stage import compress_model
-from llmpress.methods.registry import build_method
 
 
 def main() -> None:
@@ -21,15 +17,7 @@ def main() -> None:
     parser.add_argument("--prompt", default="def main(")
     arguments = parser.parse_args()
 
-    compress_model(
-        arguments.model,
-        arguments.out,
-        method_name="rtn",
-        method=build_method("rtn", {"num_bits": 4, "group_size": 64}, "example"),
-        calibration=None,
-        seed=0,
-        device=torch.device("cpu"),
-    )
+    llmpress.compress_model(arguments.model, method="rtn", bits=4, group_size=64, out=arguments.out)
     model = llmpress.load_model(arguments.out)
     tokenizer = llmpress.load_tokenizer(arguments.out)
     prompt = tokenizer(arguments.prompt, return_tensors="pt")

@@ -9,9 +9,6 @@ from pathlib import Path
 import torch
 
 import llmpress
-from llmpress.deltas.compression import compress_delta_artifact
-from llmpress.deltas.extraction import extract_delta_artifact
-from llmpress.methods.registry import build_method
 
 
 def main() -> None:
@@ -26,16 +23,9 @@ def main() -> None:
     prompt = llmpress.load_tokenizer(arguments.base)("import ", return_tensors="pt")
     for number, finetuned in enumerate(arguments.finetuned):
         extracted, delta = (arguments.out / f"{kind}-{number}" for kind in ("extracted", "tenant"))
-        extract_delta_artifact(arguments.base, finetuned, extracted)
-        compress_delta_artifact(
-            extracted,
-            delta,
-            method_name="delta_come",
-            method=build_method("delta_come", {"bits": 2.0}, "example"),
-            calibration=None,  # better with one, of the fine-tuned model
-            seed=0,
-            device=torch.device("cpu"),
-        )
+        llmpress.extract_delta(arguments.base, finetuned, out=extracted)
+        # better with some `text`, and the base
+        llmpress.compress_delta(extracted, method="delta_come", bits=2.0, out=delta)
         llmpress.load_delta(model, delta)  # in place: the base's weights are not copied
         with torch.no_grad():
             exact = llmpress.load_model(finetuned)(**prompt).logits

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--delta", type=Path, help="a compressed delta to add to the model")
     arguments = parser.parse_args()
 
-    llmpress.export_dense(arguments.compressed, arguments.out, delta=arguments.delta)
+    llmpress.export_dense(arguments.compressed, out=arguments.out, delta=arguments.delta)
     subprocess.run([sys.executable, "-c", OTHER_TOOL, str(arguments.out)], check=True)
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from tiny_models import built_once, library_text
 
-from llmpress.calibration.settings import CalibrationSettings
-from llmpress.calibration.stage import CalibrationText, calibrate_model
+from llmpress.calibration.stage import calibrate_model
 from llmpress.compression.stage import compress_model
-from llmpress.deltas.compression import compress_delta_artifact
-from llmpress.deltas.extraction import extract_delta_artifact
+from llmpress.data.corpora import CalibrationText
+from llmpress.deltas.compression import compress_delta
+from llmpress.deltas.extraction import extract_delta
 from llmpress.methods.registry import build_method
 
 CPU = torch.device("cpu")
@@ -35,10 +35,11 @@ def calibrate_tiny(
     """Calibrate a tiny model, or a base with its delta, on a little text; return ``out``."""
     calibrate_model(
         model,
-        {"code": CalibrationText(library_text(("xml",)), library_text(("asyncio",)))},
-        CalibrationSettings(("code",), windows=4, length=64, validation_windows=1),
-        out,
-        inputs={},
+        text={"code": CalibrationText(library_text(("xml",)), library_text(("asyncio",)))},
+        out=out,
+        windows=4,
+        length=64,
+        validation_windows=1,
         seed=0,
         device=device,
         delta=delta,
@@ -74,13 +75,12 @@ def compressed(shared_folder: Path, tiny_model_folder: Path, calibration: Path) 
             f"tiny-{name}",
             lambda out: compress_model(
                 tiny_model_folder,
-                out,
-                method_name=name,
                 method=build_method(name, WEIGHT_METHODS[name], name),
                 calibration=calibration,
                 seed=0,
                 device=CPU,
                 scratch=shared_folder / f"scratch-{name}",
+                out=out,
             ),
         )
 
@@ -93,7 +93,7 @@ def tiny_delta(shared_folder: Path, tiny_model_folder: Path, tiny_finetuned_fold
     return built_once(
         shared_folder,
         "tiny-delta",
-        lambda out: extract_delta_artifact(tiny_model_folder, tiny_finetuned_folder, out),
+        lambda out: extract_delta(tiny_model_folder, tiny_finetuned_folder, out=out),
     )
 
 
@@ -103,14 +103,12 @@ def compressed_delta(shared_folder: Path, tiny_delta: Path) -> Path:
     return built_once(
         shared_folder,
         "tiny-compressed-delta",
-        lambda out: compress_delta_artifact(
+        lambda out: compress_delta(
             tiny_delta,
-            out,
-            method_name="svd",
             method=build_method("svd", {"rank": 8}, "svd"),
-            calibration=None,
             seed=0,
             device=CPU,
             scratch=shared_folder / "scratch-delta",
+            out=out,
         ),
     )

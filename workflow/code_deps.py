@@ -2,10 +2,11 @@
 
 A stage depends on its script and on what the script imports of ``llmpress``, directly or through
 others, at the top of a file or inside a function, with the packages' data files. Imports for type
-checking alone do not count, nor do files that hold nothing but a docstring. That closure is rounded
-up to folders: a package of which a stage needs more than `FEW` parts counts whole. A stage that
-loads the method named in params.yaml depends on the folder ``methods/${item.method}`` and on what
-any of the methods imports.
+checking alone do not count, nor do files that hold nothing but a docstring; a name of the package
+itself, imported when it is asked for, counts as the module it stands in. That closure is rounded up
+to folders: a package of which a stage needs more than `FEW` parts counts whole. A stage that loads
+the method named in params.yaml depends on the folder ``methods/${item.method}`` and on what any of
+the methods imports.
 
     python workflow/code_deps.py --check    # exit status 1 when dvc.yaml differs
     python workflow/code_deps.py --write    # correct dvc.yaml
@@ -46,8 +47,8 @@ def closure(script: Path, root: Path = Path()) -> set[str]:
         Paths relative to ``root``, without the script itself.
 
     Raises:
-        ValueError: A module of ``llmpress`` is imported that does not exist, or something from the
-            package itself, whose names are imported lazily.
+        ValueError: A module of ``llmpress`` is imported that does not exist, or from the package
+            itself a name that it does not have.
     """
     todo, seen = [script], set()
     while todo:
@@ -143,11 +144,27 @@ def _imported_files(file: Path, root: Path) -> list[Path]:
                     continue
                 if _module_file(f"{module}.{alias.name}", root):
                     found += _files_of(f"{module}.{alias.name}", root)
-                elif module == "llmpress":  # imported when asked for: its file would stay unseen
-                    raise ValueError(
-                        f"{file} imports {alias.name} from llmpress: name the module it stands in"
-                    )
+                elif module == "llmpress":
+                    found += _files_of(_where(alias.name, file, root), root)
+        elif (
+            isinstance(node, ast.Attribute)
+            and ast.unparse(node.value) == "llmpress"
+            and not _module_file(f"llmpress.{node.attr}", root)
+        ):
+            found += _files_of(_where(node.attr, file, root), root)
     return found
+
+
+def _where(name: str, file: Path, root: Path) -> str:
+    """Return the module that a name of the package itself stands in, as its ``_WHERE`` says."""
+    tree = ast.parse((root / SOURCE / "llmpress/__init__.py").read_text(encoding="utf-8"))
+    tables = [
+        n for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets) == "_WHERE"
+    ]
+    where = ast.literal_eval(tables[0].value) if tables else {}
+    if name not in where:
+        raise ValueError(f"{file} takes {name} from llmpress, which has no such name")
+    return str(where[name])
 
 
 def _executed(node: ast.AST) -> Iterator[ast.AST]:

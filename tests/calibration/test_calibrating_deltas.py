@@ -7,12 +7,12 @@ from command_line import llmpress
 from tiny_artifacts import calibrate_tiny
 
 from llmpress.calibration.files import load_statistics
-from llmpress.calibration.stage import task_text
+from llmpress.calibration.texts import read_texts
 from llmpress.core.artifacts import artifact_folder, read_provenance
 from llmpress.core.errors import ArtifactError, SourceError
 from llmpress.data.tasks.files import write_items
-from llmpress.deltas.compression import compress_delta_artifact
-from llmpress.deltas.extraction import extract_delta_artifact
+from llmpress.deltas.compression import compress_delta
+from llmpress.deltas.extraction import extract_delta
 from llmpress.methods.svd import SVD
 
 CPU = torch.device("cpu")
@@ -24,15 +24,14 @@ def calibrated(model: Path, out: Path, delta: Path | None = None) -> Path:
 
 
 def compressed(delta: Path, calibration: Path, out: Path) -> None:
-    compress_delta_artifact(
+    compress_delta(
         delta,
-        out,
-        method_name="svd",
         method=SVD(rank=4, whiten=True),
         calibration=calibration,
         seed=0,
         device=CPU,
         scratch=out.parent / "scratch",
+        out=out,
     )
 
 
@@ -56,7 +55,7 @@ def test_a_base_with_its_delta_is_calibrated_as_the_finetuned_model(
 def test_statistics_of_another_delta_are_refused(
     tiny_model_folder: Path, tiny_delta: Path, tmp_path: Path
 ) -> None:
-    extract_delta_artifact(tiny_model_folder, tiny_model_folder, tmp_path / "other")
+    extract_delta(tiny_model_folder, tiny_model_folder, out=tmp_path / "other")
     folder = calibrated(tiny_model_folder, tmp_path / "both", tmp_path / "other")
     with pytest.raises(ArtifactError, match="other"):
         compressed(tiny_delta, folder, tmp_path / "out")
@@ -65,14 +64,14 @@ def test_statistics_of_another_delta_are_refused(
 def test_items_of_a_task_are_text(tmp_path: Path) -> None:
     items = [{"query": f"What is {i}?", "target": f" It is {i}."} for i in range(10)]
     write_items(tmp_path / "train.jsonl", items)
-    text = task_text(tmp_path)
+    text = read_texts(tmp_path)[tmp_path.name]
     assert list(text.statistics) == [f"What is {i}? It is {i}." for i in range(8)]
     assert list(text.validation) == ["What is 8? It is 8.", "What is 9? It is 9."]
     (tmp_path / "train.jsonl").write_text(json.dumps({"query": "What?"}) + "\n")
     with pytest.raises(SourceError, match="`query` and `target`"):
-        task_text(tmp_path)
+        read_texts(tmp_path)
     with pytest.raises(ArtifactError, match="none"):
-        task_text(tmp_path / "none")
+        read_texts(tmp_path / "none")
 
 
 def test_a_task_is_named_as_text_on_the_command_line(
@@ -99,4 +98,4 @@ def test_text_and_order_need_the_base(
     done = llmpress("delta", "compress", tiny_delta, "-m", "svd", "--bits", 2, *given,
                     "-o", tmp_path / "out")  # fmt: skip
     assert done.code == 1
-    assert f"{option[0]}: name the base too (--base)" in done.err
+    assert f"{option[0].removeprefix('--')}: name the `base` too" in done.err

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from llmpress.calibration.files import load_statistics, save_calibration
 from llmpress.calibration.sensitivity import output_sensitivity
 from llmpress.calibration.settings import CalibrationSettings
-from llmpress.calibration.stage import CalibrationText, calibrate_model
+from llmpress.calibration.stage import calibrate_model
+from llmpress.data.corpora import CalibrationText
 from llmpress.models.architectures import block_linears
 from llmpress.models.checkpoints.files import Checkpoint
 from llmpress.models.loading import skeleton
@@ -76,12 +77,11 @@ def test_calibration_stores_it_and_statistics_hold_it(
 
 def test_the_seed_draws_the_labels(tiny_model_folder: Path, tmp_path: Path) -> None:
     texts = {"code": CalibrationText(["def f(x): return x + 1\n" * 40], ["class A: pass\n" * 40])}
-    settings = CalibrationSettings(("code",), windows=1, length=32, validation_windows=1)
 
     def felt(seed: int, out: Path) -> dict[str, Tensor]:
         device = torch.device("cpu")
         calibrate_model(
-            tiny_model_folder, texts, settings, out, inputs={}, seed=seed, device=device
+            tiny_model_folder, text=texts, out=out, windows=1, length=32, seed=seed, device=device
         )
         return load_file(out / "sensitivity.safetensors")
 

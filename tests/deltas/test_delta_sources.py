@@ -13,8 +13,8 @@ from torch import Tensor
 
 from llmpress.core.artifacts import fingerprint, read_json, write_json
 from llmpress.core.errors import ArtifactError
-from llmpress.deltas.compression import compress_delta_artifact
-from llmpress.deltas.extraction import extract_delta_artifact
+from llmpress.deltas.compression import compress_delta
+from llmpress.deltas.extraction import extract_delta
 from llmpress.methods.registry import build_method
 from llmpress.models.checkpoints.delta_files import DeltaFolder
 from llmpress.models.checkpoints.dense_view import DenseCheckpoint, dense_checkpoint
@@ -44,7 +44,7 @@ def varied(source: Path, out: Path, edit: Edit, **config: object) -> Path:
 
 
 def extracted(base: Path, finetuned: Path, out: Path) -> DeltaFolder:
-    extract_delta_artifact(base, finetuned, out)
+    extract_delta(base, finetuned, out=out)
     return DeltaFolder(out, "delta")
 
 
@@ -238,15 +238,13 @@ def test_a_compressed_base_stands_for_its_dense_weights(
 
 
 def compressed_by_svd(delta: Path, out: Path) -> Path:
-    compress_delta_artifact(
+    compress_delta(
         delta,
-        out,
-        method_name="svd",
         method=build_method("svd", {"rank": 8}, "svd"),
-        calibration=None,
         seed=0,
         device=CPU,
         scratch=out.with_name("scratch"),
+        out=out,
     )
     return out
 

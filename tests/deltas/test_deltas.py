@@ -14,8 +14,8 @@ from llmpress.core.artifacts import artifact_folder, read_json, write_json
 from llmpress.core.errors import ArtifactError, ConfigError, NumericalError
 from llmpress.core.resume import BlockStore
 from llmpress.deltas.applying import load_delta, remove_delta
-from llmpress.deltas.compression import compress_delta
-from llmpress.deltas.extraction import extract_delta
+from llmpress.deltas.compression import write_compressed_delta
+from llmpress.deltas.extraction import write_delta
 from llmpress.methods.base import Method
 from llmpress.methods.delta_come import DeltaCoMe
 from llmpress.methods.svd import SVD
@@ -59,7 +59,7 @@ def finetuned(tiny_finetuned_folder: Path, tmp_path_factory: pytest.TempPathFact
 def extracted(base: Path, finetuned: Path, out: Path, **options: int) -> Path:
     inputs = {"base": base, "finetuned": finetuned}
     with artifact_folder(out, stage="extract_delta", settings={}, inputs=inputs) as folder:
-        extract_delta(Checkpoint(base), Checkpoint(finetuned), folder, **options)
+        write_delta(Checkpoint(base), Checkpoint(finetuned), folder, **options)
     return out
 
 
@@ -67,7 +67,7 @@ def compressed(delta: Path, method: Method, out: Path, **options: int) -> Path:
     store = BlockStore("test", {}, out.parent / "scratch")
     inputs = {"delta": delta}
     with artifact_folder(out, stage="compress_delta", settings={}, inputs=inputs) as folder:
-        compress_delta(
+        write_compressed_delta(
             DeltaFolder(delta, "delta"),
             method,
             None,
@@ -75,7 +75,7 @@ def compressed(delta: Path, method: Method, out: Path, **options: int) -> Path:
             method_name="test",
             seed=0,
             store=store,
-            **options,  # type: ignore[arg-type]
+            **options,
         )
     store.clear()
     return out

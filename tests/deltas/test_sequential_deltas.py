@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from llmpress.core.artifacts import read_json, read_provenance
 from llmpress.core.errors import ArtifactError, ConfigError
-from llmpress.deltas.compression import compress_delta_artifact
+from llmpress.deltas.compression import compress_delta
 from llmpress.methods.delta_come import DeltaCoMe
 
 CPU = torch.device("cpu")
@@ -14,16 +14,16 @@ METHOD = DeltaCoMe(bits=3.0, group_size=16)
 
 
 def compressed(delta: Path, calibration: Path | None, out: Path, base: Path | None = None) -> Path:
-    compress_delta_artifact(
+    compress_delta(
         delta,
-        out,
-        method_name="delta_come",
         method=METHOD,
         calibration=calibration,
         base=base,
         seed=0,
         device=CPU,
         scratch=out.parent / "scratch",
+        sequential=base is not None,
+        out=out,
     )
     return out
 

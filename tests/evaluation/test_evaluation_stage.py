@@ -3,30 +3,19 @@ import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tiny_project import PARAMS
+from tiny_project import evaluated
 
 from llmpress.core.errors import ArtifactError, SourceError
-from llmpress.core.params import build
 from llmpress.evaluation.metrics import Details, Metrics
-from llmpress.evaluation.settings import EvaluationSettings
-from llmpress.evaluation.stage import evaluate
-from llmpress.evaluation.subjects import find_subject
 
 SCRIPT = Path(__file__).parents[2] / "workflow/scripts/evaluate.py"
 
 
-def run(name: str, **changes: Any) -> tuple[Metrics, Details]:
-    values = {k: v for k, v in PARAMS["evaluation"].items() if k != "models"} | changes
-    settings = build(EvaluationSettings, values, "evaluation")
-    return evaluate(find_subject(PARAMS, name), settings, "cpu")
-
-
 @pytest.mark.usefixtures("project")
 def test_a_model_is_its_own_original() -> None:
-    metrics, details = run("tiny")
+    metrics, details = evaluated("tiny")
     assert metrics.quality.kl_divergence_nats == {"code": 0.0}
     assert metrics.quality.top1_agreement == {"code": 1.0}
     assert 1 < metrics.quality.perplexity["code"] < 512
@@ -42,7 +31,7 @@ def test_a_model_is_its_own_original() -> None:
 
 @pytest.mark.usefixtures("project")
 def test_a_run_is_compared_with_its_model() -> None:
-    metrics, details = run("rtn", tasks={})
+    metrics, details = evaluated("rtn", tasks={})
     assert 1e-4 < metrics.quality.kl_divergence_nats["code"] < 1
     assert metrics.quality.top1_agreement["code"] > 0.5
     assert 4 < metrics.size.bits_per_weight < 5
@@ -59,9 +48,9 @@ def test_a_run_is_compared_with_its_model() -> None:
 
 @pytest.mark.usefixtures("project")
 def test_a_delta_is_compared_with_the_finetuned_model() -> None:
-    metrics, details = run("delta", tasks={})
-    base, _ = run("tiny", tasks={})
-    tuned, _ = run("tuned", tasks={})
+    metrics, details = evaluated("delta", tasks={})
+    base, _ = evaluated("tiny", tasks={})
+    tuned, _ = evaluated("tuned", tasks={})
     perplexity = {
         name: found.quality.perplexity["code"]
         for name, found in (("base", base), ("tuned", tuned), ("delta", metrics))
@@ -75,14 +64,14 @@ def test_a_delta_is_compared_with_the_finetuned_model() -> None:
 
 @pytest.mark.usefixtures("project")
 def test_the_same_evaluation_gives_the_same_numbers() -> None:
-    first, second = (run("rtn")[0].quality for _ in range(2))
+    first, second = (evaluated("rtn")[0].quality for _ in range(2))
     assert first == second
 
 
 @pytest.mark.usefixtures("project")
 def test_too_little_text_names_the_corpus() -> None:
-    with pytest.raises(SourceError, match=r"corpus code, test .*900 windows of 64 tokens"):
-        run("tiny", windows=900)
+    with pytest.raises(SourceError, match=r"text code: 900 windows of 64 tokens"):
+        evaluated("tiny", windows=900)
 
 
 @pytest.mark.usefixtures("project")
@@ -91,7 +80,7 @@ def test_a_missing_task_is_named_before_anything_is_computed(
 ) -> None:
     monkeypatch.setattr("llmpress.evaluation.stage.measure_speed", None)
     with pytest.raises(ArtifactError, match=r"data/tasks/quiz"):
-        run("tiny", tasks={"quiz": 4})
+        evaluated("tiny", tasks={"quiz": 4})
 
 
 @pytest.mark.usefixtures("project")
@@ -99,7 +88,7 @@ def test_a_missing_tokenizer_is_named() -> None:
     for file in Path("data/models/tiny").glob("tokenizer*"):
         file.unlink()
     with pytest.raises(ArtifactError, match=r"data/models/tiny/tokenizer"):
-        run("tiny")
+        evaluated("tiny")
 
 
 @pytest.fixture

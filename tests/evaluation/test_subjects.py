@@ -12,24 +12,24 @@ from llmpress.evaluation.subjects import Subject, find_subject
 from llmpress.models.loading import dequantized
 from llmpress.nn.layers import AdaptedLinear, CompressedLinear
 
-BASE = Path("data/models/tiny")
+BASE, TUNED = Path("data/models/tiny"), Path("data/models/tuned")
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("tuned", Subject("tuned", "model", Path("data/models/tuned"), "tuned")),
-        ("rtn", Subject("rtn", "compressed", Path("data/compressed/rtn"), "tiny")),
+        ("tuned", Subject("tuned", "model", Path("data/models/tuned"), TUNED)),
+        ("rtn", Subject("rtn", "compressed", Path("data/compressed/rtn"), BASE)),
         (
             "delta",
-            Subject("delta", "delta", Path("data/compressed/delta"), "tuned", BASE),
+            Subject("delta", "delta", Path("data/compressed/delta"), TUNED, BASE),
         ),
         (
             "rtn-tuned",
-            Subject("rtn-tuned", "finetuned", Path("data/finetuned/rtn-tuned"), "tiny"),
+            Subject("rtn-tuned", "finetuned", Path("data/finetuned/rtn-tuned"), BASE),
         ),
-        ("beside", Subject("beside", "trained", Path("data/trained/beside"), "tiny")),
-        ("scales", Subject("scales", "trained", Path("data/trained/scales"), "tuned", BASE)),
+        ("beside", Subject("beside", "trained", Path("data/trained/beside"), BASE)),
+        ("scales", Subject("scales", "trained", Path("data/trained/scales"), TUNED, BASE)),
     ],
     ids=["model", "run", "delta-run", "finetune", "adapter", "trained-delta"],
 )

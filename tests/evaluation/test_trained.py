@@ -1,48 +1,43 @@
 """What was finetuned end to end is evaluated as every run is, adapters too."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from tiny_project import PARAMS
+from tiny_project import PARAMS, evaluated
 
-from llmpress.core.params import build
 from llmpress.data.tasks.arithmetic import generate
-from llmpress.evaluation.settings import EvaluationSettings
 from llmpress.evaluation.sizes import delta_size
-from llmpress.evaluation.stage import evaluate
-from llmpress.evaluation.subjects import find_subject
-from llmpress.training.data import task_data
-from llmpress.training.settings import FinetuningSettings, Trains
-from llmpress.training.stage import finetune_artifact
+from llmpress.training.settings import Trains
+from llmpress.training.stage import train_model
 
 ITEMS = generate(12, 1, 0)["train"]
+SETTINGS: dict[str, Any] = {
+    "steps": 2,
+    "learning_rate": 1e-2,
+    "batch_size": 2,
+    "warmup": 0,
+    "held_out": 2,
+    "device": "cpu",
+}
 
 
 @pytest.mark.usefixtures("project")
 def test_a_trained_delta_is_evaluated_on_its_base() -> None:
-    settings = FinetuningSettings(
-        steps=2, learning_rate=1e-2, batch_size=2, warmup=0, held_out=2, objective="distillation"
-    )
     out, models = Path("data/trained/followed"), Path("data/models")
-    finetune_artifact(
+    train_model(
         Path("data/compressed/delta"),
-        models / "tuned",
-        out,
-        trains="delta",
-        settings=settings,
-        data=lambda tokenizer: task_data(ITEMS, tokenizer, settings, 0),
-        inputs={},
-        described={"task": "arithmetic"},
-        seed=0,
-        device=torch.device("cpu"),
+        original=models / "tuned",
         base=models / "tiny",
+        trains="delta",
+        items=ITEMS,
+        out=out,
+        **SETTINGS,
+        objective="distillation",
     )
     training = {"start": "compressed/delta", "model": "tuned", "trains": "delta"}
     params = {**PARAMS, "trainings": {"followed": training}}
-    values = {k: v for k, v in PARAMS["evaluation"].items() if k != "models"}
-    how = build(EvaluationSettings, values, "evaluation")
-    metrics, details = evaluate(find_subject(params, "followed"), how, "cpu")
+    metrics, details = evaluated("followed", params)
     assert (details.kind, details.method, details.base) == ("trained", "svd", "tiny")
     assert details.layers is not None
     assert metrics.size == delta_size(Path("data/compressed/delta"))
@@ -53,24 +48,16 @@ def test_a_trained_delta_is_evaluated_on_its_base() -> None:
 @pytest.mark.usefixtures("project")
 @pytest.mark.parametrize("trains", ["lora", "qlora"])
 def test_adapters_are_evaluated(trains: Trains) -> None:
-    settings = FinetuningSettings(steps=2, learning_rate=1e-2, batch_size=2, warmup=0, held_out=2)
-    model = Path("data/models/tiny")
-    finetune_artifact(
-        model,
-        model,
-        Path("data/trained/beside"),
+    train_model(
+        Path("data/models/tiny"),
         trains=trains,
-        settings=settings,
-        data=lambda tokenizer: task_data(ITEMS, tokenizer, settings, 0),
-        inputs={},
-        described={"task": "arithmetic"},
-        seed=0,
-        device=torch.device("cpu"),
+        items=ITEMS,
+        out=Path("data/trained/beside"),
+        force=True,
+        **SETTINGS,
     )
     params = {**PARAMS, "trainings": {"beside": {"model": "tiny"}}}
-    values = {k: v for k, v in PARAMS["evaluation"].items() if k != "models"}
-    how = build(EvaluationSettings, values, "evaluation")
-    metrics, details = evaluate(find_subject(params, "beside"), how, "cpu")
+    metrics, details = evaluated("beside", params)
     assert (details.kind, details.method, details.layers) == ("trained", trains, None)
     assert details.training is not None
     assert details.training["trains"] == trains

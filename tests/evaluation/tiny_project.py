@@ -13,8 +13,11 @@ from llmpress.compression.layers import compress_layers, model_shapes
 from llmpress.compression.writing import write_compressed_model
 from llmpress.core.artifacts import artifact_folder
 from llmpress.core.resume import BlockStore
-from llmpress.deltas.compression import compress_delta
-from llmpress.deltas.extraction import extract_delta
+from llmpress.deltas.compression import write_compressed_delta
+from llmpress.deltas.extraction import write_delta
+from llmpress.evaluation.metrics import Details, Metrics
+from llmpress.evaluation.stage import evaluate_model
+from llmpress.evaluation.subjects import find_subject
 from llmpress.methods.rtn import RTN
 from llmpress.methods.svd import SVD
 from llmpress.models.checkpoints.delta_files import DeltaFolder
@@ -77,6 +80,24 @@ WRITE_TASK = {
 QUERIES = ("import", "def __init__(", "for key in", "if not", "raise", "return", "class", "self.")
 
 
+def evaluated(
+    name: str, params: Mapping[str, Any] = PARAMS, **changes: Any
+) -> tuple[Metrics, Details]:
+    """Evaluate as the script does, with other settings."""
+    values = {k: v for k, v in PARAMS["evaluation"].items() if k != "models"} | changes
+    corpora, tasks = values.pop("corpora"), values.pop("tasks")
+    subject = find_subject(params, name)
+    return evaluate_model(
+        subject.folder,
+        original=subject.original_folder,
+        base=subject.base_folder,
+        text=[Path("data/corpora") / corpus for corpus in corpora],
+        tasks={Path("data/tasks") / task: items for task, items in tasks.items()},
+        device="cpu",
+        **values,
+    )
+
+
 def write_task(folder: Path, config: Mapping[str, Any], rows: list[dict[str, Any]]) -> Path:
     folder.mkdir(parents=True)
     (folder / "task.yaml").write_text(yaml.safe_dump(dict(config)), encoding="utf-8")
@@ -132,7 +153,7 @@ def _compress(model: Path, out: Path) -> None:
             model_weights=weights,
             seed=0,
             device=torch.device("cpu"),
-            store=BlockStore("test", {}),
+            store=BlockStore("test", {}, Path("scratch")),
         )
         write_compressed_model(checkpoint, layers, weights, folder)
 
@@ -141,19 +162,19 @@ def _compress_delta(base: Path, tuned: Path, data: Path) -> None:
     inputs = {"base": base, "finetuned": tuned}
     delta = data / "deltas/tuned"
     with artifact_folder(delta, stage="extract_delta", settings={}, inputs=inputs) as folder:
-        extract_delta(Checkpoint(base), Checkpoint(tuned), folder)
+        write_delta(Checkpoint(base), Checkpoint(tuned), folder)
     with artifact_folder(
         data / "compressed/delta",
         stage="compress_delta",
         settings={"method": "svd", "keep": 0.5},
         inputs={"delta": delta},
     ) as folder:
-        compress_delta(
+        write_compressed_delta(
             DeltaFolder(delta, "delta"),
             SVD(keep=0.5),
             None,
             folder,
             method_name="svd",
             seed=0,
-            store=BlockStore("test-delta", {}),
+            store=BlockStore("test-delta", {}, Path("scratch")),
         )

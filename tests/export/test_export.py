@@ -20,7 +20,7 @@ def test_a_dense_export_computes_the_same(
     name: str, compressed: Make, tmp_path: Path, tiny_windows: Tensor
 ) -> None:
     packed = llmpress.load_model(compressed(name))
-    llmpress.export_dense(compressed(name), tmp_path / "dense", dtype=torch.float32)
+    llmpress.export_dense(compressed(name), out=tmp_path / "dense", dtype=torch.float32)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto")
     assert "quantization_config" not in read_json(tmp_path / "dense/config.json")
     assert not any(isinstance(module, CompressedLinear) for module in dense.modules())
@@ -33,7 +33,7 @@ def test_a_dense_export_computes_the_same(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_weights_are_rounded_once(dtype: torch.dtype, compressed: Make, tmp_path: Path) -> None:
-    llmpress.export_dense(compressed("cluscomp"), tmp_path / "dense", dtype=dtype)
+    llmpress.export_dense(compressed("cluscomp"), out=tmp_path / "dense", dtype=dtype)
     stored = load_file(tmp_path / "dense/model.safetensors")
     packed = llmpress.load_model(compressed("cluscomp"))
     for name, module in packed.named_modules():
@@ -49,7 +49,7 @@ def test_base_and_delta_become_one_model(
 ) -> None:
     for out in ("one", "two"):
         llmpress.export_dense(
-            tiny_model_folder, tmp_path / out, delta=compressed_delta, dtype=torch.float32
+            tiny_model_folder, out=tmp_path / out, delta=compressed_delta, dtype=torch.float32
         )
     digests = [sha256(tmp_path / out / "model.safetensors") for out in ("one", "two")]
     assert digests[0] == digests[1]
@@ -64,7 +64,7 @@ def test_a_delta_of_another_base_is_refused(
     tiny_finetuned_folder: Path, compressed_delta: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ArtifactError, match="tiny"):
-        llmpress.export_dense(tiny_finetuned_folder, tmp_path / "out", delta=compressed_delta)
+        llmpress.export_dense(tiny_finetuned_folder, out=tmp_path / "out", delta=compressed_delta)
     assert not list(tmp_path.iterdir())
 
 
@@ -90,15 +90,13 @@ def test_biases_of_packed_layers_come_along(tmp_path: Path, tiny_windows: Tensor
     (tmp_path / "model/tokenizer.json").write_text("{}")
     compress_model(
         tmp_path / "model",
-        tmp_path / "packed",
-        method_name="rtn",
         method=build_method("rtn", {"num_bits": 8, "group_size": 16}, "rtn"),
-        calibration=None,
         seed=0,
         device=torch.device("cpu"),
         scratch=tmp_path / "scratch",
+        out=tmp_path / "packed",
     )
-    llmpress.export_dense(tmp_path / "packed", tmp_path / "dense", dtype=torch.float32)
+    llmpress.export_dense(tmp_path / "packed", out=tmp_path / "dense", dtype=torch.float32)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto")
     packed = llmpress.load_model(tmp_path / "packed")
     with torch.inference_mode():

@@ -23,8 +23,8 @@ from llmpress.core.errors import ArtifactError, HubError, SourceError
 from llmpress.core.resume import BlockStore
 from llmpress.data.sources.hub import download
 from llmpress.deltas.applying import load_delta
-from llmpress.deltas.compression import compress_delta
-from llmpress.deltas.extraction import extract_delta
+from llmpress.deltas.compression import write_compressed_delta
+from llmpress.deltas.extraction import write_delta
 from llmpress.export.hub import fetch_artifact, model_card, push_artifact
 from llmpress.methods.registry import method_class
 from llmpress.models.checkpoints.delta_files import DeltaFolder
@@ -76,11 +76,11 @@ def delta(
     with artifact_folder(root / "tuned", stage="test", settings={}, inputs={}) as folder:
         shutil.copytree(tiny_finetuned_folder, folder, dirs_exist_ok=True)
     with artifact_folder(root / "delta", stage="extract_delta", settings={}, inputs={}) as folder:
-        extract_delta(Checkpoint(base), Checkpoint(root / "tuned"), folder)
+        write_delta(Checkpoint(base), Checkpoint(root / "tuned"), folder)
     settings = {"method": "svd", "keep": 0.5}
     out = root / "delta-svd"
     with artifact_folder(out, stage="compress_delta", settings=settings, inputs={}) as folder:
-        compress_delta(
+        write_compressed_delta(
             DeltaFolder(root / "delta", "delta"),
             method_class("svd")(keep=0.5),
             None,
@@ -123,7 +123,7 @@ def test_an_artifact_comes_back_byte_for_byte(
     assert repository.private
     stored = repository.files()
     assert stored.keys() - contents(artifact).keys() == {"README.md", ".gitattributes"}
-    back = fetch_artifact(f"{NAME}@{url.rpartition('/')[2]}", tmp_path / "own-cache")
+    back = fetch_artifact(f"{NAME}@{url.rpartition('/')[2]}", cache=tmp_path / "own-cache")
     assert contents(back) == contents(artifact)
     assert back.is_relative_to(tmp_path / "own-cache")
     again = push_artifact(artifact, NAME)

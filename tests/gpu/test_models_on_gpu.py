@@ -14,8 +14,7 @@ from llmpress.deltas.applying import load_delta
 from llmpress.methods.registry import build_method
 from llmpress.models.loading import load_model
 from llmpress.serving.bank import DeltaBank
-from llmpress.tuning.settings import TuningSettings
-from llmpress.tuning.stage import tune_model
+from llmpress.tuning.stage import finetune_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -102,13 +101,12 @@ def compress_on(
 ) -> list[dict[str, Any]]:
     compress_model(
         model,
-        out,
-        method_name=method,
         method=build_method(method, WEIGHT_METHODS[method], method),
         calibration=calibration,
         seed=0,
         device=device,
         scratch=out.with_name(f"scratch-{out.name}"),
+        out=out,
     )
     layers: list[dict[str, Any]] = json.loads((out / "layers.json").read_text())["layers"]
     return layers
@@ -156,14 +154,14 @@ def test_finetuning_helps_on_a_gpu_too(
     method: str, compressed: Make, tiny_model_folder: Path, calibration: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "tuned"
-    tune_model(
+    finetune_model(
         compressed(method),
-        tiny_model_folder,
-        calibration,
-        out,
-        method=build_method(method, WEIGHT_METHODS[method], method),  # type: ignore[arg-type]
-        settings=TuningSettings(epochs=3, learning_rate=1e-2),
-        record={},
+        original=tiny_model_folder,
+        calibration=calibration,
+        out=out,
+        epochs=3,
+        learning_rate=1e-2,
+        method=build_method(method, WEIGHT_METHODS[method], method),
         seed=0,
         device=GPU,
         scratch=tmp_path / "scratch",

@@ -11,12 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmpress
 from llmpress.calibration.files import load_statistics
-from llmpress.calibration.settings import CalibrationSettings
-from llmpress.calibration.stage import CalibrationText, calibrate_model
+from llmpress.calibration.stage import calibrate_model
 from llmpress.compression.stage import compress_model
 from llmpress.core.artifacts import read_json
-from llmpress.deltas.compression import compress_delta_artifact
-from llmpress.deltas.extraction import extract_delta_artifact
+from llmpress.data.corpora import CalibrationText
+from llmpress.deltas.compression import compress_delta
+from llmpress.deltas.extraction import extract_delta
 from llmpress.methods.base import Method
 from llmpress.methods.lillama import Lillama
 from llmpress.methods.rtn import RTN
@@ -27,8 +27,7 @@ from llmpress.models.experts import SeparateExperts, separate_experts
 from llmpress.models.loading import skeleton
 from llmpress.models.walk import BlockWalk
 from llmpress.nn.layers import CompressedLinear
-from llmpress.tuning.settings import TuningSettings
-from llmpress.tuning.stage import tune_model
+from llmpress.tuning.stage import finetune_model
 
 CPU = torch.device("cpu")
 MATRICES = {  # of the first block
@@ -51,10 +50,11 @@ def calibrated(shared_folder: Path, architecture: str, architecture_folder: Path
         f"calibration-{architecture}",
         lambda out: calibrate_model(
             architecture_folder,
-            {"code": text},
-            CalibrationSettings(("code",), windows=16, length=64, validation_windows=4),
-            out,
-            inputs={"model": architecture_folder},
+            text={"code": text},
+            out=out,
+            windows=16,
+            length=64,
+            validation_windows=4,
             seed=0,
             device=CPU,
         ),
@@ -64,13 +64,12 @@ def calibrated(shared_folder: Path, architecture: str, architecture_folder: Path
 def compress(folder: Path, out: Path, method: Method, calibration: Path | None) -> Path:
     compress_model(
         folder,
-        out,
-        method_name=type(method).__name__.lower(),
         method=method,
         calibration=calibration,
         seed=0,
         device=CPU,
         scratch=out.parent / "scratch",
+        out=out,
     )
     return out
 
@@ -214,7 +213,7 @@ def test_the_dense_export_needs_no_llmpress(
     tiny_windows: Tensor,
     tmp_path: Path,
 ) -> None:
-    llmpress.export_dense(low_rank, tmp_path / "dense", dtype=torch.float32)
+    llmpress.export_dense(low_rank, out=tmp_path / "dense", dtype=torch.float32)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     assert not any(isinstance(m, CompressedLinear | SeparateExperts) for m in plain.modules())
     names, original = (
@@ -231,7 +230,7 @@ def test_the_dense_export_needs_no_llmpress(
 def test_two_plain_linears_need_no_llmpress(
     architecture: str, low_rank: Path, tiny_windows: Tensor, tmp_path: Path
 ) -> None:
-    llmpress.export_factors(low_rank, tmp_path / "factors", dtype=torch.float32)
+    llmpress.export_factors(low_rank, out=tmp_path / "factors", dtype=torch.float32)
     tensors = load_file(tmp_path / "factors/model.safetensors")
     config = AutoConfig.from_pretrained(tmp_path / "factors")
     plain = AutoModelForCausalLM.from_config(config).float().eval()
@@ -259,14 +258,15 @@ def test_two_plain_linears_need_no_llmpress(
 def test_distillation_learns_in_every_block(
     architecture_folder: Path, low_rank: Path, calibrated: Path, tmp_path: Path
 ) -> None:
-    tune_model(
+    finetune_model(
         low_rank,
-        architecture_folder,
-        calibrated,
-        tmp_path / "tuned",
+        original=architecture_folder,
+        calibration=calibrated,
+        out=tmp_path / "tuned",
+        epochs=4,
+        learning_rate=0.003,
+        batch_size=2,
         method=Lillama(rank=4),
-        settings=TuningSettings(epochs=4, learning_rate=0.003, batch_size=2),
-        record={},
         seed=0,
         device=CPU,
         scratch=tmp_path / "scratch",
@@ -288,16 +288,14 @@ def test_a_delta_is_extracted_compressed_and_applied(
         for parameter in base.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter) * parameter.std())
     base.save_pretrained(tmp_path / "finetuned")
-    extract_delta_artifact(architecture_folder, tmp_path / "finetuned", tmp_path / "delta")
-    compress_delta_artifact(
+    extract_delta(architecture_folder, tmp_path / "finetuned", out=tmp_path / "delta")
+    compress_delta(
         tmp_path / "delta",
-        tmp_path / "small",
-        method_name="svd",
         method=SVD(bits=64.0),
-        calibration=None,
         seed=0,
         device=CPU,
         scratch=tmp_path / "scratch",
+        out=tmp_path / "small",
     )
     model = llmpress.load_delta(llmpress.load_model(architecture_folder), tmp_path / "small")
     with torch.inference_mode():

@@ -186,13 +186,11 @@ def test_a_file_with_fused_experts_is_refused(architecture_folder: Path, tmp_pat
     with pytest.raises(SourceError, match="experts"):
         compress_model(
             tmp_path / "fused",
-            tmp_path / "out",
-            method_name="rtn",
             method=RTN(num_bits=8, group_size=16),
-            calibration=None,
             seed=0,
             device=torch.device("cpu"),
             scratch=tmp_path / "scratch",
+            out=tmp_path / "out",
         )
     assert not (tmp_path / "out").exists()
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-import torch
 from planning_examples import CALIBRATION, large_shapes, write_config
 
-from llmpress.calibration.stage import CalibrationText, calibrate_model
+from llmpress.calibration.stage import calibrate_model
+from llmpress.data.corpora import CalibrationText
 from llmpress.planning import Machine, ModelShapes, read_shapes
 
 
@@ -52,8 +52,15 @@ def machine() -> Machine:
 def calibrated(model: Path, out: Path) -> Path:
     text = CalibrationText(["def f(x): return x + 1\n" * 200], ["class A: pass\n" * 200])
     texts = dict.fromkeys(CALIBRATION.corpora, text)
-    calibrate_model(model, texts, CALIBRATION, out, inputs={}, seed=0, device=torch.device("cpu"))
-    return out
+    return calibrate_model(
+        model,
+        text=texts,
+        out=out,
+        windows=CALIBRATION.windows,
+        length=CALIBRATION.length,
+        validation_windows=CALIBRATION.validation_windows,
+        device="cpu",
+    )
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from llmpress.compression.stage import compress_model
 from llmpress.core.artifacts import read_json
-from llmpress.deltas.compression import compress_delta_artifact
+from llmpress.deltas.compression import compress_delta
 from llmpress.methods.base import Method
 from llmpress.methods.registry import build_method
 from llmpress.models.checkpoints.files import CheckpointWriter, copy_companions
@@ -90,13 +90,12 @@ def test_compressed_model(
     method = build_method(name, settings, "test")
     compress_model(
         tiny_model_folder,
-        tmp_path / "out",
-        method_name=name,
         method=method,
         calibration=tiny_calibration,
         seed=0,
         device=torch.device("cpu"),
         scratch=tmp_path / "scratch",
+        out=tmp_path / "out",
     )
 
     check_layers(stages.compress(tiny, method).artifact, method, tiny, tmp_path / "out")
@@ -112,15 +111,14 @@ def test_compressed_delta(
     tmp_path: Path,
 ) -> None:
     method = build_method(name, settings, "test")
-    compress_delta_artifact(
+    compress_delta(
         tiny_delta,
-        tmp_path / "out",
-        method_name=name,
         method=method,
         calibration=tiny_finetuned_calibration,
         seed=0,
         device=torch.device("cpu"),
         scratch=tmp_path / "scratch",
+        out=tmp_path / "out",
     )
 
     exact_tensors = list(read_json(tiny_delta / "delta.json")["exact"])

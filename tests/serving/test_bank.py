@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import llmpress
 from llmpress import DeltaBank
 from llmpress.core.errors import ArtifactError
-from llmpress.deltas.compression import compress_delta_artifact
-from llmpress.deltas.extraction import extract_delta_artifact
+from llmpress.deltas.compression import compress_delta
+from llmpress.deltas.extraction import extract_delta
 from llmpress.methods.registry import build_method
 from llmpress.nn.layers import AdaptedLinear, CompressedLinear
 
@@ -51,16 +51,14 @@ def tenant(base: Path, out: Path, edit: Edit | None = None, source: Path | None 
     if edit is not None:
         edit(model)
     model.save_pretrained(out / "finetuned")
-    extract_delta_artifact(base, out / "finetuned", out / "delta")
-    compress_delta_artifact(
+    extract_delta(base, out / "finetuned", out=out / "delta")
+    compress_delta(
         out / "delta",
-        out / "small",
-        method_name="svd",
         method=build_method("svd", {"rank": 8}, "svd"),
-        calibration=None,
         seed=0,
         device=torch.device("cpu"),
         scratch=out / "scratch",
+        out=out / "small",
     )
     return out / "small"
 

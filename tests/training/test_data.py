@@ -7,8 +7,8 @@ from tiny_models import library_text
 from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from llmpress.calibration.stage import CalibrationText
 from llmpress.core.errors import SourceError
+from llmpress.data.corpora import CalibrationText
 from llmpress.data.tasks.arithmetic import generate
 from llmpress.training.data import draw, task_data, text_data
 from llmpress.training.examples import Example, encode

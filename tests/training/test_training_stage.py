@@ -17,23 +17,22 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import llmpress
-from llmpress.calibration.stage import CalibrationText
 from llmpress.core.artifacts import PROVENANCE, read_json, read_provenance, verify
 from llmpress.core.errors import ArtifactError, ConfigError, NumericalError
+from llmpress.data.corpora import CalibrationText
 from llmpress.data.tasks.arithmetic import generate
-from llmpress.deltas.compression import compress_delta_artifact
+from llmpress.deltas.compression import compress_delta
 from llmpress.evaluation.sizes import trained_size
-from llmpress.evaluation.subjects import Subject
 from llmpress.methods.registry import build_method
 from llmpress.models import adapters
 from llmpress.nn.layers import AdaptedLinear
 from llmpress.nn.layers.quantized import QuantizedLinear
 from llmpress.training import stage
-from llmpress.training.data import task_data, text_data
+from llmpress.training.data import text_data
 from llmpress.training.examples import collate
 from llmpress.training.objectives import model_loss
 from llmpress.training.settings import FinetuningSettings, Trains
-from llmpress.training.stage import finetune_artifact
+from llmpress.training.stage import train_model
 from llmpress.training.trainables import delta_parameters
 
 ITEMS = generate(40, 1, 0)["train"]
@@ -57,26 +56,21 @@ def tune(tiny_model_folder: Path, compressed: Make, tmp_path: Path) -> Tune:
         **changes: Any,
     ) -> Path:
         values: dict[str, Any] = {**BASE, "learning_rate": rate, **changes}
-        settings = FinetuningSettings(**values)
         part = CalibrationText(library_text(("xml",)), library_text(("asyncio",)))
-        finetune_artifact(
+        return train_model(
             compressed(start) if trains == "compressed" else tiny_model_folder,
-            tiny_model_folder,
-            tmp_path / name,
+            original=tiny_model_folder,
             trains=trains,
-            settings=settings,
-            data=lambda tokenizer: (
-                text_data({"code": part}, tokenizer, settings, seed)
-                if text
-                else task_data(ITEMS, tokenizer, settings, seed)
-            ),
-            inputs={},
-            described={"task": "arithmetic"},
-            seed=seed,
-            device=torch.device("cpu"),
+            text={"code": part} if text else None,
+            items=None if text else ITEMS,
+            record={"task": "arithmetic"},
+            out=tmp_path / name,
             scratch=tmp_path / "scratch",
+            seed=seed,
+            device="cpu",
+            force=True,
+            **values,
         )
-        return tmp_path / name
 
     return run
 
@@ -119,15 +113,13 @@ def test_only_what_may_train_changes_and_the_loss_falls(
 
 
 def compressed_delta(delta: Path, out: Path, method: str, settings: dict[str, Any]) -> Path:
-    compress_delta_artifact(
+    compress_delta(
         delta,
-        out,
-        method_name=method,
         method=build_method(method, settings, out.name),
-        calibration=None,
         seed=0,
         device=torch.device("cpu"),
         scratch=out.parent / "scratch",
+        out=out,
     )
     return out
 
@@ -149,23 +141,19 @@ def distill(
         given: dict[str, Any] = {"base": tiny_model_folder, "original": tiny_finetuned_folder}
         roles = {role: changes.pop(role, folder) for role, folder in given.items()}
         values = {**BASE, "learning_rate": 3e-2, "objective": "distillation", "windows": 8}
-        settings = FinetuningSettings(**(values | changes))
         part = CalibrationText(library_text(("xml",)), library_text(("asyncio",)))
-        finetune_artifact(
+        return train_model(
             start,
-            roles["original"],
-            tmp_path / name,
+            **roles,
             trains="delta",
-            settings=settings,
-            data=lambda tokenizer: text_data({"code": part}, tokenizer, settings, 0),
-            inputs={},
-            described={"start": "compressed/signs"},
-            seed=0,
-            device=torch.device("cpu"),
-            base=roles["base"],
+            text={"code": part},
+            record={"start": "compressed/signs"},
+            out=tmp_path / name,
             scratch=tmp_path / "scratch",
+            device="cpu",
+            force=True,
+            **(values | changes),
         )
-        return tmp_path / name
 
     return run
 
@@ -482,8 +470,6 @@ def test_adapters(tune: Tune, tiny_model_folder: Path, trains: Trains) -> None:
     assert record["trainable_parameters"] == sum(tensor.numel() for tensor in stored.values())
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
 
-    subject = Subject("x", "trained", out, "tiny")
-    object.__setattr__(subject, "original", tiny_model_folder.name)
     beside = adapters.load_adapted(out, tiny_model_folder, dtype=torch.float32, device="cpu")
     tokens = torch.arange(40).view(2, 20)
     with torch.no_grad():
@@ -554,19 +540,17 @@ def test_starts_that_do_not_fit(
 ) -> None:
     model = tiny_finetuned_folder if start == "other" else tiny_model_folder
     folder = {"model": tiny_model_folder, "other": compressed("cluscomp")}.get(start)
-    settings = FinetuningSettings(steps=1, learning_rate=1e-3, held_out=4)
     with pytest.raises(kind, match=says):
-        finetune_artifact(
+        train_model(
             folder or compressed(start),
-            model,
-            tmp_path / "out",
+            original=model,
             trains=trains,
-            settings=settings,
-            data=lambda tokenizer: task_data(ITEMS, tokenizer, settings, 0),
-            inputs={},
-            described={},
-            seed=0,
-            device=torch.device("cpu"),
+            items=ITEMS,
+            steps=1,
+            learning_rate=1e-3,
+            held_out=4,
+            out=tmp_path / "out",
             scratch=tmp_path / "scratch",
+            device="cpu",
         )
     assert list(tmp_path.iterdir()) == []

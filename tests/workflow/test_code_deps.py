@@ -96,10 +96,22 @@ def test_import_of_a_missing_module_is_named(tmp_path: Path) -> None:
         code_deps.closure(Path("workflow/script.py"), tmp_path)
 
 
-def test_names_of_the_package_itself_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "script", ["from llmpress import thing\n", "import llmpress\nllmpress.thing()\n"]
+)
+def test_a_name_of_the_package_is_the_module_it_stands_in(script: str, tmp_path: Path) -> None:
+    package = '_WHERE = {"thing": "llmpress.sub.b"}\n'
+    write(tmp_path, {**SMALL, "src/llmpress/__init__.py": package, "workflow/script.py": script})
+    found = code_deps.closure(Path("workflow/script.py"), tmp_path)
+    assert "src/llmpress/sub/b.py" in found
+    assert "src/llmpress/late.py" in found  # which that module imports
+    assert "src/llmpress/a.py" not in found
+
+
+def test_names_that_the_package_does_not_have_are_refused(tmp_path: Path) -> None:
     script = "from llmpress import load_delta\n"
     write(tmp_path, {**SMALL, "workflow/script.py": script})
-    with pytest.raises(ValueError, match=r"script\.py imports load_delta from llmpress"):
+    with pytest.raises(ValueError, match=r"script\.py takes load_delta"):
         code_deps.closure(Path("workflow/script.py"), tmp_path)
 
 

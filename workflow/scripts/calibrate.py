@@ -1,12 +1,12 @@
 """Calibrate a model: cut text into windows and measure what its linear layers' inputs look like."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import typer
 
+from llmpress import calibrate_model
 from llmpress.calibration.settings import CalibrationSettings
-from llmpress.calibration.stage import calibrate_model, corpus_text, task_text
-from llmpress.core.devices import pick_device
 from llmpress.core.failures import script_errors
 from llmpress.core.params import build, read_params, section
 
@@ -17,21 +17,18 @@ def main(
 ) -> None:
     """Write data/calibration/KEY: token windows and the second moments of all linears' inputs."""
     with script_errors():
-        values = read_params(params)
+        config, data = read_params(params), Path("data")
         where = f"calibrations.{key}"
-        settings = build(CalibrationSettings, section(values, where), where)
-        corpora = {name: Path("data/corpora") / name for name in settings.corpora}
-        tasks = {name: Path("data/tasks") / name for name in settings.tasks}
+        settings = asdict(build(CalibrationSettings, section(config, where), where))
+        corpora = [data / "corpora" / name for name in settings.pop("corpora")]
+        tasks = [data / "tasks" / name for name in settings.pop("tasks")]
         calibrate_model(
-            Path("data/models") / key,
-            {name: corpus_text(folder) for name, folder in corpora.items()}
-            | {name: task_text(folder) for name, folder in tasks.items()},
-            settings,
-            Path("data/calibration") / key,
-            inputs={f"corpus {name}": folder for name, folder in corpora.items()}
-            | {f"task {name}": folder for name, folder in tasks.items()},
-            seed=values["seed"],
-            device=pick_device(),
+            data / "models" / key,
+            text=[*corpora, *tasks],
+            out=data / "calibration" / key,
+            seed=section(config, "seed"),
+            force=True,
+            **settings,
         )
 
 

@@ -4,12 +4,10 @@ from pathlib import Path
 
 import typer
 
+from llmpress import build_method, compress_model
 from llmpress.compression.settings import read_run
-from llmpress.compression.stage import compress_model
-from llmpress.core.devices import pick_device
 from llmpress.core.failures import script_errors
 from llmpress.core.params import read_params, section
-from llmpress.methods.registry import build_method
 
 
 def main(
@@ -22,12 +20,12 @@ def main(
         run = read_run(config, key)
         compress_model(
             Path("data/models") / run.model,
-            Path("data/compressed") / key,
-            method_name=run.method,
             method=build_method(run.method, run.settings, f"runs.{key}"),
             calibration=Path("data/calibration") / run.model,
+            out=Path("data/compressed") / key,
+            scratch=Path("scratch"),
             seed=section(config, "seed"),
-            device=pick_device(),
+            force=True,
         )
 
 

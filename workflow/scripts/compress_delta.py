@@ -4,12 +4,10 @@ from pathlib import Path
 
 import typer
 
-from llmpress.core.devices import pick_device
+from llmpress import build_method, compress_delta
 from llmpress.core.failures import script_errors
 from llmpress.core.params import read_params, section
-from llmpress.deltas.compression import compress_delta_artifact
 from llmpress.deltas.settings import read_delta_run
-from llmpress.methods.registry import build_method
 
 
 def main(
@@ -20,16 +18,16 @@ def main(
     with script_errors():
         config = read_params(params)
         run = read_delta_run(config, key)
-        method = build_method(run.method, run.settings, f"delta_runs.{key}")
-        compress_delta_artifact(
+        compress_delta(
             Path("data/deltas") / run.delta,
-            Path("data/compressed") / key,
-            method_name=run.method,
-            method=method,
+            method=build_method(run.method, run.settings, f"delta_runs.{key}"),
+            base=Path("data") / run.base,
             calibration=Path("data/calibration") / run.finetuned,
-            base=Path("data") / run.base if run.sequential else None,
+            sequential=run.sequential,
+            out=Path("data/compressed") / key,
+            scratch=Path("scratch"),
             seed=section(config, "seed"),
-            device=pick_device(),
+            force=True,
         )
 
 

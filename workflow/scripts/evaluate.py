@@ -1,6 +1,7 @@
 """Evaluate one model, run, delta run, finetune or training of params.yaml."""
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the packages are imported: nothing goes online here
@@ -10,12 +11,11 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 import transformers
 import typer
 
+from llmpress import evaluate_model
 from llmpress.core.artifacts import write_json
-from llmpress.core.devices import pick_device
 from llmpress.core.failures import script_errors
 from llmpress.core.params import read_params
 from llmpress.evaluation.settings import read_evaluation
-from llmpress.evaluation.stage import evaluate
 from llmpress.evaluation.subjects import find_subject
 
 METRICS, DETAILS = Path("results/metrics"), Path("results/details")
@@ -32,10 +32,20 @@ def main(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with script_errors():
-        config = read_params(params)
+        config, data = read_params(params), Path("data")
         settings = read_evaluation(config)
-        device = str(pick_device())
-        metrics, details = evaluate(find_subject(config, key), settings, device)
+        subject = find_subject(config, key)
+        tasks = settings.tasks_of(subject.original)
+        given = asdict(settings)
+        corpora, *_ = (given.pop(name) for name in ("corpora", "tasks", "own_tasks"))
+        metrics, details = evaluate_model(
+            subject.folder,
+            original=subject.original_folder,
+            base=subject.base_folder,
+            text=[data / "corpora" / name for name in corpora],
+            tasks={data / "tasks" / name: items for name, items in tasks.items()},
+            **given,
+        )
         for folder, record in ((METRICS, metrics), (DETAILS, details)):
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / f"{key}.json", record.model_dump())

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import typer
 
+from llmpress import extract_delta
 from llmpress.core.failures import script_errors
 from llmpress.core.params import read_params
-from llmpress.deltas.extraction import extract_delta_artifact
 from llmpress.deltas.settings import read_delta
 
 
@@ -18,7 +18,7 @@ def main(
     with script_errors():
         delta, data = read_delta(read_params(params), key), Path("data")
         finetuned = data / "models" / delta.finetuned
-        extract_delta_artifact(data / delta.base, finetuned, data / "deltas" / key)
+        extract_delta(data / delta.base, finetuned, out=data / "deltas" / key, force=True)
 
 
 if __name__ == "__main__":

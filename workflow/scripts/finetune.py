@@ -1,16 +1,14 @@
 """Finetune a compressed model block by block against the original one."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import typer
 
-from llmpress.compression.settings import read_run
-from llmpress.core.devices import pick_device
+from llmpress import finetune_model
 from llmpress.core.failures import script_errors
 from llmpress.core.params import read_params, section
-from llmpress.methods.registry import build_method
 from llmpress.tuning.settings import read_finetune
-from llmpress.tuning.stage import tune_model
 
 
 def main(
@@ -21,17 +19,15 @@ def main(
     with script_errors():
         config = read_params(params)
         finetune = read_finetune(config, key)
-        run = read_run(config, finetune.run)
-        tune_model(
+        finetune_model(
             Path("data/compressed") / finetune.run,
-            Path("data/models") / run.model,
-            Path("data/calibration") / run.model,
-            Path("data/finetuned") / key,
-            method=build_method(run.method, run.settings, f"runs.{finetune.run}"),
-            settings=finetune.settings,
-            record={"run": finetune.run, "method": run.method},
+            original=Path("data/models") / finetune.model,
+            calibration=Path("data/calibration") / finetune.model,
+            out=Path("data/finetuned") / key,
+            scratch=Path("scratch"),
             seed=section(config, "seed"),
-            device=pick_device(),
+            force=True,
+            **asdict(finetune.settings),
         )
 
 

@@ -1,18 +1,15 @@
 """Finetune a compressed model or delta, or adapters beside an original, end to end."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import transformers
 import typer
 
-from llmpress.calibration.stage import corpus_text
-from llmpress.core.devices import pick_device
+from llmpress import train_model
 from llmpress.core.failures import script_errors
 from llmpress.core.params import read_params, section
-from llmpress.data.tasks.files import TRAIN_FILE, read_items
-from llmpress.training.data import task_data, text_data
 from llmpress.training.settings import base_folder, read_training, start_folder
-from llmpress.training.stage import finetune_artifact
 
 
 def main(
@@ -23,39 +20,25 @@ def main(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with script_errors():
-        config = read_params(params)
-        training, seed = read_training(config, key), section(config, "seed")
-        settings = training.settings
-        if training.task:
-            task = Path("data/tasks") / training.task
-            inputs = {"task": task}
-        else:
-            inputs = {f"corpus {name}": Path("data/corpora") / name for name in training.corpora}
-        finetune_artifact(
+        config, data = read_params(params), Path("data")
+        training = read_training(config, key)
+        train_model(
             start_folder(training),
-            Path("data/models") / training.model,
-            Path("data/trained") / key,
+            original=data / "models" / training.model,
+            base=base_folder(config, training),
             trains=training.trains,
-            settings=settings,
-            data=lambda tokenizer: (
-                task_data(read_items(task / TRAIN_FILE), tokenizer, settings, seed)
-                if training.task
-                else text_data(
-                    {path.name: corpus_text(path) for path in inputs.values()},
-                    tokenizer,
-                    settings,
-                    seed,
-                )
-            ),
-            inputs=inputs,
-            described={
+            text=[data / "corpora" / name for name in training.corpora],
+            items=data / "tasks" / training.task if training.task else None,
+            record={
                 "start": training.start,
                 "task": training.task,
                 "corpora": list(training.corpora),
             },
-            seed=seed,
-            device=pick_device(),
-            base=base_folder(config, training),
+            out=data / "trained" / key,
+            scratch=Path("scratch"),
+            seed=section(config, "seed"),
+            force=True,
+            **asdict(training.settings),
         )
 
 

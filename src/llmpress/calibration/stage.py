@@ -1,113 +1,141 @@
-"""Calibrate a model on disk with some text: what stage and command share."""
+"""Calibrate a model on disk with some text: what stage, command and Python share."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from llmpress.calibration.files import save_calibration
 from llmpress.calibration.settings import CalibrationSettings
-from llmpress.core.artifacts import artifact_folder
-from llmpress.core.errors import SourceError
-from llmpress.data.corpora import load_text, token_windows
-from llmpress.data.tasks.files import TRAIN_FILE, read_items
+from llmpress.calibration.texts import read_texts, text_artifacts
+from llmpress.core.artifacts import artifact_folder, free_place
+from llmpress.core.devices import pick_device
+from llmpress.core.errors import ConfigError
+from llmpress.data.corpora import Text, token_windows
 from llmpress.models.checkpoints.delta_files import DeltaFolder
 from llmpress.models.checkpoints.dense_view import dense_checkpoint
 from llmpress.models.checkpoints.files import Checkpoint
 from llmpress.models.checkpoints.finetuned_view import FinetunedCheckpoint
+from llmpress.models.folders import model_folder
 from llmpress.models.loading import load_tokenizer, skeleton
 from llmpress.models.walk import BlockWalk
 
-HELD_OUT = 0.2
-"""Share of a text without parts of its own, at its end, that calibration keeps aside."""
-
-
-@dataclass(frozen=True)
-class CalibrationText:
-    """Documents of one corpus.
-
-    Attributes:
-        statistics: What statistics are taken over and finetuning trains on.
-        validation: What finetuning is judged by; shares no document with the other.
-    """
-
-    statistics: Sequence[str]
-    validation: Sequence[str]
-
-
-def corpus_text(folder: Path) -> CalibrationText:
-    """Read the two parts of a corpus that calibration may see, never its test text."""
-    return CalibrationText(load_text(folder, "calibration"), load_text(folder, "validation"))
-
-
-def task_text(folder: Path) -> CalibrationText:
-    """Read the training items of a task as text: what a fine-tuned model was made for.
-
-    Raises:
-        ArtifactError: No training items there.
-        SourceError: Items of another form.
-    """
-    items = read_items(folder / TRAIN_FILE)
-    try:
-        documents = [item["query"] + item["target"] for item in items]
-    except (KeyError, TypeError):
-        raise SourceError(
-            f"{folder}: its items hold no `query` and `target`: use a generated task"
-        ) from None
-    cut = int(len(documents) * (1 - HELD_OUT))
-    return CalibrationText(documents[:cut], documents[cut:])
-
 
 def calibrate_model(
-    model: Path,
-    texts: Mapping[str, CalibrationText],
-    settings: CalibrationSettings,
-    out: Path,
+    model: Path | str,
     *,
-    inputs: Mapping[str, Path],
-    seed: int,
-    device: torch.device,
-    delta: Path | None = None,
-) -> None:
-    """Write token windows and the second moments of all linears' inputs.
+    text: Text,
+    out: Path | str,
+    windows: int = 16,
+    length: int = 512,
+    validation_windows: int | None = None,
+    sensitivity_windows: int = 4,
+    autocast: bool = True,
+    delta: Path | str | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    force: bool = False,
+) -> Path:
+    """Run a model over some text and store the statistics that methods use.
 
     Args:
-        model: A Hugging Face folder of safetensors.
-        texts: Text by corpus; each gives the same number of windows.
-        settings: How many windows of which length.
-        out: The calibration artifact to write.
-        inputs: Artifacts the texts were read from, by role, for the provenance.
+        model: A Hugging Face folder of safetensors; with ``delta`` the base.
+        text: What it reads; see `read_texts`. Each text gives the same number of windows.
+        out: Folder to write: token windows, and the second moments of all linears' inputs.
+        windows: Token windows of each text.
+        length: Tokens of a window.
+        validation_windows: Of each text, from its other documents, that finetuning is judged by; an
+            eighth of ``windows`` by default.
+        sensitivity_windows: Of each text, of which gradients are taken too.
+        autocast: Run the model in bf16 where a matrix product allows it.
+        delta: An extracted delta: then the model with it is calibrated, the fine-tuned one.
         seed: Of the labels that sensitivities are measured with; same seed, same bytes.
-        device: Where to compute.
-        delta: An extracted delta: then it is the fine-tuned model that is calibrated, ``model``
-            with this delta.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; by default the first GPU, or the CPU without one.
+        force: Replace ``out`` where it exists.
+
+    Returns:
+        ``out``.
 
     Raises:
+        ConfigError: No text, or no such device.
         SourceError: A text is too short.
-        ArtifactError: The folder holds no model, or a damaged one.
+        ArtifactError: No model, a damaged one, or ``out`` exists.
+        ValueError: Fewer than one window or two tokens.
     """
+    out, model, place = free_place(out, force=force), model_folder(model), pick_device(device)
+    texts, artifacts = read_texts(text), text_artifacts(text)
+    tasks = tuple(name for name in texts if f"task {name}" in artifacts)
+    if len(tasks) == len(texts):
+        tasks = ()  # some text has to be a corpus there
+    settings = CalibrationSettings(
+        tuple(name for name in texts if name not in tasks),
+        windows,
+        length,
+        max(1, windows // 8) if validation_windows is None else validation_windows,
+        sensitivity_windows,
+        autocast,
+        tasks,
+    )
     recorded = {**asdict(settings), "seed": seed}
     if not settings.tasks:
         del recorded["tasks"]
-    made_from = {"model": model} if delta is None else {"base": model, "delta": delta}
-    roles = {**made_from, **inputs}
+    opened = None if delta is None else DeltaFolder(Path(delta), "delta")
+    roles = {"model": model} if opened is None else {"base": model, "delta": opened.folder}
+    roles |= artifacts
     with artifact_folder(out, stage="calibrate", settings=recorded, inputs=roles) as folder:
         tokenizer = load_tokenizer(model)
-        windows, validation = (
-            torch.cat([token_windows(text, tokenizer, settings.length, count) for text in parts])
+        taken, validation = (
+            torch.cat([token_windows(part, tokenizer, length, count) for part in parts])
             for parts, count in (
-                ([text.statistics for text in texts.values()], settings.windows),
+                ([text.statistics for text in texts.values()], windows),
                 ([text.validation for text in texts.values()], settings.validation_windows),
             )
         )
         checkpoint = Checkpoint(model)
-        if delta is not None:
-            opened = DeltaFolder(delta, "delta")
+        if opened is not None:
             checkpoint = FinetunedCheckpoint(dense_checkpoint(model), opened)
-        walk = BlockWalk(
-            skeleton(checkpoint), checkpoint, device=device, autocast=settings.autocast
+        walk = BlockWalk(skeleton(checkpoint), checkpoint, device=place, autocast=autocast)
+        per_text = taken.view(len(texts), windows, -1)
+        felt = per_text[:, :sensitivity_windows].reshape(-1, length)
+        save_calibration(walk, taken, validation, folder, felt, seed)
+    return out
+
+
+@contextmanager
+def calibration_of(
+    model: Path | str,
+    *,
+    text: Text | None,
+    calibration: Path | str | None,
+    windows: int,
+    length: int,
+    seed: int,
+    device: str | torch.device | None,
+    delta: Path | str | None = None,
+) -> Iterator[Path | None]:
+    """Give the calibration that was named, or one made from text for the moment, or none.
+
+    Raises:
+        ConfigError: Both.
+    """
+    if text and calibration:
+        raise ConfigError(
+            "`text` and `calibration` exclude each other: give one of them (--text, --calibration)"
         )
-        per_corpus = windows.view(len(texts), settings.windows, -1)
-        felt = per_corpus[:, : settings.sensitivity_windows].reshape(-1, settings.length)
-        save_calibration(walk, windows, validation, folder, felt, seed)
+    if not text:
+        yield None if calibration is None else Path(calibration)
+        return
+    with tempfile.TemporaryDirectory(prefix="llmpress-") as temporary:
+        yield calibrate_model(
+            model,
+            text=text,
+            out=Path(temporary) / "calibration",
+            windows=windows,
+            length=length,
+            delta=delta,
+            seed=seed,
+            device=device,
+        )

@@ -30,27 +30,19 @@ def compare(
     """
     import dataclasses
 
-    from llmpress.cli.options import model_folder, quiet
+    from llmpress import compare_models, fetch_model
+    from llmpress.cli.options import quiet
     from llmpress.cli.output import bytes_text, print_json, print_table
-    from llmpress.cli.texts import evaluation_text
-    from llmpress.core.devices import pick_device
-    from llmpress.core.errors import ConfigError
-    from llmpress.evaluation.comparison import compare_models
-    from llmpress.models.checkpoints.delta_files import HEADER
 
     quiet()
-    texts = {path.name: evaluation_text(path) for path in text}
-    delta = Path(other) if base is not None else None
-    if delta is None and (Path(other) / HEADER).is_file():
-        raise ConfigError(f"{other} is a delta: name the model it is put on with --base")
     result = compare_models(
-        model_folder(original),
-        model_folder(base if base is not None else other),
-        texts,
-        delta=delta,
+        fetch_model(original),
+        fetch_model(other if base is None else base),
+        text=text,
+        delta=None if base is None else Path(other),
         windows=windows,
         length=length,
-        device=str(pick_device(device)),
+        device=device,
     )
     if as_json:
         texts_record = {name: dataclasses.asdict(row) for name, row in result.texts.items()}

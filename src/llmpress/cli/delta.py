@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmpress.cli.export import Dtype, DtypeOption, write_dense
+from llmpress.cli.export import Dtype, DtypeOption, print_exported
 from llmpress.cli.options import (
     AsJson,
     Bits,
@@ -39,15 +39,13 @@ def extract(
     as_json: AsJson = False,
 ) -> None:
     """Subtract a base model from its fine-tuned version, tensor by tensor."""
+    from llmpress import extract_delta, fetch_model
     from llmpress.cli.inspect import print_made
-    from llmpress.cli.options import check_out, model_folder
-    from llmpress.deltas.extraction import extract_delta_artifact
-    from llmpress.models.adapters import is_adapter
+    from llmpress.core.artifacts import free_place
 
-    check_out(out, force=force)
-    adapter = Path(finetuned)
-    changed = adapter if is_adapter(adapter) else model_folder(finetuned)
-    extract_delta_artifact(model_folder(base), changed, out)
+    free_place(out, force=force)
+    changed = finetuned if Path(finetuned).is_dir() else fetch_model(finetuned)
+    extract_delta(fetch_model(base), changed, out=out, force=force)
     print_made(out, ("folder", "kind", "bytes"), as_json=as_json)
 
 
@@ -80,42 +78,29 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Compress an extracted delta; what is no linear layer is kept exactly, and counted."""
-    from llmpress.cli.compress import SUMMARY, statistics
+    from llmpress import compress_delta, fetch_model
+    from llmpress.cli.compress import SUMMARY
     from llmpress.cli.inspect import print_made
-    from llmpress.cli.options import (
-        check_out,
-        method_settings,
-        model_folder,
-        quiet,
-        scratch_folder,
-    )
-    from llmpress.core.devices import pick_device
-    from llmpress.core.errors import ConfigError
-    from llmpress.deltas.compression import compress_delta_artifact
+    from llmpress.cli.options import chosen_method, quiet
+    from llmpress.core.artifacts import free_place
 
     quiet()
-    check_out(out, force=force)
-    settings = method_settings(method, bits, set_)
-    place = pick_device(device)
-    if base is None and (text or sequential):
-        option = "--text" if text else "--sequential"
-        raise ConfigError(f"{option}: name the base too (--base); with the delta it is run")
-    model = model_folder(base) if base is not None else Path()
-    source = statistics(
-        model, method, settings, text, calibration, windows, length, seed, device, delta
+    free_place(out, force=force)
+    settings = chosen_method(method, bits, set_)
+    compress_delta(
+        delta,
+        method=settings,
+        out=out,
+        base=None if base is None else fetch_model(base),
+        text=text,
+        calibration=calibration,
+        sequential=sequential,
+        windows=windows,
+        length=length,
+        seed=seed,
+        device=device,
+        force=force,
     )
-    with source as known:
-        compress_delta_artifact(
-            delta,
-            out,
-            method_name=method,
-            method=settings,
-            calibration=known,
-            base=model if sequential else None,
-            seed=seed,
-            device=place,
-            scratch=scratch_folder(out),
-        )
     print_made(out, SUMMARY, as_json=as_json)
 
 
@@ -132,9 +117,15 @@ def apply(
     as_json: AsJson = False,
 ) -> None:
     """Write the dense fine-tuned model, base and delta in one; the same bytes every time."""
-    from llmpress.cli.options import model_folder
+    from llmpress import export_dense, fetch_model
+    from llmpress.cli.options import quiet
+    from llmpress.core.artifacts import free_place
 
-    write_dense(model_folder(base), out, delta, tokenizer, dtype, force=force, as_json=as_json)
+    quiet()
+    free_place(out, force=force)
+    model = fetch_model(base)
+    export_dense(model, out=out, delta=delta, dtype=dtype.value, tokenizer=tokenizer, force=force)
+    print_exported(out, dtype, as_json=as_json)
 
 
 @app.command()
@@ -153,18 +144,9 @@ def export(
 
     Tensors that the delta keeps exactly have no place in an adapter; a warning names them.
     """
-    import torch
-
-    from llmpress.cli.options import check_out, quiet
-    from llmpress.cli.output import bytes_text, print_facts, print_json
-    from llmpress.core.artifacts import folder_bytes
-    from llmpress.export.adapter import export_adapter
+    from llmpress import export_adapter
+    from llmpress.cli.options import quiet
 
     quiet()
-    check_out(out, force=force)
-    export_adapter(delta, out, base_name=base_name, dtype=getattr(torch, dtype.value))
-    size = folder_bytes(out)
-    if as_json:
-        print_json({"folder": str(out), "dtype": dtype.value, "bytes": size})
-    else:
-        print_facts(str(out), [("dtype", dtype.value), ("size on disk", bytes_text(size))])
+    export_adapter(delta, out=out, base_name=base_name, dtype=dtype.value, force=force)
+    print_exported(out, dtype, as_json=as_json)

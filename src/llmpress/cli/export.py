@@ -2,14 +2,11 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from llmpress.cli.options import AsJson, Force, Model, Out
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Dtype(StrEnum):
@@ -41,52 +38,25 @@ def export(
     model. --factors: tensors NAME.0.weight and NAME.1.weight of two linears in a row for each
     low-rank matrix, to be loaded where NAME has become nn.Sequential of two nn.Linear.
     """
-    from llmpress.cli.options import check_out, model_folder, quiet
+    from llmpress import export_dense, export_factors, fetch_model
+    from llmpress.cli.options import quiet
+    from llmpress.core.artifacts import free_place
     from llmpress.core.errors import ConfigError
-    from llmpress.export.factors import export_factors
 
     if dense == factors:
         raise ConfigError(
             "export: say --dense (as large as the original model) or --factors (two linears for "
             "each low-rank matrix)"
         )
-    if dense:
-        write_dense(model_folder(model), out, None, None, dtype, force=force, as_json=as_json)
-        return
     quiet()
-    check_out(out, force=force)
-    export_factors(model_folder(model), out, dtype=_torch_dtype(dtype))
-    _say(out, dtype, as_json=as_json)
+    free_place(out, force=force)
+    write = export_dense if dense else export_factors
+    write(fetch_model(model), out=out, dtype=dtype.value, force=force)
+    print_exported(out, dtype, as_json=as_json)
 
 
-def write_dense(
-    model: Path,
-    out: Path,
-    delta: Path | None,
-    tokenizer: Path | None,
-    dtype: Dtype,
-    *,
-    force: bool,
-    as_json: bool,
-) -> None:
-    """Export and say what was written."""
-    from llmpress.cli.options import check_out, quiet
-    from llmpress.export.dense import export_dense
-
-    quiet()
-    check_out(out, force=force)
-    export_dense(model, out, delta=delta, dtype=_torch_dtype(dtype), tokenizer=tokenizer)
-    _say(out, dtype, as_json=as_json)
-
-
-def _torch_dtype(dtype: Dtype) -> "torch.dtype":
-    import torch
-
-    found: torch.dtype = getattr(torch, dtype.value)
-    return found
-
-
-def _say(out: Path, dtype: Dtype, *, as_json: bool) -> None:
+def print_exported(out: Path, dtype: Dtype, *, as_json: bool) -> None:
+    """Print what was written, and how large it is."""
     from llmpress.cli.output import bytes_text, print_facts, print_json
     from llmpress.core.artifacts import folder_bytes
 

@@ -1,17 +1,13 @@
 """``llmpress finetune``: a compressed model, or an adapter, learns a task or follows text."""
 
+import inspect
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from llmpress.cli.options import AsJson, Device, Force, Length, Model, Out, Seed, Set, Text
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from llmpress.training.data import TrainingData
-    from llmpress.training.settings import FinetuningSettings
 
 
 def finetune(
@@ -55,93 +51,38 @@ def finetune(
     Example: llmpress finetune small --original data/models/smollm2 --text data/corpora/wikipedia
     --distill --steps 60 --lr 5e-3 --out recovered
     """
-    from llmpress.cli.options import check_out, model_folder, quiet, scratch_folder
-    from llmpress.core.devices import pick_device
+    from llmpress import fetch_model, train_model
+    from llmpress.cli.options import assignment, quiet
+    from llmpress.core.artifacts import free_place
     from llmpress.core.errors import ConfigError
-    from llmpress.training.settings import TRAINS
-    from llmpress.training.stage import finetune_artifact
 
     quiet()
-    check_out(out, force=force)
-    here = [known for known in TRAINS if known != "delta"]  # which needs its base too: a stage
-    if trains not in here:
-        raise ConfigError(f"--trains {trains!r}: allowed are {', '.join(here)}")
-    if trains == "compressed" and original is None:
-        raise ConfigError("--original: name the model that the compressed one was made from")
-    if bool(text) == bool(items):
-        raise ConfigError("give either --text or --items to train on")
-    settings = _settings(set_, steps, learning_rate, batch_size, length, distill=distill)
-    place = pick_device(device)
-    folder = model_folder(start)
-    inputs = _inputs(text, items)
-
-    def data(tokenizer: "PreTrainedTokenizerBase") -> "TrainingData":
-        return _data(tokenizer, text, items, settings, seed)
-
-    written = finetune_artifact(
-        folder,
-        folder if original is None else model_folder(original),
-        out,
-        trains=trains,
-        settings=settings,
-        data=data,
-        inputs=inputs,
-        described={
-            "data": sorted(path.name for path in [*(text or []), *([items] if items else [])])
-        },
-        seed=seed,
-        device=place,
-        scratch=scratch_folder(out),
-    )
-    if written:
-        _print(out, as_json=as_json)
-
-
-def _settings(
-    assignments: list[str] | None,
-    steps: int,
-    learning_rate: float,
-    batch_size: int,
-    length: int,
-    *,
-    distill: bool,
-) -> "FinetuningSettings":
-    from llmpress.cli.options import assignment
-    from llmpress.core.params import build
-    from llmpress.training.settings import FinetuningSettings
-
-    given: dict[str, Any] = {
+    free_place(out, force=force)
+    settings: dict[str, Any] = {
         "steps": steps,
         "learning_rate": learning_rate,
         "batch_size": batch_size,
         "length": length,
         "objective": "distillation" if distill else "next_token",
+        **dict(map(assignment, set_ or ())),
     }
-    return build(FinetuningSettings, given | dict(map(assignment, assignments or ())), "--set")
-
-
-def _inputs(text: list[Path] | None, items: Path | None) -> dict[str, Path]:
-    """Return the data that are artifacts, by role."""
-    from llmpress.cli.texts import corpus_inputs
-
-    return {"task": items} if items and items.is_dir() else corpus_inputs(text or [])
-
-
-def _data(
-    tokenizer: "PreTrainedTokenizerBase",
-    text: list[Path] | None,
-    items: Path | None,
-    settings: "FinetuningSettings",
-    seed: int,
-) -> "TrainingData":
-    from llmpress.cli.texts import calibration_texts
-    from llmpress.data.tasks.files import TRAIN_FILE, read_items
-    from llmpress.training.data import task_data, text_data
-
-    if items is None:
-        return text_data(calibration_texts(text or []), tokenizer, settings, seed)
-    file = items / TRAIN_FILE if items.is_dir() else items
-    return task_data(read_items(file), tokenizer, settings, seed)
+    options = inspect.signature(train_model).parameters.keys() - {"steps", "learning_rate"}
+    if taken := sorted(options & settings.keys()):
+        raise ConfigError(f"--set {taken[0]}: is no setting of the training")
+    train_model(
+        fetch_model(start),
+        out=out,
+        trains=trains,
+        original=None if original is None else fetch_model(original),
+        text=text,
+        items=items,
+        seed=seed,
+        device=device,
+        force=force,
+        **settings,
+    )
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first one has written
+        _print(out, as_json=as_json)
 
 
 def _print(out: Path, *, as_json: bool) -> None:

@@ -44,23 +44,18 @@ def generate(
     import torch
     from transformers import TextStreamer
 
-    from llmpress.cli.options import model_folder, quiet
+    from llmpress import fetch_model, load_delta, load_model, load_tokenizer
+    from llmpress.cli.options import quiet
     from llmpress.cli.output import print_json
-    from llmpress.core.devices import pick_device
-    from llmpress.core.errors import ConfigError
-    from llmpress.deltas.applying import load_delta
-    from llmpress.models.checkpoints.delta_files import HEADER
-    from llmpress.models.loading import load_model, load_tokenizer
+    from llmpress.core.devices import pick_device, pick_dtype
 
     quiet()
     text = _prompt(prompt)
-    if (Path(model) / HEADER).is_file():
-        raise ConfigError(f"{model} is a delta: name its base as MODEL, and --delta {model}")
-    folder = model_folder(model)
-    place = pick_device(device)
+    precision, place = pick_dtype(dtype), pick_device(device)
+    folder = fetch_model(model)
     tools = load_tokenizer(tokenizer or folder)
     ids = _encode(tools, text, chat, system)
-    loaded: Any = load_model(folder, dtype=_dtype(dtype), device=str(place))
+    loaded: Any = load_model(folder, dtype=precision, device=str(place))
     if delta is not None:
         loaded = load_delta(loaded, delta)
     _check_length(loaded.config, len(ids), max_tokens)
@@ -140,13 +135,3 @@ def _check_length(config: Any, prompt_tokens: int, max_tokens: int) -> None:
             f"a prompt of {prompt_tokens} tokens and {max_tokens} new ones exceed the model's "
             f"context of {context}: {remedy}"
         )
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    from llmpress.core.errors import ConfigError
-
-    if name not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"--dtype {name!r}: write float32, bfloat16 or float16")
-    return getattr(torch, name)

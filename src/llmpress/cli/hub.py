@@ -19,8 +19,8 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Upload an artifact after verifying it. The token comes from HF_TOKEN or `hf auth login`."""
+    from llmpress import push_artifact
     from llmpress.cli.output import print_facts, print_json
-    from llmpress.export.hub import push_artifact
 
     commit = push_artifact(folder, repository, revision=revision, private=not public)
     if as_json:
@@ -37,25 +37,10 @@ def fetch(
     as_json: AsJson = False,
 ) -> None:
     """Download an artifact, verify every file against its provenance, and copy it to --out."""
-    import shutil
-    import tempfile
-
-    from llmpress.cli.options import check_out
+    from llmpress import fetch_artifact
     from llmpress.cli.output import print_facts, print_json
-    from llmpress.core.artifacts import PROVENANCE, read_provenance
-    from llmpress.export.hub import fetch_artifact
 
-    check_out(out, force=force)
-    cached = fetch_artifact(repository)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-        copy = Path(temporary) / out.name
-        copy.mkdir()
-        for name in (PROVENANCE, *read_provenance(cached)["files"]):
-            shutil.copyfile(cached / name, copy / name)
-        if out.exists():
-            shutil.rmtree(out)
-        copy.rename(out)
+    fetch_artifact(repository, out=out, force=force)
     if as_json:
         print_json({"repository": repository, "folder": str(out)})
     else:

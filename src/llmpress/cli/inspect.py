@@ -23,8 +23,8 @@ def inspect(
     Errors of layers are relative and squared: |W - Ŵ|² / |W|², and the same of their outputs on
     the calibration text.
     """
+    from llmpress import describe
     from llmpress.cli.output import print_facts, print_json, print_table
-    from llmpress.evaluation.inspection import describe
 
     description = describe(folder)
     if as_json:
@@ -58,8 +58,8 @@ def inspect(
 
 def print_made(out: Path, keys: Sequence[str], *, as_json: bool) -> None:
     """Print what a command has just made: these keys of its description, or the summary."""
+    from llmpress import describe
     from llmpress.cli.output import print_json
-    from llmpress.evaluation.inspection import describe
 
     description = describe(out)
     if as_json:

@@ -13,8 +13,8 @@ def methods(
     as_json: AsJson = False,
 ) -> None:
     """List the compression methods, or the settings of one."""
+    from llmpress import known_methods
     from llmpress.cli.output import print_json, print_table
-    from llmpress.methods.registry import known_methods
 
     described = [_describe(known) for known in ([name] if name else known_methods())]
     if as_json:
@@ -33,10 +33,10 @@ def methods(
 def _describe(name: str) -> dict[str, Any]:
     import inspect
 
+    from llmpress import method_class
     from llmpress.core.settings import field_docs
-    from llmpress.methods.registry import known_method
 
-    cls = known_method(name, "methods")
+    cls = method_class(name)
     meanings = field_docs(cls)
     needs = "needed" if cls.requires_statistics else "used" if cls.uses_statistics else "not used"
     return {

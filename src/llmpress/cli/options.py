@@ -1,14 +1,12 @@
 """Options that several commands share, and what they stand for."""
 
-import dataclasses
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmpress.core.errors import ArtifactError, ConfigError
+from llmpress.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from llmpress.methods.base import Method
@@ -50,58 +48,18 @@ Length = Annotated[int, typer.Option(help="Tokens of a window.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same bytes.")]
 
 
-def model_folder(model: str) -> Path:
-    """Return the folder of a model, downloaded first when it is named on the hub.
-
-    Raises:
-        ArtifactError: No such folder, and no hub name either.
-        SourceError: The download failed, or the repository holds no safetensors.
-    """
-    from llmpress.data.sources.source import REPOSITORY
-    from llmpress.models.checkpoints.delta_files import HEADER
-
-    folder = Path(model)
-    if (folder / HEADER).is_file():
-        raise ConfigError(f"{folder}: is a delta, and a model is needed here")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ArtifactError(f"{folder}: no model here (config.json is missing)")
-    if folder.is_dir():
-        return folder
-    if re.fullmatch(REPOSITORY.pattern, model):
-        from llmpress.data.sources.pretrained import fetch_repository
-
-        return fetch_repository(model)
-    hint = f"; for the hub write {model}@main or another revision" if model.count("/") == 1 else ""
-    raise ArtifactError(f"{model}: no such folder{hint}")
-
-
-def check_out(out: Path, *, force: bool) -> None:
-    """Refuse to replace a folder that nobody asked to replace.
-
-    Raises:
-        ArtifactError: It exists.
-    """
-    if out.exists() and not force:
-        raise ArtifactError(f"{out}: exists already; choose another --out, or add --force")
-
-
-def scratch_folder(out: Path) -> Path:
-    """Return where the finished blocks of an unfinished command lie: beside its result."""
-    return out.parent / f".{out.name}.unfinished"
-
-
-def method_settings(name: str, bits: float | None, assignments: Sequence[str] | None) -> "Method":
+def chosen_method(name: str, bits: float | None, assignments: Sequence[str] | None) -> "Method":
     """Return a method with the settings of the command line, checked.
 
     Raises:
         ConfigError: An unknown method or setting, or bits for a method that is not told bits.
     """
-    from llmpress.methods.registry import build_method
+    from llmpress import build_method
 
     values: dict[str, Any] = dict(map(assignment, assignments or ()))
     if bits is not None:
-        values[_bits_setting(name)] = int(bits) if bits == int(bits) else bits
-    return build_method(name, values, "--method", section=f"--set of {name}")
+        values["bits"] = bits
+    return build_method(name, values)
 
 
 def quiet() -> None:
@@ -131,15 +89,3 @@ def assignment(text: str) -> tuple[str, Any]:
         return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError:
         raise ConfigError(f"--set {text!r}: the value cannot be read; quote it") from None
-
-
-def _bits_setting(name: str) -> str:
-    from llmpress.methods.registry import known_method
-
-    fields = [field.name for field in dataclasses.fields(known_method(name, "--method"))]
-    for setting in ("bits", "num_bits"):
-        if setting in fields:
-            return setting
-    raise ConfigError(
-        f"--bits: {name} is not told bits; its settings are {', '.join(fields) or 'none'} (--set)"
-    )

@@ -53,7 +53,7 @@ def plan(
 
     Example: llmpress plan --model my-llama/config.json --method cluscomp --set bits=2.6
     """
-    from llmpress.cli.options import method_settings, quiet
+    from llmpress.cli.options import chosen_method, quiet
     from llmpress.cli.output import print_json
     from llmpress.core.errors import ConfigError
     from llmpress.core.params import read_params
@@ -67,7 +67,7 @@ def plan(
         if names:
             raise ConfigError("--method plans one compression: leave the names of runs out")
         name = model.parent.name if model.is_file() else model.name
-        settings = asdict(method_settings(method, bits, set_))
+        settings = asdict(chosen_method(method, bits, set_))
         run = {"model": name, "method": method, "settings": settings}
         made = plan_project({"runs": {name: run}}, measure_machine(), model=shapes)
     elif set_ or bits is not None:

@@ -1,87 +1,119 @@
-"""Compress a model on disk by one method into a loadable folder: what stage and command share."""
+"""Compress a model on disk by one method into a folder that transformers opens."""
 
 import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from llmpress.calibration.files import check_calibration, load_statistics
+from llmpress.calibration.stage import calibration_of
 from llmpress.compression.layers import compress_layers, model_shapes
 from llmpress.compression.writing import write_compressed_model
-from llmpress.core.artifacts import artifact_folder, fingerprint
+from llmpress.core.artifacts import artifact_folder, fingerprint, free_place
+from llmpress.core.devices import pick_device
 from llmpress.core.errors import ArtifactError, SourceError
-from llmpress.core.resume import SCRATCH, BlockStore
+from llmpress.core.resume import BlockStore, scratch_folder
+from llmpress.data.corpora import Text
 from llmpress.methods.base import Method, Shape
+from llmpress.methods.registry import check_statistics, choose_method, method_name
 from llmpress.models.checkpoints.compressed import is_compressed
 from llmpress.models.checkpoints.files import Checkpoint
 from llmpress.models.experts import expert_matrix
+from llmpress.models.folders import model_folder
 from llmpress.models.loading import skeleton
 
 
 def compress_model(
-    model: Path,
-    out: Path,
+    model: Path | str,
     *,
-    method_name: str,
-    method: Method,
-    calibration: Path | None,
-    seed: int,
-    device: torch.device,
-    scratch: Path = SCRATCH,
-) -> None:
+    method: Method | str,
+    out: Path | str,
+    text: Text | None = None,
+    calibration: Path | str | None = None,
+    windows: int = 16,
+    length: int = 512,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    scratch: Path | str | None = None,
+    force: bool = False,
+    **settings: Any,
+) -> Path:
     """Compress every linear layer of a model's decoder blocks.
 
     A killed call continues after its last finished block when it is repeated.
 
     Args:
         model: The original: a Hugging Face folder of safetensors.
-        out: The artifact to write: packed weights, configuration, tokenizer, layers.json.
-        method_name: Name of the method, for the record.
-        method: Its settings.
-        calibration: A calibration artifact of the same model; None compresses without statistics.
+        method: A method's name, its settings as keywords of this function; or a method.
+        out: Folder to write: packed weights, configuration, tokenizer, layers.json. transformers
+            opens it after ``import llmpress``.
+        text: What to calibrate on first, for the moment; see `read_texts`.
+        calibration: What `calibrate_model` wrote for this model, instead of ``text``.
+        windows: Token windows of each text.
+        length: Tokens of a window.
         seed: Same seed, same bytes.
-        device: Where to compute.
-        scratch: Folder for the finished blocks of an unfinished call.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; by default the first GPU, or the CPU without one.
+        scratch: Folder for the finished blocks of an unfinished call; by default beside ``out``.
+        force: Replace ``out`` where it exists.
+        **settings: Of the method; ``bits`` for every method that is told bits.
+
+    Returns:
+        ``out``.
 
     Raises:
-        ArtifactError: No model, a model that is compressed already, or a damaged folder.
-        SourceError: A model without linear layers in its decoder blocks.
+        ConfigError: An unknown method or setting, or no text for a method that needs some.
+        ArtifactError: No model, a compressed one, a damaged folder, or ``out`` exists.
+        SourceError: A model without linear layers in its decoder blocks, or too little text.
         NumericalError: A weight that cannot be compressed; names the layer.
         ValueError: Settings that no layer of this model allows.
     """
-    settings = {"method": method_name, **asdict(method), "seed": seed}
-    inputs = {"model": model} | ({"calibration": calibration} if calibration else {})
-    store = BlockStore(
-        f"compress-{out.name}",
-        {**settings, **{role: fingerprint(path) for role, path in inputs.items()}},
-        scratch,
-    )
-    with (
-        store,  # kept until the artifact is complete
-        artifact_folder(
-            out, stage="compress", settings=settings, inputs=inputs, seconds=store.seconds
-        ) as folder,
-    ):
-        checkpoint = Checkpoint(model)
-        if is_compressed(checkpoint):
-            raise ArtifactError(f"{model}: is compressed already; compress its original")
-        if calibration:
-            check_calibration(calibration, fingerprint(model), model.name)
-        blocks = model_shapes(skeleton(checkpoint))
-        _check_weights(checkpoint, blocks)
-        model_weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
-        layers = compress_layers(
-            blocks,
-            checkpoint,
-            method,
-            load_statistics(calibration) if calibration else None,
-            model_weights=model_weights,
-            seed=seed,
-            device=device,
-            store=store,
+    chosen = choose_method(method, settings)
+    check_statistics(chosen, given=bool(text or calibration))
+    out, model, place = free_place(out, force=force), model_folder(model), pick_device(device)
+    with calibration_of(
+        model,
+        text=text,
+        calibration=calibration,
+        windows=windows,
+        length=length,
+        seed=seed,
+        device=place,
+    ) as known:
+        decided = {"method": method_name(chosen), **asdict(chosen), "seed": seed}
+        inputs = {"model": model} | ({"calibration": known} if known else {})
+        store = BlockStore(
+            f"compress-{out.name}",
+            {**decided, **{role: fingerprint(path) for role, path in inputs.items()}},
+            Path(scratch or scratch_folder(out)),
         )
-        write_compressed_model(checkpoint, layers, model_weights, folder)
+        with (
+            store,  # kept until the artifact is complete
+            artifact_folder(
+                out, stage="compress", settings=decided, inputs=inputs, seconds=store.seconds
+            ) as folder,
+        ):
+            checkpoint = Checkpoint(model)
+            if is_compressed(checkpoint):
+                raise ArtifactError(f"{model}: is compressed already; compress its original")
+            if known:
+                check_calibration(known, fingerprint(model), model.name)
+            blocks = model_shapes(skeleton(checkpoint))
+            _check_weights(checkpoint, blocks)
+            model_weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
+            layers = compress_layers(
+                blocks,
+                checkpoint,
+                chosen,
+                load_statistics(known) if known else None,
+                model_weights=model_weights,
+                seed=seed,
+                device=place,
+                store=store,
+            )
+            write_compressed_model(checkpoint, layers, model_weights, folder)
+    return out
 
 
 def _check_weights(checkpoint: Checkpoint, blocks: list[dict[str, Shape]]) -> None:

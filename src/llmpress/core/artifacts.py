@@ -38,6 +38,17 @@ MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 SHOW_PROGRESS_ABOVE = 2_000_000_000  # bytes; hashing fewer takes some three seconds
 
 
+def free_place(out: Path | str, *, force: bool) -> Path:
+    """Return where to write, after checking that nothing is replaced that nobody gave up.
+
+    Raises:
+        ArtifactError: It exists.
+    """
+    if Path(out).exists() and not force:
+        raise ArtifactError(f"{out}: exists already; choose another `out`, or force (--force)")
+    return Path(out)
+
+
 @contextmanager
 def artifact_folder(
     out: Path,

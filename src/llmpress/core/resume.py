@@ -28,9 +28,15 @@ from llmpress.core.errors import ArtifactError, ConfigError, NumericalError
 logger = logging.getLogger(__name__)
 
 SCRATCH = Path("scratch")
+"""Of the pipeline's stages."""
 STATE = "state.json"
 NOT_A_BLOCK = 9000  # from here on a store holds what belongs to no single block
 FINGERPRINT = re.compile("[0-9a-f]{64}")
+
+
+def scratch_folder(out: Path) -> Path:
+    """Return where the finished blocks of an unfinished computation lie: beside its result."""
+    return out.parent / f".{out.name}.unfinished"
 
 
 class BlockStore:
@@ -47,7 +53,7 @@ class BlockStore:
     interrupted or hit a limit of the machine.
     """
 
-    def __init__(self, task: str, decided_by: Mapping[str, Any], root: Path = SCRATCH) -> None:
+    def __init__(self, task: str, decided_by: Mapping[str, Any], root: Path) -> None:
         self._opened = self._started = time.perf_counter()
         state = {"decided_by": decided_by, "code": _code(), "packages": packages()}
         text = json.dumps(state, sort_keys=True, default=str)

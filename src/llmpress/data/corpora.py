@@ -1,24 +1,43 @@
-"""Text corpora: documents, cut into three parts that never overlap, and token windows of them.
+"""Text: corpora in three parts that never overlap, files, documents; token windows of them.
 
 A corpus folder holds one UTF-8 text file per split. Documents are separated by a line with the
 record separator character (U+001E), because blank lines occur inside documents.
 """
 
+import json
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from llmpress.core.errors import ArtifactError, SourceError
+from llmpress.core.errors import ArtifactError, ConfigError, SourceError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPLITS = ("calibration", "validation", "test")
 SEPARATOR = "\n\x1e\n"
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Documents of one text.
+
+    Attributes:
+        statistics: What statistics are taken over and finetuning trains on.
+        validation: What finetuning is judged by; shares no document with the other.
+    """
+
+    statistics: Sequence[str]
+    validation: Sequence[str]
+
+
+Text = str | Path | Sequence[str | Path] | Mapping[str, CalibrationText]
+"""A document (str), a place to read (Path: file, corpus or task), several, or parts by name."""
 
 
 def split_documents(documents: Sequence[str], seed: int) -> dict[str, list[str]]:
@@ -137,3 +156,74 @@ def _first_tokens(
 def _bos(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and bos in tokenizer("").input_ids else []
+
+
+def measured_texts(text: Text) -> dict[str, list[str]]:
+    """Return the documents to measure a model on: of a corpus its test text, else all there is.
+
+    Raises:
+        ConfigError, ArtifactError, SourceError: As `llmpress.calibration.texts.read_texts`.
+    """
+    if isinstance(text, Mapping):
+        return {name: [*parts.statistics, *parts.validation] for name, parts in text.items()}
+    return {
+        name: load_text(place, "test") if isinstance(place, Path) and place.is_dir()
+        else documents_of(place)
+        for name, place in named_texts(text).items()
+    }  # fmt: skip
+
+
+def named_texts(text: str | Path | Sequence[str | Path]) -> dict[str, Path | list[str]]:
+    """Return paths and documents by name.
+
+    Raises:
+        ConfigError: Nothing, or two of one name.
+    """
+    given = [text] if isinstance(text, str | Path) else list(text)
+    if not given:
+        raise ConfigError("text: name some: documents, or Paths of files, corpora or tasks")
+    named: dict[str, Path | list[str]] = {}
+    for item in given:
+        if isinstance(item, Path):
+            if item.name in named:
+                raise ConfigError(f"text: two are called {item.name!r}; rename one of them")
+            named[item.name] = item
+            continue
+        if len(item) < 1000 and "\n" not in item and Path(item).exists():
+            raise ConfigError(f"text: {item!r} is a place, not a text: write Path({item!r})")
+        documents = named.setdefault("text", [])
+        if isinstance(documents, Path):
+            raise ConfigError("text: a file called 'text' and documents; rename the file")
+        documents.append(item)
+    return named
+
+
+def documents_of(place: Path | list[str]) -> list[str]:
+    """Return documents as given, or those of a file, none of them changed.
+
+    Raises:
+        ArtifactError: No such file.
+        SourceError: It holds no text.
+    """
+    if isinstance(place, list):
+        found, name = place, "text"
+    else:
+        found, name = _read_documents(place), str(place)
+    if not any(document.strip() for document in found):
+        raise SourceError(f"{name}: holds no text")
+    return found
+
+
+def _read_documents(file: Path) -> list[str]:
+    try:
+        content = file.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError):
+        raise ArtifactError(f"{file}: no such text file or corpus folder") from None
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{file}: is no UTF-8 text ({error.reason})") from None
+    if file.suffix != ".jsonl":
+        return [content]
+    try:
+        return [str(json.loads(line)["text"]) for line in content.split("\n") if line]
+    except (ValueError, KeyError, TypeError):
+        raise SourceError(f"{file}: not every line is a JSON object with `text`") from None

@@ -90,8 +90,8 @@ class _Applied:
 
 
 def load_finetuned(
-    base_folder: Path | str,
-    delta_folder: Path | str,
+    base: Path | str,
+    delta: Path | str,
     *,
     dtype: torch.dtype | str = torch.float32,
     device: str = "cpu",
@@ -99,8 +99,8 @@ def load_finetuned(
     """Load a base model and put a compressed delta on it.
 
     Args:
-        base_folder: The delta's base, plain or itself compressed.
-        delta_folder: What ``compress_delta`` wrote.
+        base: The delta's base, plain or itself compressed.
+        delta: What ``compress_delta`` wrote.
         dtype: Of everything that is not compressed, as `load_model` takes it.
         device: Where the model goes: ``cpu``, ``cuda`` or ``cuda:1``.
 
@@ -108,8 +108,8 @@ def load_finetuned(
         ArtifactError: Another base, or a damaged folder.
         ConfigError: No such device here.
     """
-    model = load_model(base_folder, dtype=dtype, device=device)
-    return load_delta(model, delta_folder, base_folder=Path(base_folder))
+    model = load_model(base, dtype=dtype, device=device)
+    return load_delta(model, delta, base_folder=Path(base))
 
 
 def load_delta(

@@ -8,21 +8,26 @@ from typing import Any
 import torch
 
 from llmpress.calibration.files import check_calibration, load_statistics, load_windows
+from llmpress.calibration.stage import calibration_of
 from llmpress.compression.layers import compress_layers
-from llmpress.core.artifacts import artifact_folder, fingerprint, read_provenance
+from llmpress.core.artifacts import artifact_folder, fingerprint, free_place, read_provenance
+from llmpress.core.devices import pick_device
 from llmpress.core.errors import ArtifactError, ConfigError
 from llmpress.core.records import LayerRecord, Records, total_size, write_records
-from llmpress.core.resume import SCRATCH, BlockStore
+from llmpress.core.resume import BlockStore, scratch_folder
+from llmpress.data.corpora import Text
 from llmpress.deltas.sequential import SequentialStatistics
 from llmpress.methods.base import InputStatistics, Method, Shape
+from llmpress.methods.registry import check_statistics, choose_method, method_name
 from llmpress.models.checkpoints.delta_files import DELTA_SHARD_BYTES, DeltaFolder, DeltaWriter
 from llmpress.models.checkpoints.dense_view import dense_checkpoint
 from llmpress.models.checkpoints.finetuned_view import FinetunedCheckpoint
+from llmpress.models.folders import model_folder
 from llmpress.models.walk import BlockWalk
 from llmpress.nn.layers import layer_entry
 
 
-def compress_delta(
+def write_compressed_delta(
     delta: DeltaFolder,
     method: Method,
     statistics: Mapping[str, InputStatistics] | None,
@@ -38,7 +43,7 @@ def compress_delta(
     """Compress every changed linear layer; carry what is kept exactly over as it is.
 
     Args:
-        delta: What ``extract_delta`` wrote.
+        delta: What `write_delta` wrote.
         method: How each layer's delta is compressed.
         statistics: Input statistics of the fine-tuned model by layer name.
         folder: Existing folder for delta.json, delta.safetensors and layers.json.
@@ -94,74 +99,115 @@ def compress_delta(
     write_records(folder, Records(tuple(records), size, blocks=()))
 
 
-def compress_delta_artifact(
-    delta: Path,
-    out: Path,
+def compress_delta(
+    delta: Path | str,
     *,
-    method_name: str,
-    method: Method,
-    calibration: Path | None,
-    base: Path | None = None,
-    seed: int,
-    device: torch.device,
-    scratch: Path = SCRATCH,
-) -> None:
+    method: Method | str,
+    out: Path | str,
+    base: Path | str | None = None,
+    text: Text | None = None,
+    calibration: Path | str | None = None,
+    sequential: bool = False,
+    windows: int = 16,
+    length: int = 512,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    scratch: Path | str | None = None,
+    force: bool = False,
+    **settings: Any,
+) -> Path:
     """Compress an extracted delta into a folder that `llmpress.load_delta` puts on its base.
 
-    A killed call continues after its last finished block when it is repeated.
+    What is no linear layer is kept exactly. A killed call continues after its last finished block
+    when it is repeated.
 
     Args:
-        delta: What `extract_delta_artifact` wrote.
-        out: The artifact to write.
-        method_name: Name of the method, for the record.
-        method: Its settings.
-        calibration: A calibration artifact of the fine-tuned model; None for no statistics.
-        base: The model that was fine-tuned: then layers are compressed in true-sequential order,
-            each for the inputs that it gets once the layers before it are compressed. Needs a
-            calibration.
+        delta: What `llmpress.extract_delta` wrote.
+        method: A method's name, its settings as keywords of this function; or a method.
+        out: Folder to write.
+        base: The model that was fine-tuned, for ``text`` and ``sequential``.
+        text: What to calibrate on first, for the moment: the base with this delta.
+        calibration: What `calibrate_model` wrote for the fine-tuned model, or for the base with
+            this delta, instead of ``text``.
+        sequential: Compress each layer for the inputs that it gets once the layers before it are
+            compressed, instead of those of the fine-tuned model.
+        windows: Token windows of each text.
+        length: Tokens of a window.
         seed: Same seed, same bytes.
-        device: Where to compute.
-        scratch: Folder for the finished blocks of an unfinished call.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; by default the first GPU, or the CPU without one.
+        scratch: Folder for the finished blocks of an unfinished call; by default beside ``out``.
+        force: Replace ``out`` where it exists.
+        **settings: Of the method; ``bits`` for every method that is told bits.
+
+    Returns:
+        ``out``.
 
     Raises:
-        ArtifactError: No delta, a damaged one, or statistics of another model.
-        ConfigError: The method would leave a layer uncompressed, or a base without a calibration.
+        ArtifactError: No delta, a damaged one, statistics of another model, or ``out`` exists.
+        ConfigError: An unknown method or setting, a layer that would stay uncompressed, or a text
+            or order that needs what is not given.
         NumericalError: A delta that cannot be compressed; names the layer.
     """
-    if base is not None and calibration is None:
-        raise ConfigError("true-sequential order needs a calibration, whose windows it runs")
-    order = {"sequential": True} if base is not None else {}
-    settings = {"method": method_name, **asdict(method), **order, "seed": seed}
-    opened = DeltaFolder(delta, "delta")
-    given = {"delta": delta, "calibration": calibration, "base": base}
-    inputs = {role: path for role, path in given.items() if path is not None}
-    decided_by = {**settings, **{role: fingerprint(path) for role, path in inputs.items()}}
-    store = BlockStore(f"compress-delta-{out.name}", decided_by, scratch)
-    with (
-        store,  # kept until the artifact is complete
-        artifact_folder(
-            out, stage="compress_delta", settings=settings, inputs=inputs, seconds=store.seconds
-        ) as folder,
-    ):
-        if calibration:
-            _check_calibration(calibration, opened)
-        statistics = load_statistics(calibration) if calibration else None
-        sequential = None
-        if base is not None and calibration is not None and statistics is not None:
-            model = FinetunedCheckpoint(dense_checkpoint(base), opened)
-            walk = BlockWalk(model.skeleton(), model, device=device, autocast=True)
-            sequential = SequentialStatistics(walk, load_windows(calibration)[0], statistics)
-        compress_delta(
-            opened,
-            method,
-            statistics,
-            folder,
-            method_name=method_name,
-            seed=seed,
-            store=store,
-            sequential=sequential,
-            device=device,
+    chosen = choose_method(method, settings)
+    check_statistics(chosen, given=bool(text or calibration))
+    if base is None and (text or sequential):
+        needs = "text" if text else "sequential"
+        raise ConfigError(f"{needs}: name the `base` too (--base); with the delta it is run")
+    if sequential and not (text or calibration):
+        raise ConfigError("sequential: needs `text` or a `calibration`, whose windows it runs")
+    out, place = free_place(out, force=force), pick_device(device)
+    model = None if base is None else model_folder(base)
+    opened = DeltaFolder(Path(delta), "delta")
+    with calibration_of(
+        model or Path(),
+        text=text,
+        calibration=calibration,
+        windows=windows,
+        length=length,
+        seed=seed,
+        device=place,
+        delta=delta,
+    ) as known:
+        name = method_name(chosen)
+        order = {"sequential": True} if sequential else {}
+        decided = {"method": name, **asdict(chosen), **order, "seed": seed}
+        given = {
+            "delta": opened.folder,
+            "calibration": known,
+            "base": model if sequential else None,
+        }
+        inputs = {role: path for role, path in given.items() if path is not None}
+        store = BlockStore(
+            f"compress-delta-{out.name}",
+            {**decided, **{role: fingerprint(path) for role, path in inputs.items()}},
+            Path(scratch or scratch_folder(out)),
         )
+        with (
+            store,  # kept until the artifact is complete
+            artifact_folder(
+                out, stage="compress_delta", settings=decided, inputs=inputs, seconds=store.seconds
+            ) as folder,
+        ):
+            if known:
+                _check_calibration(known, opened)
+            statistics = load_statistics(known) if known else None
+            ordered = None
+            if sequential and model is not None and known and statistics is not None:
+                tuned = FinetunedCheckpoint(dense_checkpoint(model), opened)
+                walk = BlockWalk(tuned.skeleton(), tuned, device=place, autocast=True)
+                ordered = SequentialStatistics(walk, load_windows(known)[0], statistics)
+            write_compressed_delta(
+                opened,
+                chosen,
+                statistics,
+                folder,
+                method_name=name,
+                seed=seed,
+                store=store,
+                sequential=ordered,
+                device=place,
+            )
+    return out
 
 
 def _check_calibration(calibration: Path, delta: DeltaFolder) -> None:

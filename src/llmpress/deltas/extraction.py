@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmpress.core.artifacts import PROVENANCE, artifact_folder
+from llmpress.core.artifacts import PROVENANCE, artifact_folder, free_place
 from llmpress.core.errors import ArtifactError, NumericalError
 from llmpress.core.progress import progress
 from llmpress.models.adapters import is_adapter
@@ -20,9 +20,10 @@ from llmpress.models.checkpoints.delta_files import (
 )
 from llmpress.models.checkpoints.dense_view import dense_checkpoint
 from llmpress.models.checkpoints.files import Checkpoint
+from llmpress.models.folders import model_folder
 
 
-def extract_delta(
+def write_delta(
     base: Checkpoint,
     finetuned: Checkpoint,
     folder: Path,
@@ -94,26 +95,37 @@ def extract_delta(
     writer.close("delta", header)
 
 
-def extract_delta_artifact(base: Path, finetuned: Path, out: Path) -> None:
-    """Write the delta of two model folders as an artifact; see `extract_delta`.
+def extract_delta(
+    base: Path | str, finetuned: Path | str, *, out: Path | str, force: bool = False
+) -> Path:
+    """Subtract a base model from its fine-tuned version, tensor by tensor; see `write_delta`.
 
     Args:
         base: The model that was fine-tuned; of a compressed one the weights it stands for count.
         finetuned: What became of it: a model folder, or a LoRA adapter of peft on ``base``.
-        out: The artifact to write.
+        out: Folder to write.
+        force: Replace ``out`` where it exists.
+
+    Returns:
+        ``out``.
 
     Raises:
-        ArtifactError: A folder that holds no model or a damaged one, or two that do not fit.
+        ArtifactError: A folder that holds no model or a damaged one, two that do not fit, or
+            ``out`` exists.
         SourceError: An adapter that cannot be merged.
         NumericalError: NaN or Inf in a delta.
     """
+    out, base, finetuned = free_place(out, force=force), model_folder(base), Path(finetuned)
+    if not is_adapter(finetuned):
+        finetuned = model_folder(finetuned)
     old = dense_checkpoint(base)
     new = finetuned_checkpoint(old, finetuned)
     foreign = is_adapter(finetuned) and not (finetuned / PROVENANCE).is_file()
     settings = {"base": base.name} | ({"adapter": new.fingerprint} if foreign else {})
     inputs = {"base": base} | ({} if foreign else {"finetuned": finetuned})
     with artifact_folder(out, stage="extract_delta", settings=settings, inputs=inputs) as folder:
-        extract_delta(old, new, folder)
+        write_delta(old, new, folder)
+    return out
 
 
 def _check_layout(base: Checkpoint, finetuned: Checkpoint, linears: list[str]) -> None:

@@ -1,15 +1,19 @@
 """Two models on the same text: what one of them lost against the other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from llmpress.core.devices import pick_device
 from llmpress.core.records import has_records
-from llmpress.data.corpora import token_windows
+from llmpress.data.corpora import Text, measured_texts, token_windows
 from llmpress.deltas.applying import load_delta
 from llmpress.evaluation.likelihood import likelihood
 from llmpress.evaluation.metrics import Size
 from llmpress.evaluation.sizes import compressed_size, delta_size, model_size
+from llmpress.models.folders import model_folder
 from llmpress.models.loading import dequantized, load_model, load_tokenizer
 
 
@@ -48,37 +52,40 @@ class Comparison:
 
 
 def compare_models(
-    original: Path,
-    other: Path,
-    texts: Mapping[str, Sequence[str]],
+    original: Path | str,
+    other: Path | str,
     *,
-    delta: Path | None = None,
-    windows: int,
-    length: int,
-    device: str = "cpu",
+    text: Text,
+    delta: Path | str | None = None,
+    windows: int = 8,
+    length: int = 512,
+    device: str | torch.device | None = None,
 ) -> Comparison:
     """Compare two models in fp32, the compressed one by the dense weights it stands for.
 
     Args:
         original: Folder of the model compared with; its tokenizer is used.
         other: Folder of the other one, or of the base of ``delta``.
-        texts: Documents by name.
+        text: What both read; see `measured_texts`.
         delta: A compressed delta to put on ``other``.
         windows: Windows of each text.
         length: Tokens of a window.
-        device: Where both models run.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; by default the first GPU, or the CPU without one.
 
     Raises:
+        ConfigError: No text, or no such device.
         ArtifactError: A damaged folder, or models of different vocabularies.
         SourceError: A text is too short.
     """
+    place, texts = str(pick_device(device)), measured_texts(text)
+    original, other = model_folder(original), model_folder(other)
     tokenizer = load_tokenizer(original)
     cut = {
         name: token_windows(documents, tokenizer, length, windows)
         for name, documents in texts.items()
     }
-    reference = dequantized(load_model(original, device=device))
-    model = load_model(other, device=device)
+    reference = dequantized(load_model(original, device=place))
+    model = load_model(other, device=place)
     if delta is not None:
         model = load_delta(model, delta)
     model = dequantized(model)
@@ -89,7 +96,7 @@ def compare_models(
         results[name] = TextComparison(
             theirs, ours.perplexity, ours.kl_divergence_nats, ours.top1_agreement, ours.num_tokens
         )
-    size = delta_size(delta) if delta is not None else folder_size(other)
+    size = delta_size(Path(delta)) if delta is not None else folder_size(other)
     return Comparison(folder_size(original), size, results)
 
 

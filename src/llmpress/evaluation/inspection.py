@@ -24,7 +24,7 @@ KINDS_BY_FILE = {
 }
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe(folder: Path | str) -> dict[str, Any]:
     """Describe a model, a delta or another artifact, after verifying all its files.
 
     Returns:
@@ -36,6 +36,7 @@ def describe(folder: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: No such folder, nothing that llmpress knows, or damaged.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: no such folder")
     has_provenance = (folder / PROVENANCE).is_file()

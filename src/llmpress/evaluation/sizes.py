@@ -2,8 +2,9 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
-from llmpress.core.artifacts import folder_bytes, read_provenance
+from llmpress.core.artifacts import PROVENANCE, folder_bytes, read_provenance
 from llmpress.core.records import Totals, has_records, read_records
 from llmpress.evaluation.metrics import Cost, Size
 from llmpress.models.adapters import adapter_sizes, is_adapter
@@ -58,17 +59,18 @@ def delta_size(folder: Path) -> Size:
 
 def cost(folder: Path) -> Cost:
     """Return what making the artifact took; zeros for a model that was only fetched or trained."""
-    provenance = read_provenance(folder)
-    seconds = float(provenance["seconds"])
-    memory = int(provenance["peak_memory_bytes"])
-    if provenance["stage"] in ("finetune", "train"):
+    provenance = origin(folder)
+    seconds = float(provenance.get("seconds", 0))
+    memory = int(provenance.get("peak_memory_bytes", 0))
+    stage = provenance.get("stage")
+    if stage in ("finetune", "train"):
         return Cost(
             compress_seconds=read_records(folder).seconds if has_records(folder) else 0.0,
             compress_peak_memory_bytes=0,
             finetune_seconds=seconds,
             finetune_peak_memory_bytes=memory,
         )
-    if provenance["stage"] not in ("compress", "compress_delta"):
+    if stage not in ("compress", "compress_delta"):
         seconds, memory = 0.0, 0
     return Cost(
         compress_seconds=seconds,
@@ -81,6 +83,11 @@ def cost(folder: Path) -> Cost:
 def _recorded_size(folder: Path, totals: Totals, reference_bytes: int) -> Size:
     weights, bits = totals.compressed_weights, totals.stored_bits
     return _size(folder, weights, bits, totals.model_weights, reference_bytes)
+
+
+def origin(folder: Path) -> dict[str, Any]:
+    """Return an artifact's provenance, nothing for a folder that llmpress did not make."""
+    return read_provenance(folder) if (folder / PROVENANCE).is_file() else {}
 
 
 def _size(folder: Path, weights: int, bits: int, model_weights: int, reference_bytes: int) -> Size:

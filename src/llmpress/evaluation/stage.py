@@ -1,7 +1,7 @@
 """Everything that is measured of one model or run, in the order that keeps memory low."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -11,27 +11,29 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmpress.core.artifacts import TRAINING, read_json, read_provenance
+from llmpress.core.artifacts import TRAINING, read_json
+from llmpress.core.devices import pick_device, pick_dtype
 from llmpress.core.environment import hardware, packages, peak_memory_bytes
 from llmpress.core.errors import SourceError
 from llmpress.core.records import has_records, read_records
-from llmpress.data.corpora import load_text, token_windows
+from llmpress.data.corpora import Text, measured_texts, token_windows
 from llmpress.evaluation import metrics
 from llmpress.evaluation.likelihood import Likelihood, likelihood
 from llmpress.evaluation.samples import sample_texts
-from llmpress.evaluation.settings import EvaluationSettings
 from llmpress.evaluation.sizes import (
     compressed_size,
     cost,
     delta_size,
     model_size,
+    origin,
     trained_size,
 )
 from llmpress.evaluation.speed import measure_speed
-from llmpress.evaluation.subjects import Subject
+from llmpress.evaluation.subjects import Subject, folder_subject
 from llmpress.evaluation.tasks import TaskScore, evaluate_tasks, read_task
 from llmpress.models.loading import load_model
 
+Tasks = Sequence[Path | str] | Mapping[Path | str, int | None]
 SIZES: Mapping[str, Callable[[Path, Path], metrics.Size]] = {
     "model": lambda folder, _: model_size(folder),
     "compressed": lambda folder, _: compressed_size(folder),
@@ -41,47 +43,74 @@ SIZES: Mapping[str, Callable[[Path, Path], metrics.Size]] = {
 }
 
 
-def evaluate(
-    subject: Subject, settings: EvaluationSettings, device: str
+def evaluate_model(
+    model: Path | str,
+    *,
+    text: Text,
+    original: Path | str | None = None,
+    base: Path | str | None = None,
+    tasks: Tasks = (),
+    windows: int = 8,
+    length: int = 512,
+    dtype: str = "float32",
+    task_dtype: str = "bfloat16",
+    prefill_tokens: int = 128,
+    decode_tokens: int = 8,
+    sample_tokens: int = 24,
+    device: str | torch.device | None = None,
 ) -> tuple[metrics.Metrics, metrics.Details]:
     """Measure speed packed, then quality with dense weights of the same values.
 
     Args:
-        subject: What is evaluated.
-        settings: How.
-        device: Where the models run, ``cpu`` or ``cuda``.
+        model: A model, compressed or not, an adapter, or a compressed delta.
+        text: What likelihood is measured on; of a corpus its test text. See `measured_texts`.
+        original: What it is compared with; a plain model by default with itself.
+        base: Of a delta: the model it is put on.
+        tasks: Folders of tasks, or items (None: all) by folder.
+        windows: Token windows of each text.
+        length: Tokens of a window.
+        dtype: Precision of likelihood and divergence.
+        task_dtype: Precision of tasks, samples and speed.
+        prefill_tokens: Length of the prompt with which speed is measured.
+        decode_tokens: Tokens generated, one at a time, to measure speed.
+        sample_tokens: Tokens of each sample text.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; by default the first GPU, or the CPU without one.
 
     Returns:
         The numbers, and all that a reader may ask about them.
 
     Raises:
         ArtifactError: A folder that is needed is missing or damaged.
-        SourceError: The test text of a corpus is too short.
+        ConfigError: A delta without its base, or what is no plain model without an original.
+        SourceError: A text is too short.
         NumericalError: The model computes NaN or Inf.
     """
     started = time.perf_counter()
     seconds: dict[str, float] = {}
+    place = str(pick_device(device))
+    precision, task_precision = pick_dtype(dtype), pick_dtype(task_dtype)
+    subject = folder_subject(model, original, base)
     made_in = cost(subject.folder)
     size = SIZES[subject.kind](subject.folder, subject.original_folder)
-    tasks = settings.tasks_of(subject.original)
-    for name in tasks:
-        read_task(task_folder(name))  # what is missing is named before anything is computed
+    given = tasks if isinstance(tasks, Mapping) else dict.fromkeys(tasks)
+    folders = {Path(folder).name: Path(folder) for folder in given}
+    items = {Path(folder).name: number for folder, number in given.items()}
+    for folder in folders.values():
+        read_task(folder)  # what is missing is named before anything is computed
     tokenizer = subject.tokenizer()
-    windows = read_windows(settings, tokenizer)
-    dtype, task_dtype = getattr(torch, settings.dtype), getattr(torch, settings.task_dtype)
+    cut = read_windows(measured_texts(text), tokenizer, length, windows)
 
     with timed(seconds, "speed"):
-        prompt = next(iter(windows.values())).flatten()[: settings.prefill_tokens]
-        speed = measure_speed(subject.load(task_dtype, device), prompt, settings.decode_tokens)
+        prompt = next(iter(cut.values())).flatten()[:prefill_tokens]
+        speed = measure_speed(subject.load(task_precision, place), prompt, decode_tokens)
     with timed(seconds, "likelihood"):
-        model = subject.load_dense(dtype, device)
-        likelihoods = _likelihoods(model, subject, windows, dtype)
-    model = model.to(task_dtype)
+        loaded = subject.load_dense(precision, place)
+        likelihoods = _likelihoods(loaded, subject, cut, precision)
+    loaded = loaded.to(task_precision)  # type: ignore[arg-type]  # a decorator hides the signature
     with timed(seconds, "tasks"):
-        folders = {name: task_folder(name) for name in tasks}
-        scores = evaluate_tasks(model, tokenizer, folders, tasks)
+        scores = evaluate_tasks(loaded, tokenizer, folders, items)
     with timed(seconds, "samples"):
-        samples = sample_texts(model, tokenizer, settings.sample_tokens)
+        samples = sample_texts(loaded, tokenizer, sample_tokens)
     seconds["all"] = round(time.perf_counter() - started, 2)
 
     numbers = metrics.Metrics(
@@ -91,42 +120,38 @@ def evaluate(
         speed=metrics.Speed(**asdict(speed)),
     )
     evaluation = metrics.EvaluationRecord(
-        windows=settings.windows,
-        length=settings.length,
+        windows=windows,
+        length=length,
         tokens_scored={name: result.num_tokens for name, result in likelihoods.items()},
-        dtype=settings.dtype,
-        task_dtype=settings.task_dtype,
+        dtype=dtype,
+        task_dtype=task_dtype,
         task_items={name: score.num_items for name, score in scores.items()},
         task_metrics={name: score.metric for name, score in scores.items()},
         prefill_tokens=len(prompt),
-        decode_tokens=settings.decode_tokens,
-        device=device,
+        decode_tokens=decode_tokens,
+        device=place,
         num_threads=torch.get_num_threads(),
     )
     return numbers, _details(subject, evaluation, samples, seconds)
 
 
-def corpus_folder(name: str) -> Path:
-    """Return where ``fetch_corpus`` puts a corpus."""
-    return Path("data/corpora") / name
-
-
-def task_folder(name: str) -> Path:
-    """Return where ``fetch_task`` puts a task."""
-    return Path("data/tasks") / name
-
-
 def read_windows(
-    settings: EvaluationSettings, tokenizer: PreTrainedTokenizerBase
+    texts: Mapping[str, Sequence[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    count: int,
 ) -> dict[str, Tensor]:
-    """Return the token windows ``[windows, length]`` of each corpus's test text."""
+    """Return token windows ``[count, length]`` of each text.
+
+    Raises:
+        SourceError: One is too short; names it.
+    """
     windows = {}
-    for name in settings.corpora:
-        documents = load_text(corpus_folder(name), "test")
+    for name, documents in texts.items():
         try:
-            windows[name] = token_windows(documents, tokenizer, settings.length, settings.windows)
+            windows[name] = token_windows(documents, tokenizer, length, count)
         except SourceError as error:
-            raise SourceError(f"corpus {name}, test text: {error}") from None
+            raise SourceError(f"text {name}: {error}") from None
     return windows
 
 
@@ -142,8 +167,7 @@ def _likelihoods(
     model: PreTrainedModel, subject: Subject, windows: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Likelihood]:
     original = None
-    if subject.kind != "model":
-        read_provenance(subject.original_folder)
+    if subject.original_folder != subject.folder:
         original = load_model(subject.original_folder, dtype=dtype, device=str(model.device))
     return {name: likelihood(model, original, tokens, name) for name, tokens in windows.items()}
 
@@ -172,8 +196,8 @@ def _details(
 ) -> metrics.Details:
     folder = subject.folder
     training = folder / TRAINING
-    artifact = read_provenance(folder)
-    settings = dict(artifact["settings"])
+    artifact = origin(folder)
+    settings = dict(artifact.get("settings", {}))
     is_model = subject.kind == "model"
     return metrics.Details(
         name=subject.name,
@@ -187,7 +211,7 @@ def _details(
         training=read_json(training) if training.is_file() else None,
         provenance=metrics.Provenance(
             artifact=artifact,
-            source=None if is_model else read_provenance(subject.original_folder),
+            source=None if is_model else origin(subject.original_folder),
             evaluation={
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "seconds": seconds,

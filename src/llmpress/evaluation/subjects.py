@@ -8,13 +8,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmpress.core.artifacts import read_provenance
 from llmpress.core.errors import ConfigError
 from llmpress.core.kinds import KINDS, KindName
 from llmpress.core.params import section, suggestion
+from llmpress.core.records import has_records
 from llmpress.deltas.applying import load_finetuned
+from llmpress.evaluation.sizes import origin
 from llmpress.models.adapters import is_adapter, load_adapted, merged
+from llmpress.models.checkpoints.delta_files import HEADER
+from llmpress.models.folders import model_folder
 from llmpress.models.loading import dequantized, load_model, load_tokenizer
+
+MODELS = Path("data/models")
+"""Where ``fetch_model`` and ``train_task`` put models."""
 
 
 @dataclass(frozen=True)
@@ -25,25 +31,25 @@ class Subject:
         name: In params.yaml.
         kind: Which of `llmpress.core.kinds`.
         folder: The artifact that is evaluated.
-        original: Name of the model it is compared with, its own for a model.
+        original_folder: Where the model lies that it is compared with, itself for a model.
         base_folder: Of a delta: where the model lies that it is put on.
     """
 
     name: str
     kind: KindName
     folder: Path
-    original: str
+    original_folder: Path
     base_folder: Path | None = None
+
+    @property
+    def original(self) -> str:
+        """Name of the model it is compared with."""
+        return self.original_folder.name
 
     @property
     def base(self) -> str | None:
         """Name of the model that a delta is put on."""
         return None if self.base_folder is None else self.base_folder.name
-
-    @property
-    def original_folder(self) -> Path:
-        """Where the model lies that this is compared with."""
-        return model_folder(self.original)
 
     def load(self, dtype: torch.dtype, device: str) -> PreTrainedModel:
         """Load as it is stored: compressed layers and deltas stay packed.
@@ -51,7 +57,6 @@ class Subject:
         Raises:
             ArtifactError: The artifact is missing or damaged.
         """
-        read_provenance(self.folder)
         if is_adapter(self.folder):
             return load_adapted(self.folder, self.original_folder, dtype=dtype, device=device)
         if self.base_folder is None:
@@ -68,9 +73,42 @@ class Subject:
         return load_tokenizer(self.folder if self.base_folder is None else self.original_folder)
 
 
-def model_folder(name: str) -> Path:
-    """Return where ``fetch_model`` and ``train_task`` put the model ``name``."""
-    return Path("data/models") / name
+def folder_subject(
+    folder: Path | str, original: Path | str | None = None, base: Path | str | None = None
+) -> Subject:
+    """Find out what lies in a folder.
+
+    Args:
+        folder: A model, compressed or not, an adapter, or a compressed delta.
+        original: What it is compared with; a model by default with itself.
+        base: The model that a delta is put on.
+
+    Raises:
+        ArtifactError: Nothing of the kind, or something else in the place of a model.
+        ConfigError: What is no plain model comes without an original, or a delta without a base.
+    """
+    folder = Path(folder)
+    kind: KindName = "model"
+    if (folder / HEADER).is_file():
+        kind = "delta"
+        if base is None:
+            raise ConfigError(f"{folder}: is a delta: name the `base` that it is put on too")
+    elif is_adapter(folder):
+        kind = "trained"
+    else:
+        kind = "compressed" if has_records(model_folder(folder)) else "model"
+    stage = origin(folder).get("stage")
+    if stage in ("finetune", "train"):
+        kind = "finetuned" if stage == "finetune" else "trained"
+    if original is None and kind != "model":
+        raise ConfigError(f"{folder}: name the `original` that it is compared with too")
+    return Subject(
+        folder.name,
+        kind,
+        folder,
+        model_folder(folder if original is None else original),
+        None if base is None or kind not in ("delta", "trained") else model_folder(base),
+    )
 
 
 def find_subject(params: Mapping[str, Any], name: str) -> Subject:
@@ -96,8 +134,8 @@ def find_subject(params: Mapping[str, Any], name: str) -> Subject:
     (kind,) = found
     folder = Path("data") / kind.folder / name
     if kind.original is None:
-        return Subject(name, kind.name, folder, name)
-    original = section(params, f"{kind.section}.{name}.{kind.original}")
+        return Subject(name, kind.name, folder, folder)
+    original = MODELS / section(params, f"{kind.section}.{name}.{kind.original}")
     run = name if kind.name == "delta" else None
     if kind.name == "trained" and groups[kind][name].get("trains") == "delta":
         run = section(params, f"{kind.section}.{name}.start").removeprefix("compressed/")

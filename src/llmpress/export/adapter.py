@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from llmpress.core.artifacts import artifact_folder, save_tensors, write_json
+from llmpress.core.artifacts import artifact_folder, free_place, save_tensors, write_json
+from llmpress.core.devices import pick_dtype
 from llmpress.core.errors import ArtifactError
 from llmpress.core.progress import progress
 from llmpress.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -19,11 +20,12 @@ logger = logging.getLogger(__name__)
 
 def export_adapter(
     delta: Path | str,
-    out: Path | str,
     *,
+    out: Path | str,
     base_name: str | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-) -> None:
+    dtype: torch.dtype | str = torch.bfloat16,
+    force: bool = False,
+) -> Path:
     """Write a compressed delta of low-rank layers as a folder for ``PeftModel.from_pretrained``.
 
     Every layer has the rank it has in the delta, and a scaling of 1. Layers of rank 0 are left out.
@@ -32,13 +34,20 @@ def export_adapter(
 
     Args:
         delta: A compressed delta, by a method that stores factors (svd, delta_come).
-        out: Where to write adapter_config.json and adapter_model.safetensors.
+        out: Folder to write: adapter_config.json and adapter_model.safetensors.
         base_name: What adapter_config.json calls the base; by default the delta's name of it.
         dtype: What the factors are stored in.
+        force: Replace ``out`` where it exists.
+
+    Returns:
+        ``out``.
 
     Raises:
-        ArtifactError: No compressed delta, a damaged one, or a layer that is no product of factors.
+        ArtifactError: No compressed delta, a damaged one, a layer that is no product of factors, or
+            ``out`` exists.
+        ConfigError: Another dtype than bfloat16, float16 and float32.
     """
+    out, dtype = free_place(out, force=force), pick_dtype(dtype)
     opened = DeltaFolder(Path(delta), "compressed_delta")
     left_out = opened.exact_names()
     settings = {
@@ -47,7 +56,7 @@ def export_adapter(
         "not_in_the_adapter": left_out,
     }
     inputs = {"delta": opened.folder}
-    with artifact_folder(Path(out), stage="export", settings=settings, inputs=inputs) as folder:
+    with artifact_folder(out, stage="export", settings=settings, inputs=inputs) as folder:
         tensors, ranks = {}, {}
         for name in progress(sorted(opened.header["layers"]), "export"):
             layer = delta_layer(name, opened)
@@ -80,6 +89,7 @@ def export_adapter(
             len(left_out),
             ", ".join(left_out),
         )
+    return out
 
 
 def _config(ranks: dict[str, int], base_name: str) -> dict[str, object]:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmpress.core.artifacts import artifact_folder, write_json
+from llmpress.core.artifacts import artifact_folder, free_place, write_json
+from llmpress.core.devices import pick_dtype
 from llmpress.core.progress import progress
 from llmpress.models.architectures import stored_name
 from llmpress.models.checkpoints.compressed import model_config
@@ -15,16 +16,18 @@ from llmpress.models.checkpoints.delta_files import DeltaFolder
 from llmpress.models.checkpoints.dense_view import delta_layer, dense_checkpoint
 from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter, copy_companions
 from llmpress.models.checkpoints.finetuned_view import check_base
+from llmpress.models.folders import model_folder
 
 
 def export_dense(
     model: Path | str,
-    out: Path | str,
     *,
+    out: Path | str,
     delta: Path | str | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | str = torch.bfloat16,
     tokenizer: Path | str | None = None,
-) -> None:
+    force: bool = False,
+) -> Path:
     """Write the dense model that a compressed one, or a base with a delta, stands for.
 
     Layer after layer is computed in fp32 and rounded once; memory is one layer and one shard of the
@@ -32,19 +35,25 @@ def export_dense(
 
     Args:
         model: A model folder, compressed or plain.
-        out: Where to write: config.json without a trace of compression, safetensors, tokenizer.
+        out: Folder to write: config.json without a trace of compression, safetensors, tokenizer.
         delta: A compressed delta that was made on ``model``.
         dtype: What floats are stored in.
         tokenizer: Folder to take tokenizer files from; by default ``model``. A delta with added
             tokens needs the fine-tuned model's.
+        force: Replace ``out`` where it exists.
+
+    Returns:
+        ``out``.
 
     Raises:
-        ArtifactError: A damaged folder, or a delta of another base.
+        ArtifactError: A damaged folder, a delta of another base, or ``out`` exists.
+        ConfigError: Another dtype than bfloat16, float16 and float32.
     """
-    source = dense_checkpoint(Path(model))
+    out, dtype = free_place(out, force=force), pick_dtype(dtype)
+    source = dense_checkpoint(model_folder(model))
     inputs = {"model": source.folder} | ({"delta": Path(delta)} if delta else {})
     with artifact_folder(
-        Path(out),
+        out,
         stage="export",
         settings={"dtype": str(dtype).removeprefix("torch.")},
         inputs=inputs,
@@ -61,6 +70,7 @@ def export_dense(
         writer.close()
         write_json(folder / "config.json", _config(source, change, shapes, dtype))
         copy_companions(Path(tokenizer) if tokenizer else source.folder, folder)
+    return out
 
 
 def _dense_tensors(source: Checkpoint, delta: DeltaFolder | None) -> Iterator[tuple[str, Tensor]]:

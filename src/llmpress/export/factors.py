@@ -7,19 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmpress.core.artifacts import artifact_folder, write_json
+from llmpress.core.artifacts import artifact_folder, free_place, write_json
+from llmpress.core.devices import pick_dtype
 from llmpress.core.errors import ArtifactError
 from llmpress.core.progress import progress
 from llmpress.models.architectures import LEFT_MULTIPLIED, compressed_linear, matches
 from llmpress.models.checkpoints.compressed import compressed_layers, model_config
 from llmpress.models.checkpoints.dense_view import stored_layer
 from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter, copy_companions
+from llmpress.models.folders import model_folder
 from llmpress.nn.layers import layer_class
 
 
 def export_factors(
-    model: Path | str, out: Path | str, *, dtype: torch.dtype = torch.bfloat16
-) -> None:
+    model: Path | str,
+    *,
+    out: Path | str,
+    dtype: torch.dtype | str = torch.bfloat16,
+    force: bool = False,
+) -> Path:
     """Write a low-rank model with each compressed matrix as two plain linears in a row.
 
     Beside the configuration of the original lie tensors under the names that its modules get when
@@ -29,16 +35,22 @@ def export_factors(
 
     Args:
         model: A model compressed to layers of low rank, as by ``lillama`` or ``svd``.
-        out: Where to write: config.json without a trace of compression, safetensors, tokenizer.
+        out: Folder to write: config.json without a trace of compression, safetensors, tokenizer.
         dtype: What floats are stored in.
+        force: Replace ``out`` where it exists.
+
+    Returns:
+        ``out``.
 
     Raises:
-        ArtifactError: A damaged folder, or a model that holds no low-rank layer.
+        ArtifactError: A damaged folder, a model that holds no low-rank layer, or ``out`` exists.
+        ConfigError: Another dtype than bfloat16, float16 and float32.
     """
-    source = Checkpoint(Path(model))
+    out, dtype = free_place(out, force=force), pick_dtype(dtype)
+    source = Checkpoint(model_folder(model))
     settings = {"dtype": str(dtype).removeprefix("torch."), "form": "factors"}
     with artifact_folder(
-        Path(out), stage="export", settings=settings, inputs={"model": source.folder}
+        out, stage="export", settings=settings, inputs={"model": source.folder}
     ) as folder:
         if not any(_has_factors(*item) for item in compressed_layers(source).items()):
             raise ArtifactError(
@@ -50,6 +62,7 @@ def export_factors(
         writer.close()
         write_json(folder / "config.json", model_config(source, dtype))
         copy_companions(source.folder, folder)
+    return out
 
 
 def _factored_tensors(source: Checkpoint) -> Iterator[tuple[str, Tensor]]:

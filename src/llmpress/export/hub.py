@@ -1,6 +1,8 @@
 """Artifacts on the Hugging Face hub: pushed with a card, fetched and verified."""
 
 import json
+import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
@@ -10,6 +12,7 @@ from llmpress.core.artifacts import (
     MODEL_FILES,
     PROVENANCE,
     folder_bytes,
+    free_place,
     read_json,
     read_provenance,
     verify,
@@ -26,21 +29,31 @@ _NOT_OURS = {CARD, ".gitattributes"}
 _NOT_SENT = "the upload failed ({}): run it again, files that arrived are not sent twice"
 
 
-def fetch_artifact(repository_at_revision: str, cache: Path | str | None = None) -> Path:
+def fetch_artifact(
+    repository_at_revision: str,
+    *,
+    out: Path | str | None = None,
+    cache: Path | str | None = None,
+    force: bool = False,
+) -> Path:
     """Download an artifact and check every file against its provenance.json.
 
     Args:
         repository_at_revision: ``owner/name@revision``.
+        out: Folder to copy it to, its own files only.
         cache: Where the hub's cache lies; by default where huggingface_hub keeps it.
+        force: Replace ``out`` where it exists.
 
     Returns:
-        The artifact's folder, inside the cache: copy it before changing anything.
+        ``out``, or the artifact's folder inside the cache: copy it before changing anything.
 
     Raises:
         ValueError: No revision is named.
         SourceError: As `download`.
-        ArtifactError: No artifact, or a file is missing or differs from its provenance.
+        ArtifactError: No artifact, a file that is missing or differs from its provenance, or
+            ``out`` exists.
     """
+    place = None if out is None else free_place(out, force=force)
     repository, revision = repository_and_revision(repository_at_revision)
     record_folder = download(repository, revision, [PROVENANCE], cache=cache)
     digests = _digests(record_folder, f"hub repository {repository}")
@@ -54,7 +67,21 @@ def fetch_artifact(repository_at_revision: str, cache: Path | str | None = None)
             f"hub repository {repository}: {', '.join(damaged)}: differs from {PROVENANCE}; run it "
             "again to fetch it anew, and if it stays so, it was changed after the upload"
         )
-    return folder
+    return folder if place is None else _copied(folder, names, place)
+
+
+def _copied(folder: Path, names: Iterable[str], out: Path) -> Path:
+    """Copy files to ``out``, which is there whole or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        copy = Path(temporary) / out.name
+        copy.mkdir()
+        for name in names:
+            shutil.copyfile(folder / name, copy / name)
+        if out.exists():
+            shutil.rmtree(out)
+        copy.rename(out)
+    return out
 
 
 def push_artifact(

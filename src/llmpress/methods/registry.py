@@ -3,8 +3,10 @@
 import difflib
 import importlib
 import inspect
+import logging
 import pkgutil
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from llmpress import methods
@@ -13,6 +15,8 @@ from llmpress.core.params import build
 from llmpress.methods.base import Method
 
 OTHERS = ("base", "registry")
+
+logger = logging.getLogger(__name__)
 
 
 def known_methods() -> list[str]:
@@ -45,31 +49,60 @@ def method_class(name: str) -> type[Method]:
     return found[0]
 
 
-def known_method(name: str, where: str) -> type[Method]:
-    """Return the class of the method ``name``.
-
-    Raises:
-        ConfigError: An unknown method; names the nearest known one.
-    """
-    try:
-        return method_class(name)
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def build_method(
-    name: str, settings: Mapping[str, Any], where: str, *, section: str | None = None
-) -> Method:
+def build_method(name: str, settings: Mapping[str, Any], where: str = "") -> Method:
     """Return the method ``name`` with its settings checked.
 
     Args:
         name: Name of a package in ``llmpress.methods``.
-        settings: Its settings.
-        where: Dotted name of the run, for messages; of the method itself with ``section``.
-        section: What the settings are called in messages, ``<where>.settings`` by default.
+        settings: Its settings; ``bits`` may stand for ``num_bits``.
+        where: Dotted name of the run in params.yaml, for messages.
 
     Raises:
         ConfigError: An unknown method, or settings it does not take.
     """
-    cls = known_method(name, f"{where}.method" if section is None else where)
-    return build(cls, settings, f"{where}.settings" if section is None else section)
+    try:
+        cls = method_class(name)
+    except ValueError as error:
+        raise ConfigError(f"{where}.method: {error}" if where else str(error)) from None
+    known = [field.name for field in fields(cls)]
+    given = dict(settings)
+    if "bits" in given and "bits" not in known and "num_bits" in known:
+        given.setdefault("num_bits", given.pop("bits"))
+    return build(cls, given, f"{where}.settings" if where else name)
+
+
+def choose_method(method: str | Method, settings: Mapping[str, Any]) -> Method:
+    """Return a method that is named with its settings, or that is one already.
+
+    Raises:
+        ConfigError: As `build_method`, or settings beside a method that has its own.
+    """
+    if isinstance(method, str):
+        return build_method(method, settings)
+    if settings:
+        raise ConfigError(f"{next(iter(settings))}: {method!r} has its settings already")
+    return method
+
+
+def check_statistics(method: Method, *, given: bool) -> None:
+    """Check that a method gets the statistics it needs; say so where it could use some.
+
+    Raises:
+        ConfigError: There are none for a method that needs them.
+    """
+    if method.requires_statistics and not given:
+        raise ConfigError(
+            f"{method_name(method)} needs calibration: give some `text`, or a `calibration` "
+            "(--text, --calibration)"
+        )
+    if method.uses_statistics and not given:
+        logger.warning("note: %s does better with calibration (text)", method_name(method))
+
+
+def method_name(method: Method) -> str:
+    """Return what records call a method: its package here, or its class in small letters."""
+    place = f"{methods.__name__}."
+    module = type(method).__module__
+    if module.startswith(place):
+        return module.removeprefix(place).partition(".")[0]
+    return type(method).__name__.lower()

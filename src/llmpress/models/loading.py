@@ -18,6 +18,7 @@ from llmpress.core.errors import ArtifactError
 from llmpress.models.architectures import replace_module
 from llmpress.models.checkpoints.compressed import compressed_layers
 from llmpress.models.checkpoints.files import Checkpoint
+from llmpress.models.folders import model_folder
 from llmpress.models.quantizer import insert_layers
 from llmpress.nn.layers import AdaptedLinear, CompressedLinear
 
@@ -44,10 +45,10 @@ def load_model(
         ArtifactError: The folder holds no model, or a damaged one.
         ConfigError: No such device here.
     """
-    place = pick_device(device)
-    if (Path(folder) / PROVENANCE).is_file():
-        verify(Path(folder))
-    Checkpoint(Path(folder))  # names what is missing or damaged before transformers does
+    place, folder = pick_device(device), model_folder(folder)
+    if (folder / PROVENANCE).is_file():
+        verify(folder)
+    Checkpoint(folder)  # names what is missing or damaged before transformers does
     opened: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
@@ -81,6 +82,7 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     if (folder / PROVENANCE).is_file():
         verify(folder)
     if not any(folder.glob("tokenizer*")):
+        model_folder(folder)  # which says what else is wrong
         raise ArtifactError(f"{folder}: no tokenizer here; fetch or compress the model again")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmpress.core.errors import SourceError
-from llmpress.data.corpora import token_windows
+from llmpress.data.corpora import CalibrationText, token_windows
 from llmpress.training.examples import Example, encode, window_examples
 from llmpress.training.settings import FinetuningSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from llmpress.calibration.stage import CalibrationText
 
 
 @dataclass(frozen=True)

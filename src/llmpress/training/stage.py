@@ -1,24 +1,31 @@
-"""Finetune an artifact on disk end to end into another one: what stage and command share."""
+"""Train an artifact on disk end to end into another one: what stage, command and Python share."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmpress.core.artifacts import TRAINING, fingerprint, read_provenance, write_json
+from llmpress.calibration.texts import read_texts, text_artifacts
+from llmpress.core.artifacts import TRAINING, fingerprint, free_place, read_provenance, write_json
+from llmpress.core.devices import pick_device
 from llmpress.core.errors import ArtifactError, ConfigError
+from llmpress.core.params import build
 from llmpress.core.records import read_records, write_records
-from llmpress.core.resume import SCRATCH
+from llmpress.core.resume import scratch_folder
+from llmpress.data.corpora import Text
+from llmpress.data.tasks.files import TRAIN_FILE, read_items
 from llmpress.deltas.applying import load_finetuned
 from llmpress.models.checkpoints.compressed import is_compressed
 from llmpress.models.checkpoints.delta_files import DeltaFolder, DeltaWriter
 from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter, copy_companions
+from llmpress.models.folders import model_folder
 from llmpress.models.loading import load_model, load_tokenizer
 from llmpress.training.adapters import (
     STORED_DTYPE,
@@ -27,12 +34,13 @@ from llmpress.training.adapters import (
     save_adapter,
     save_base,
 )
-from llmpress.training.data import TrainingData
+from llmpress.training.data import TrainingData, task_data, text_data
 from llmpress.training.loop import train
 from llmpress.training.objectives import model_loss
 from llmpress.training.processes import Written, trained_artifact
 from llmpress.training.settings import (
     ADAPTERS,
+    TRAINS,
     FinetuningSettings,
     Trains,
     check_settings,
@@ -41,11 +49,119 @@ from llmpress.training.settings import (
 from llmpress.training.trainables import Parameters, compressed_parameters, delta_parameters
 
 Data = Callable[[PreTrainedTokenizerBase], TrainingData]
+Items = Path | str | Sequence[Mapping[str, Any]]
 SHORT = 128
 """Tokens; up to here plain matrix products beat the fused attention's backward pass on a CPU."""
 
 
-def finetune_artifact(
+def train_model(
+    start: Path | str,
+    *,
+    out: Path | str,
+    steps: int,
+    learning_rate: float,
+    trains: str = "compressed",
+    original: Path | str | None = None,
+    base: Path | str | None = None,
+    text: Text | None = None,
+    items: Items | None = None,
+    record: Mapping[str, object] | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    scratch: Path | str | None = None,
+    force: bool = False,
+    **settings: Any,
+) -> Path:
+    """Train a few parameters of a model on the loss of the whole model, end to end.
+
+    The best state on held-out text or items is kept, never a worse one than the start. A killed
+    call continues from its last checkpoint when it is repeated, and gives the same bytes.
+
+    Args:
+        start: A compressed model for ``compressed``; a compressed delta for ``delta``; the original
+            itself for adapters.
+        out: Folder to write: a compressed model or delta like ``start``, or an adapter.
+        steps: Optimizer steps.
+        learning_rate: Its peak.
+        trains: ``compressed``: codebooks or factors; ``delta``: scales or factors of a delta on its
+            base; ``lora``: adapters beside a dense model; ``qlora``: the same, its linears in 4-bit
+            NF4.
+        original: The model that ``start`` was made from, the fine-tuned one of a delta: the teacher
+            of distillation. Adapters need none.
+        base: The base of a delta.
+        text: What to follow or to learn; see `read_texts`.
+        items: What to learn instead: mappings with ``query`` and ``target``, a file of such JSON
+            lines, or a task.
+        record: What the provenance says of the data; by default their names.
+        seed: Same seed, same bytes.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; by default the first GPU, or the CPU without one.
+        scratch: Folder for the checkpoints of an unfinished call; by default beside ``out``.
+        force: Replace ``out`` where it exists.
+        **settings: The others of `FinetuningSettings`.
+
+    Returns:
+        ``out``; of several processes that train together the first one writes it.
+
+    Raises:
+        ArtifactError: A damaged folder, a start that was made from another model, or ``out``
+            exists.
+        ConfigError: An unknown setting, text and items or neither, nothing in the start may train,
+            a delta comes without its base, or a batch that the processes cannot share evenly.
+        SourceError: Too little text, or too few items.
+        NumericalError: A loss that is not finite.
+        ModuleNotFoundError: A package that adapters need is not installed.
+    """
+    kind = next((known for known in TRAINS if known == trains), None)
+    if kind is None:
+        raise ConfigError(f"trains={trains!r}: allowed are {', '.join(TRAINS)}")
+    if bool(text) == bool(items):
+        raise ConfigError("give either `text` or `items` to train on (--text, --items)")
+    if original is None and trains not in ADAPTERS:
+        raise ConfigError("original: name the model that the start was made from (--original)")
+    given = {"steps": steps, "learning_rate": learning_rate, **settings}
+    how = build(FinetuningSettings, given, "train")
+    check_settings(kind, how)
+    out, place, start = free_place(out, force=force), pick_device(device), Path(start)
+    if trains != "delta":
+        model_folder(start)
+    original = start if original is None else model_folder(original)
+    names, inputs, data = _data(text, items, how, seed)
+    _train(
+        start,
+        original,
+        out,
+        trains=kind,
+        settings=how,
+        data=data,
+        inputs=inputs,
+        described={"data": sorted(names)} if record is None else record,
+        seed=seed,
+        device=place,
+        base=None if base is None else model_folder(base),
+        scratch=Path(scratch or scratch_folder(out)),
+    )
+    return out
+
+
+def _data(
+    text: Text | None, items: Items | None, settings: FinetuningSettings, seed: int
+) -> tuple[list[str], dict[str, Path], Data]:
+    """Return the names of the data, those that are artifacts by role, and what makes examples."""
+    if items is None:
+        texts = read_texts(text or ())
+        inputs = text_artifacts(text or ())
+        return list(texts), inputs, lambda tokenizer: text_data(texts, tokenizer, settings, seed)
+    if isinstance(items, Path | str):
+        place = Path(items)
+        records = read_items(place / TRAIN_FILE if place.is_dir() else place)
+        names, inputs = [place.name], {"task": place} if place.is_dir() else {}
+    else:
+        records = [dict(item) for item in items]
+        names, inputs = ["items"], {}
+    return names, inputs, lambda tokenizer: task_data(records, tokenizer, settings, seed)
+
+
+def _train(
     start: Path,
     original: Path,
     out: Path,
@@ -57,40 +173,9 @@ def finetune_artifact(
     described: Mapping[str, object],
     seed: int,
     device: torch.device,
-    base: Path | None = None,
-    scratch: Path = SCRATCH,
-) -> bool:
-    """Train a few parameters of a model on the loss of the whole model.
-
-    A killed call continues from its last checkpoint when it is repeated, and gives the same bytes.
-
-    Args:
-        start: A compressed model for ``compressed``; a compressed delta for ``delta``; the original
-            itself for adapters.
-        original: The model that ``start`` was made from, the fine-tuned one of a delta: the teacher
-            of distillation.
-        out: The artifact to write: a compressed model or delta like ``start``, or an adapter.
-        trains: What trains.
-        settings: How.
-        data: Makes the examples with the model's tokenizer.
-        inputs: Artifacts that the examples come from, by role.
-        described: What the examples are, for the provenance.
-        seed: Same seed, same bytes.
-        device: Where to compute.
-        base: The base of a delta.
-        scratch: Folder for the checkpoints of an unfinished call.
-
-    Returns:
-        Whether this process wrote the artifact; of several that train together one does.
-
-    Raises:
-        ArtifactError: A damaged folder, or a start that was made from another model.
-        ConfigError: Nothing in the start may train, a delta comes without its base, or a batch that
-            the processes cannot share evenly.
-        NumericalError: A loss that is not finite.
-        ModuleNotFoundError: A package that adapters need is not installed.
-    """
-    check_settings(trains, settings)
+    base: Path | None,
+    scratch: Path,
+) -> None:
     settings = with_precision(trains, settings)
     _check_start(start, original, trains)
     roles = {"start": start, "model": original, **inputs}
@@ -126,7 +211,7 @@ def finetune_artifact(
             store=made.store,
         )
         if made.folder is None:
-            return False
+            return
         begun.save(best, made.folder)
         trained = sum(parameter.numel() for parameter in begun.parameters.values())
         best_step, loss = record.best
@@ -145,7 +230,6 @@ def finetune_artifact(
                 **asdict(record),
             },
         )
-    return True
 
 
 @dataclass

@@ -1,17 +1,23 @@
-"""Finetune a compressed model on disk block by block: what stage and benchmark share."""
+"""Finetune a compressed model on disk block by block: what stage and Python share."""
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmpress.calibration.files import check_calibration, load_windows
-from llmpress.core.artifacts import artifact_folder, fingerprint
-from llmpress.core.resume import SCRATCH, BlockStore
+from llmpress.calibration.stage import calibration_of
+from llmpress.core.artifacts import artifact_folder, fingerprint, free_place, read_provenance
+from llmpress.core.devices import pick_device
+from llmpress.core.errors import ConfigError
+from llmpress.core.params import build
+from llmpress.core.resume import BlockStore, scratch_folder
+from llmpress.data.corpora import Text
 from llmpress.methods.base import Method, Tunable
+from llmpress.methods.registry import build_method, known_methods, method_class, method_name
 from llmpress.models.checkpoints.files import Checkpoint
+from llmpress.models.folders import model_folder
 from llmpress.models.loading import skeleton
 from llmpress.models.walk import BlockWalk
 from llmpress.tuning.blocks import tune_blocks
@@ -19,58 +25,116 @@ from llmpress.tuning.settings import TuningSettings
 from llmpress.tuning.writing import rewrite_model
 
 
-def tune_model(
-    compressed: Path,
-    model: Path,
-    calibration: Path,
-    out: Path,
+def finetune_model(
+    compressed: Path | str,
     *,
-    method: Tunable,
-    settings: TuningSettings,
-    record: Mapping[str, Any],
-    seed: int,
-    device: torch.device,
-    scratch: Path = SCRATCH,
-) -> None:
-    """Finetune every decoder block of a compressed model against the original's.
+    original: Path | str,
+    out: Path | str,
+    epochs: int,
+    learning_rate: float,
+    text: Text | None = None,
+    calibration: Path | str | None = None,
+    method: Method | None = None,
+    windows: int = 16,
+    length: int = 512,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    scratch: Path | str | None = None,
+    force: bool = False,
+    **settings: Any,
+) -> Path:
+    """Finetune a compressed model block by block against the original's decoder blocks.
 
     A killed call continues after its last finished block when it is repeated.
 
     Args:
-        compressed: The artifact to finetune; stays as it is.
-        model: Its original.
-        calibration: A calibration artifact of the original: windows to train on and to judge by.
-        out: The artifact to write.
-        method: How it was compressed: which block outputs are compared, and how.
-        settings: Optimiser settings.
-        record: Names and settings for the provenance, beside these.
+        compressed: What `llmpress.compress_model` wrote, by cluscomp or lillama.
+        original: The model it was made from.
+        out: Folder to write: the compressed model with trained codebooks or factors.
+        epochs: Passes over the calibration windows.
+        learning_rate: Peak rate, relative to each tensor's root mean square.
+        text: What to train on and to judge by; see `read_texts`.
+        calibration: What `calibrate_model` wrote for the original, instead of ``text``.
+        method: How it was compressed, which says what of two blocks is compared; by default what
+            ``compressed`` says of itself.
+        windows: Token windows of each text.
+        length: Tokens of a window.
         seed: Same seed, same bytes.
-        device: Where to compute.
-        scratch: Folder for the finished blocks of an unfinished call.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; by default the first GPU, or the CPU without one.
+        scratch: Folder for the finished blocks of an unfinished call; by default beside ``out``.
+        force: Replace ``out`` where it exists.
+        **settings: The others of `TuningSettings`.
+
+    Returns:
+        ``out``.
 
     Raises:
-        ArtifactError: A damaged folder, or a calibration of another model.
+        ConfigError: An unknown setting, a method that has nothing to train, no text and no
+            calibration, or both.
+        ArtifactError: A damaged folder, a calibration of another model, or ``out`` exists.
         NumericalError: A loss or a hidden state is NaN or Inf.
     """
-    inputs = {"compressed": compressed, "model": model, "calibration": calibration}
-    method_settings = asdict(method) if isinstance(method, Method) else {}
-    decided = {**record, **asdict(settings), "method_settings": method_settings, "seed": seed}
-    fingerprints = {role: fingerprint(path) for role, path in inputs.items()}
-    check_calibration(calibration, fingerprints["model"], model.name)
-    store = BlockStore(f"finetune-{out.name}", {**decided, **fingerprints}, scratch)
-    with (
-        store,  # kept until the artifact is complete
-        artifact_folder(
-            out, stage="finetune", settings=decided, inputs=inputs, seconds=store.seconds
-        ) as folder,
-    ):
-        student_checkpoint = Checkpoint(compressed)
-        teacher, student = (
-            BlockWalk(skeleton(c), c, device=device, autocast=settings.autocast)
-            for c in (Checkpoint(model), student_checkpoint)
+    given = {"epochs": epochs, "learning_rate": learning_rate, **settings}
+    how = build(TuningSettings, given, "finetune")
+    if bool(text) == bool(calibration):
+        raise ConfigError("finetune: give either `text` or a `calibration` to train on")
+    out, place = free_place(out, force=force), pick_device(device)
+    compressed, original = model_folder(compressed), model_folder(original)
+    method = method or _method_of(compressed)
+    if not isinstance(method, Tunable):
+        raise ConfigError(
+            f"{compressed}: {method_name(method)} has nothing to finetune block by block; "
+            "compress with cluscomp or lillama"
         )
-        windows, validation = load_windows(calibration)
-        blocks = tune_blocks(
-            teacher, student, method, windows, validation, settings, seed=seed, store=store
+    with calibration_of(
+        original,
+        text=text,
+        calibration=calibration,
+        windows=windows,
+        length=length,
+        seed=seed,
+        device=place,
+    ) as known:
+        inputs = {"compressed": compressed, "model": original, "calibration": Path(str(known))}
+        decided = {
+            "run": compressed.name,
+            "method": method_name(method),
+            **asdict(how),
+            "method_settings": asdict(method),
+            "seed": seed,
+        }
+        fingerprints = {role: fingerprint(path) for role, path in inputs.items()}
+        check_calibration(inputs["calibration"], fingerprints["model"], original.name)
+        store = BlockStore(
+            f"finetune-{out.name}",
+            {**decided, **fingerprints},
+            Path(scratch or scratch_folder(out)),
         )
-        rewrite_model(student_checkpoint, blocks, folder)
+        with (
+            store,  # kept until the artifact is complete
+            artifact_folder(
+                out, stage="finetune", settings=decided, inputs=inputs, seconds=store.seconds
+            ) as folder,
+        ):
+            student_checkpoint = Checkpoint(compressed)
+            teacher, student = (
+                BlockWalk(skeleton(c), c, device=place, autocast=how.autocast)
+                for c in (Checkpoint(original), student_checkpoint)
+            )
+            taken, validation = load_windows(inputs["calibration"])
+            blocks = tune_blocks(
+                teacher, student, method, taken, validation, how, seed=seed, store=store
+            )
+            rewrite_model(student_checkpoint, blocks, folder)
+    return out
+
+
+def _method_of(compressed: Path) -> Method:
+    """Return the method by which a model was compressed, from its provenance."""
+    recorded = read_provenance(compressed)["settings"]
+    name = recorded.get("method")
+    if name not in known_methods():
+        raise ConfigError(f"{compressed}: was compressed by {name!r}: give that as `method`")
+    of_method = {field.name for field in fields(method_class(name))}
+    values = recorded.get("method_settings", recorded)
+    return build_method(name, {k: v for k, v in values.items() if k in of_method}, "finetune")

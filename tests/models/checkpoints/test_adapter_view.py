@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llmpress.core.artifacts import artifact_folder, read_json, read_provenance, write_json
 from llmpress.core.errors import ArtifactError, NumericalError, SourceError
 from llmpress.deltas.applying import load_delta
-from llmpress.deltas.compression import compress_delta_artifact
-from llmpress.deltas.extraction import extract_delta_artifact
+from llmpress.deltas.compression import compress_delta
+from llmpress.deltas.extraction import extract_delta
 from llmpress.export.adapter import export_adapter
 from llmpress.methods.registry import build_method
 from llmpress.models.checkpoints.adapter_view import AdapterCheckpoint
@@ -146,7 +146,7 @@ def test_an_adapter_with_provenance_is_an_input(base: Path, tmp_path: Path) -> N
     build_adapter(base, tmp_path / "plain")
     with artifact_folder(tmp_path / "adapter", stage="test", settings={}, inputs={}) as folder:
         shutil.copytree(tmp_path / "plain", folder, dirs_exist_ok=True)
-    extract_delta_artifact(base, tmp_path / "adapter", tmp_path / "delta")
+    extract_delta(base, tmp_path / "adapter", out=tmp_path / "delta")
     made = read_provenance(tmp_path / "adapter")["fingerprint"]
     record = read_provenance(tmp_path / "delta")
     assert record["inputs"]["finetuned"] == made
@@ -198,7 +198,7 @@ def test_adapters_that_cannot_be_merged_are_refused(name: str, base: Path, tmp_p
     contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
     save_file(contiguous, folder / "adapter_model.safetensors")
     with pytest.raises(error, match=message) as caught:
-        extract_delta_artifact(base, folder, tmp_path / "delta")
+        extract_delta(base, folder, out=tmp_path / "delta")
     assert str(folder) in str(caught.value)
     assert not (tmp_path / "delta").exists()
 
@@ -219,16 +219,14 @@ def compressed(base: Path, root: Path, method: str, settings: dict[str, Any], na
     model = load_model(base)
     disturb([p for name, p in model.named_parameters() if names in name], 0.05)
     model.save_pretrained(root / "tuned")
-    extract_delta_artifact(base, root / "tuned", root / "delta")
-    compress_delta_artifact(
+    extract_delta(base, root / "tuned", out=root / "delta")
+    compress_delta(
         root / "delta",
-        root / "small",
-        method_name=method,
         method=build_method(method, settings, method),
-        calibration=None,
         seed=0,
         device=torch.device("cpu"),
         scratch=root / "scratch",
+        out=root / "small",
     )
     return root / "small"
 
@@ -250,7 +248,7 @@ def test_peft_opens_an_exported_delta(
     tmp_path: Path,
 ) -> None:
     small = compressed(base, tmp_path, method, settings, "_proj.weight")
-    export_adapter(small, tmp_path / "adapter", dtype=dtype)
+    export_adapter(small, out=tmp_path / "adapter", dtype=dtype)
     adapted = peft.PeftModel.from_pretrained(load_model(base), tmp_path / "adapter")
     windows = torch.arange(90).view(3, 30)
     with torch.inference_mode():
@@ -275,7 +273,7 @@ def test_every_layer_has_its_own_rank_and_empty_ones_none(base: Path, tmp_path: 
         DOWN: MixedLowRankLinear(48, 32, groups=[], group_size=16),
     }
     write_delta(tmp_path / "small", base, layers)
-    export_adapter(tmp_path / "small", tmp_path / "adapter", dtype=torch.float32)
+    export_adapter(tmp_path / "small", out=tmp_path / "adapter", dtype=torch.float32)
     config = read_json(tmp_path / "adapter/adapter_config.json")
     assert config["r"] == config["lora_alpha"] == 5
     assert config["rank_pattern"] == {"model.layers.0.self_attn.q_proj": 2}
@@ -308,15 +306,15 @@ def write_delta(out: Path, base: Path, layers: dict[str, Any]) -> None:
 def test_what_no_adapter_can_hold_is_refused_by_name(base: Path, tmp_path: Path) -> None:
     small = compressed(base, tmp_path, "rtn", {"num_bits": 4, "group_size": 16}, "q_proj.weight")
     with pytest.raises(ArtifactError, match=r"q_proj .*quantized"):
-        export_adapter(small, tmp_path / "adapter")
+        export_adapter(small, out=tmp_path / "adapter")
     layer = LowRankLinear.from_factors(torch.randn(32, 5), torch.randn(5, 32))
     write_delta(tmp_path / "moe", base, {"model.layers.0.mlp.experts.3.down_proj": layer})
     with pytest.raises(ArtifactError, match=r"experts\.3\.down_proj"):
-        export_adapter(tmp_path / "moe", tmp_path / "adapter")
+        export_adapter(tmp_path / "moe", out=tmp_path / "adapter")
     empty = MixedLowRankLinear(32, 32, groups=[], group_size=16)
     write_delta(tmp_path / "empty", base, {QUERY: empty})
     with pytest.raises(ArtifactError, match="rank 0"):
-        export_adapter(tmp_path / "empty", tmp_path / "adapter")
+        export_adapter(tmp_path / "empty", out=tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
 

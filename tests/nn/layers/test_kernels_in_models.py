@@ -8,7 +8,7 @@ from tiny_artifacts import Make
 from torch import Tensor
 
 from llmpress.deltas.applying import load_delta
-from llmpress.deltas.compression import compress_delta_artifact
+from llmpress.deltas.compression import compress_delta
 from llmpress.methods.delta_come import DeltaCoMe
 from llmpress.models.loading import load_model
 from llmpress.nn.kernels import dispatch
@@ -60,15 +60,13 @@ def test_codebooks_are_finetuned_through_kernels(compressed: Make, tiny_windows:
 
 def delta_of(delta: Path, bits: float, tmp_path: Path) -> Path:
     folder = tmp_path / str(bits)
-    compress_delta_artifact(
+    compress_delta(
         delta,
-        folder,
-        method_name="delta_come",
         method=DeltaCoMe(bits=bits, group_size=16, allocation="matrix"),
-        calibration=None,
         seed=0,
         device=torch.device("cpu"),
         scratch=tmp_path / "scratch",
+        out=folder,
     )
     return folder
 

@@ -4,13 +4,14 @@ A GGUF file is dequantized to fp32. A folder of safetensors is copied as it is, 
 own dtype. Nothing is unpickled, and no code that comes with a model is run.
 """
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmpress.core.artifacts import WEIGHTS_INDEX, read_json, sha256
-from llmpress.core.errors import SourceError
-from llmpress.data.sources.source import Opened, Source, opened
+from llmpress.core.errors import ArtifactError, SourceError
+from llmpress.data.sources.source import REPOSITORY, Opened, Source, opened
 
 FOLDER_FILES = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
@@ -52,19 +53,29 @@ def refuse_early(source: ModelSource) -> None:
             _check_architecture(first.folder, source.hub)
 
 
-def fetch_repository(hub: str) -> Path:
-    """Download a model from the hub and return its folder in the hub's cache, to be read only.
+def fetch_model(model: Path | str) -> Path:
+    """Return the folder of a model, downloaded first when it is named on the hub.
 
     Args:
-        hub: ``owner/name@revision``.
+        model: A folder, or ``owner/name@revision`` on the hub.
+
+    Returns:
+        The folder; of a downloaded model inside the hub's cache, to be read only.
 
     Raises:
+        ArtifactError: No such folder, and no name on the hub.
         SourceError: It cannot be reached, holds no safetensors, or needs its own code.
     """
-    source = ModelSource(license="unknown", hub=hub)
+    name = str(model)
+    if Path(model).is_dir():
+        return Path(model)
+    if not re.fullmatch(REPOSITORY.pattern, name):
+        hub = f"; for the hub write {name}@main or another revision" if name.count("/") == 1 else ""
+        raise ArtifactError(f"{name}: no such folder{hub}")
+    source = ModelSource(license="unknown", hub=name)
     refuse_early(source)
     with opened(source, source.patterns()) as fetched:
-        _check_folder(fetched, hub)
+        _check_folder(fetched, name)
         return fetched.folder
 
 
