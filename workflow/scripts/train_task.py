@@ -11,7 +11,7 @@ from llmpress.core.params import build, read_params, section
 from llmpress.data.corpora import load_text, token_windows
 from llmpress.data.tasks.files import TRAIN_FILE, read_items
 from llmpress.training.examples import Example, encode, window_examples
-from llmpress.training.full import finetune_model
+from llmpress.training.full import train_all_weights
 from llmpress.training.settings import TrainingSettings
 
 
@@ -38,7 +38,7 @@ def main() -> None:
             windows = token_windows(documents, tokenizer, settings.length, settings.windows)
             return window_examples(windows)
 
-        finetune_model(
+        train_all_weights(
             Path("data/models") / settings.base,
             Path("data/models") / arguments.name,
             settings=settings,

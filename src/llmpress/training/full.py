@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def finetune_model(
+def train_all_weights(
     base: Path,
     out: Path,
     *,
