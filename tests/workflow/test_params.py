@@ -5,6 +5,7 @@ import dataclasses
 import re
 import shutil
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from toy_project import Project
 
+import llmpress
 from llmpress.core.errors import ConfigError
 from llmpress.core.kinds import KINDS, SECTIONS_OF_FOLDER, Kind
 from llmpress.core.params import SECTIONS, read_params
@@ -262,9 +264,12 @@ def test_evaluations_depend_on_all_settings_but_the_list_of_models(group: str) -
 
 
 def computes(stage: str) -> bool:
-    """Tell whether a stage's script picks the device that it computes on."""
+    """Tell whether a stage's script calls something that is told a device."""
     command = STAGES[stage].get("do", STAGES[stage])["cmd"]
-    return "pick_device" in (ROOT / command.split()[1]).read_text(encoding="utf-8")
+    script = (ROOT / command.split()[1]).read_text(encoding="utf-8")
+    called = re.findall(r"\b(\w+)\(", script)
+    public = [getattr(llmpress, name) for name in called if name in llmpress.__all__]
+    return "pick_device" in called or any("device" in signature(f).parameters for f in public)
 
 
 @pytest.mark.parametrize("name", ["default", "slurm"])
