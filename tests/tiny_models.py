@@ -4,26 +4,20 @@ import itertools
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
-    Gemma3TextConfig,
-    GPTNeoXConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    Mamba2Config,
-    MambaConfig,
-    MixtralConfig,
-    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3MoeConfig,
 )
 
 VOCABULARY = 512
@@ -36,18 +30,37 @@ _TOKENS = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
 _LLAMA = {**_SIZES, **_TOKENS, **_HEADS, "intermediate_size": 176}
 
-ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
-    "qwen2": lambda: Qwen2Config(**_LLAMA, tie_word_embeddings=True),  # biases
-    "gemma3": lambda: Gemma3TextConfig(**_LLAMA, head_dim=16, sliding_window=32),
-    "phi3": lambda: Phi3Config(**_LLAMA),  # q, k, v in one matrix, gate and up in one
-    "gpt_neox": lambda: GPTNeoXConfig(**{**_LLAMA, "num_key_value_heads": None}),  # both
-    "mixtral": lambda: MixtralConfig(**{**_LLAMA, "intermediate_size": 96}, num_local_experts=4),
-    "qwen3_moe": lambda: Qwen3MoeConfig(
-        **_LLAMA, head_dim=16, moe_intermediate_size=64, num_experts=8, num_experts_per_tok=2
+
+class Family(NamedTuple):
+    """A small model of an architecture.
+
+    Attributes:
+        matrices: How many of its first block are compressed.
+        settings: Of its configuration.
+        model_type: What transformers calls it; its name in the table by default.
+    """
+
+    matrices: int
+    settings: dict[str, Any]
+    model_type: str = ""
+
+
+ARCHITECTURES = {
+    "qwen2": Family(7, {**_LLAMA, "tie_word_embeddings": True}),  # biases
+    "gemma3": Family(7, {**_LLAMA, "head_dim": 16, "sliding_window": 32}, "gemma3_text"),
+    "phi3": Family(4, _LLAMA),  # q, k, v in one matrix, gate and up in one
+    "gpt_neox": Family(4, {**_LLAMA, "num_key_value_heads": None}),  # both
+    "mixtral": Family(4 + 3 * 4, {**_LLAMA, "intermediate_size": 96, "num_local_experts": 4}),
+    "qwen3_moe": Family(
+        4 + 3 * 8,
+        {**_LLAMA, "head_dim": 16, "moe_intermediate_size": 64}
+        | {"num_experts": 8, "num_experts_per_tok": 2},
     ),
-    "mamba": lambda: MambaConfig(**_SIZES, **_TOKENS, state_size=8, time_step_rank=16),
-    "mamba2": lambda: Mamba2Config(
-        **_SIZES, **_TOKENS, state_size=16, num_heads=8, head_dim=16, n_groups=1, chunk_size=32
+    "mamba": Family(4, {**_SIZES, **_TOKENS, "state_size": 8, "time_step_rank": 16}),
+    "mamba2": Family(
+        2,
+        {**_SIZES, **_TOKENS, "state_size": 16, "num_heads": 8, "head_dim": 16}
+        | {"n_groups": 1, "chunk_size": 32},
     ),
 }
 """Other architectures than Llama, as small; each is there for what its comment or name says."""
@@ -135,12 +148,19 @@ def build_tiny_finetuned(base: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def architecture_config(name: str) -> PretrainedConfig:
+    """The configuration of a small model of another architecture."""
+    family = ARCHITECTURES[name]
+    config: PretrainedConfig = AutoConfig.for_model(family.model_type or name, **family.settings)
+    return config
+
+
 def build_architecture(name: str, tokenizer_folder: Path, folder: Path) -> None:
     """A small model of another architecture, trained on the same text with the same tokenizer."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
     tokens = tokenize(tokenizer, library_text(TRAIN_PACKAGES))
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name]())
+    model = AutoModelForCausalLM.from_config(architecture_config(name))
     # Mamba's scan goes token by token without a GPU
     train(model, tokens, steps=100, learning_rate=4e-3, length=24 if name == "mamba" else 64)
     model.save_pretrained(folder)

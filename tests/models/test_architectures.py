@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import HELD_OUT_PACKAGES, OTHER_PACKAGES, built_once, library_text
+from tiny_models import ARCHITECTURES, HELD_OUT_PACKAGES, OTHER_PACKAGES, built_once, library_text
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -30,16 +30,6 @@ from llmpress.nn.layers import CompressedLinear
 from llmpress.tuning.stage import finetune_model
 
 CPU = torch.device("cpu")
-MATRICES = {  # of the first block
-    "qwen2": 7,
-    "gemma3": 7,
-    "phi3": 4,
-    "gpt_neox": 4,
-    "mixtral": 4 + 3 * 4,
-    "qwen3_moe": 4 + 3 * 8,
-    "mamba": 4,
-    "mamba2": 2,
-}
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +82,7 @@ def test_every_matrix_of_the_blocks_is_compressed_but_the_routers(
     model = llmpress.load_model(low_rank)
     compressed = {n for n, m in model.named_modules() if isinstance(m, CompressedLinear)}
     first = [name for name in compressed if ".layers.0." in name]
-    assert len(first) == MATRICES[architecture]
+    assert len(first) == ARCHITECTURES[architecture].matrices
     left = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     assert left <= {"lm_head"}
     assert not any("router" in name or name.endswith("mlp.gate") for name in compressed)

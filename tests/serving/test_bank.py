@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, tokenize
+from tiny_models import architecture_config, tokenize
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -90,7 +90,7 @@ def logits(model: PreTrainedModel, windows: Tensor) -> Tensor:
 
 def random_model(architecture: str, folder: Path) -> Path:
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(ARCHITECTURES[architecture]()).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(architecture_config(architecture)).save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
     return folder
 
