@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmpress.nn.layers import KINDS
+
 CORPORA = ("wikipedia", "code")
 TASKS = {"arc-easy": 64, "piqa": 64, "arithmetic": 48}
 PROMPTS = ("The capital of France is", "def add(a, b):", "Water boils when")
@@ -130,7 +132,9 @@ def make_layers(name: str, method: str, bits: float, damage: float, blocks: int)
     layers = [
         {
             "name": f"model.layers.{block}.{module}",
-            **dict(zip(("kind", "settings"), layer_settings(method, block, shape), strict=True)),
+            "kind": (given := layer_settings(method, block, shape))[0],
+            "settings": given[1],
+            "allocation": KINDS[given[0]].empty(shape, **given[1]).allocation(),
             "shape": list(shape),
             "bits_per_weight": bits * wobble(module),
             "stored_bits": int(shape[0] * shape[1] * bits),

@@ -1,65 +1,45 @@
 import pandas as pd
-import pytest
 from report_project import Project
 
-from llmpress.report.allocation import MEASURES, rank_groups_figure, with_allocation
+from llmpress.report.allocation import measures, parts_figure, with_allocation
+from llmpress.report.canvas import array
 from llmpress.report.charts import layer_charts
 from llmpress.report.tables import layers_frame, read_results
 
 
 def layers_of(project: Project) -> pd.DataFrame:
-    results = read_results(project.metrics, project.details, project.params)
-    return with_allocation(layers_frame(results))
+    return layers_frame(read_results(project.metrics, project.details, project.params))
 
 
-@pytest.mark.parametrize(
-    ("settings", "numbers"),
-    [
-        ({"num_bits": 3, "group_size": 64}, {"code_bits": 3}),
-        (
-            {"num_entries": 512, "vector_size": 4, "dtype": "float16"},
-            {"code_bits": 2.25, "num_entries": 512, "vector_size": 4},
-        ),
-        ({"rank": 230, "dtype": "bfloat16"}, {"rank": 230, "rank_share": 39.93055}),
-        (
-            {"groups": [{"rank": 8, "num_bits": 8}, {"rank": 64, "num_bits": 2}]},
-            {"rank": 72, "rank_share": 12.5},
-        ),
-        ({"num_nonzeros": 33178, "index": "columns"}, {"kept_weights": 100 * 33178 / (576 * 1152)}),
-        ({}, {}),
-    ],
-    ids=["quantized", "codebook", "low rank", "mixed low rank", "sparse", "dense or sign"],
-)
-def test_numbers_of_a_layer(settings: dict, numbers: dict[str, float]) -> None:
-    layers = pd.DataFrame(
-        {"settings": [settings], "shape": [[576, 1152]], "bits_per_weight": [16.0]}
-    )
-    row = with_allocation(layers).iloc[0]
-    columns = [measure.column for measure in MEASURES]
-    assert {c: row[c] for c in columns if pd.notna(row[c])} == pytest.approx(
-        {"bits_per_weight": 16.0, **numbers}, rel=1e-6
-    )
+def test_a_layer_without_a_number_has_none_and_parts_are_no_measures() -> None:
+    given = [{"Rank": 72, "Rank at 8 bits": 8.0}, {"Codebook entries K": 512}, None]
+    layers = pd.DataFrame({"allocation": given})
+    columns = [measure.column for measure in measures(layers)]
+    assert columns == ["bits_per_weight", "Rank", "Codebook entries K"]
+    filled = with_allocation(layers)
+    assert filled["Rank"].iloc[0] == 72
+    assert filled["Rank"].count() == 1
+    assert filled["Codebook entries K"].count() == 1
 
 
 def test_ranks_are_stacked_by_their_bits(project: Project) -> None:
     layers = layers_of(project)
     rows = layers[(layers["run"] == "delta-come-1bit") & (layers["module"] == "mlp.up_proj")]
-    figure = rank_groups_figure(rows)
-    assert [trace["name"] for trace in figure["data"]] == ["8-bit", "2-bit"]
+    figure = parts_figure(rows)
+    assert [trace["name"] for trace in figure["data"]] == ["8 bits", "2 bits"]
+    assert figure["data"][1]["y"] == array([20] * 4)
     assert figure["layout"]["barmode"] == "stack"
-    assert figure["layout"]["meta"]["alt"] == (
-        "Stacked bars of the ranks at 8, 2 bits of 4 layers by decoder block."
-    )
+    assert "4 layers" in figure["layout"]["meta"]["alt"]
 
 
 def test_only_runs_with_such_a_number_are_offered(project: Project) -> None:
     charts = {c.key: c for c in layer_charts(layers_of(project))["layer_maps"]}
-    keys = {key for key in charts["layers-allocation"].variants if key.endswith("|rank")}
-    assert keys == {f"{run}|rank" for run in ("svd-20pct", "lillama-20pct", "delta-come-1bit",
+    keys = {key for key in charts["layers-allocation"].variants if key.endswith("|Rank")}
+    assert keys == {f"{run}|Rank" for run in ("svd-20pct", "lillama-20pct", "delta-come-1bit",
                                               "delta-svd")}  # fmt: skip
     runs, numbers = charts["layers-allocation"].choices
     assert runs.options[""][0][0] == "rtn-4bit"
-    assert [value for value, _ in numbers.options[""]][:2] == ["bits_per_weight", "rank"]
+    assert next(iter(numbers.options[""]))[0] == "bits_per_weight"
 
 
 def test_one_number_for_all_layers_is_said(project: Project) -> None:

@@ -199,12 +199,17 @@ def test_choices_change_the_chart(report: Path, page: Page) -> None:
 def test_what_a_run_does_not_have_cannot_be_chosen(report: Path, page: Page) -> None:
     page.open(report, width=1280)
     choose(page, "#layers-allocation select", "svd-20pct")
-    choose(page, "#layers-allocation label:nth-child(2) select", "rank")
+    choose(page, "#layers-allocation label:nth-child(2) select", "Rank")
     choose(page, "#layers-allocation select", "cluscomp-3bit")
     second = "document.querySelector('#layers-allocation label:nth-child(2) select')"
     assert page.evaluate(f"{second}.value") == "bits_per_weight"
     usable = f"[...{second}.options].filter(o => !o.disabled).map(o => o.value)"
-    assert page.evaluate(usable) == ["bits_per_weight", "code_bits", "num_entries", "vector_size"]
+    assert page.evaluate(usable) == [
+        "bits_per_weight",
+        "Bits of a weight's code",
+        "Codebook entries K",
+        "Codebook vector length d",
+    ]
     assert page.evaluate("document.querySelector('#layers-allocation .plot').hidden") is False
 
 
@@ -236,7 +241,7 @@ def test_every_chart_gives_its_numbers_as_a_table(
     assert head == ["run", "compress, seconds", "finetune, seconds"]
     assert rows[0][0] == "rtn-4bit"
     head, *rows = numbers(page, "layers-groups")
-    assert head == ["decoder block", "8-bit", "2-bit"]
+    assert head == ["decoder block", "8 bits", "2 bits"]
     assert rows[1] == ["1", "5", "20"]
     choose(page, "#quality-0 select", "kl_code")
     caption = "document.querySelector('#quality-0 .numbers caption').textContent"

@@ -20,7 +20,7 @@ DENSE = "dense"
 """Kind of a layer that was left as it is."""
 
 _FILE = "layers.json"
-_ABSENT_WITHOUT_VALUE = ("notes", "method", "exact_bytes")
+_ABSENT_WITHOUT_VALUE = ("notes", "method", "allocation", "exact_bytes")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class LayerRecord:
         seconds: Time the method took.
         notes: What the method says of how it went, such as the dampening a factorization took.
         method: Of a delta: the method's name.
+        allocation: What the method gave it, numbers by name. They follow from kind, settings and
+            shape, so that they stand in an evaluation's details and not in an artifact.
     """
 
     name: str
@@ -53,6 +55,7 @@ class LayerRecord:
     seconds: float
     notes: dict[str, float] = field(default_factory=dict)
     method: str | None = None
+    allocation: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass

@@ -3,9 +3,10 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from llmpress.core.artifacts import TRAINING, read_json
 from llmpress.core.devices import pick_device, pick_dtype
 from llmpress.core.environment import hardware, packages, peak_memory_bytes
 from llmpress.core.errors import SourceError
-from llmpress.core.records import has_records, read_records
+from llmpress.core.records import DENSE, has_records, read_records
 from llmpress.data.corpora import Text, measured_texts, token_windows
 from llmpress.evaluation import metrics
 from llmpress.evaluation.likelihood import Likelihood, likelihood
@@ -32,6 +33,7 @@ from llmpress.evaluation.speed import measure_speed
 from llmpress.evaluation.subjects import Subject, folder_subject
 from llmpress.evaluation.tasks import TaskScore, evaluate_tasks, read_task
 from llmpress.models.loading import load_model
+from llmpress.nn.layers import KINDS
 
 Tasks = Sequence[Path | str] | Mapping[Path | str, int | None]
 SIZES: Mapping[str, Callable[[Path, Path], metrics.Size]] = {
@@ -188,6 +190,21 @@ def _quality(
     )
 
 
+def _layers(folder: Path) -> dict[str, Any]:
+    """Return what is recorded of the layers, and what each layer says it was given."""
+    records = read_records(folder)
+    layers = tuple(
+        record
+        if record.kind == DENSE
+        else replace(
+            record,
+            allocation=KINDS[record.kind].empty(record.shape, **record.settings).allocation(),
+        )
+        for record in records.layers
+    )
+    return replace(records, layers=layers).content()
+
+
 def _details(
     subject: Subject,
     evaluation: metrics.EvaluationRecord,
@@ -207,7 +224,7 @@ def _details(
         original=subject.original,
         base=subject.base,
         evaluation=evaluation,
-        layers=read_records(folder).content() if has_records(folder) else None,
+        layers=_layers(folder) if has_records(folder) else None,
         training=read_json(training) if training.is_file() else None,
         provenance=metrics.Provenance(
             artifact=artifact,

@@ -92,9 +92,10 @@ def layer_charts(layers: pd.DataFrame) -> dict[str, list[Chart]]:
     inside = layers[layers["block"] >= 0]
     if inside.empty:
         return {"layer_maps": [], "layer_lines": []}
+    all_given = allocation.measures(inside)
     inside = allocation.with_allocation(inside)
     errors = _measured(inside, LAYER_ERRORS)
-    given = _measured(inside, allocation.MEASURES)
+    given = _measured(inside, all_given)
     runs = list(inside["run"].drop_duplicates())
     modules = list(inside["module"].drop_duplicates())
     return {
@@ -161,7 +162,7 @@ def _heat_maps(
 
 def _rank_groups(layers: pd.DataFrame) -> list[Chart]:
     """Return the stacked bars of layers that hold ranks at several precisions."""
-    mixed = layers[[bool(settings) and "groups" in settings for settings in layers["settings"]]]
+    mixed = layers[[bool(allocation.parts(given)) for given in layers["allocation"]]]
     if mixed.empty:
         return []
     runs, modules = (list(mixed[column].drop_duplicates()) for column in ("run", "module"))
@@ -173,7 +174,7 @@ def _rank_groups(layers: pd.DataFrame) -> list[Chart]:
             "leading vectors have the most.",
             choices=[Choice("Run", _plain_options(runs)), Choice("Layer", _plain_options(modules))],
             variants={
-                f"{run}|{module}": allocation.rank_groups_figure(rows)
+                f"{run}|{module}": allocation.parts_figure(rows)
                 for (run, module), rows in mixed.groupby(["run", "module"])
             },
         )

@@ -212,7 +212,7 @@ LAYER_NUMBERS = (
     "relative_output_error",
     "seconds",
 )
-LAYER_COLUMNS = ["run", "name", "block", "module", "kind", "settings", "shape", *LAYER_NUMBERS]
+LAYER_COLUMNS = ["run", "name", "block", "module", "kind", "shape", "allocation", *LAYER_NUMBERS]
 BLOCK_COLUMNS = ["run", *(field.name for field in fields(BlockRecord))]
 
 

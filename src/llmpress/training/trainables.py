@@ -24,7 +24,7 @@ def compressed_parameters(model: nn.Module, *, norms: bool) -> dict[str, nn.Para
         ConfigError: No layer holds anything that may train.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, CompressedLinear)}
-    found = _of_layers(layers, "its compressed layers", "a cluscomp or lillama run")
+    found = _of_layers(layers, "its compressed layers")
     if norms:
         found |= {
             f"{name}.weight": module.weight
@@ -44,12 +44,10 @@ def delta_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         ConfigError: No layer holds anything that may train.
     """
     layers = {n: m.delta for n, m in model.named_modules() if isinstance(m, AdaptedLinear)}
-    return _of_layers(layers, "the delta's layers", "a bitdelta or delta_come run")
+    return _of_layers(layers, "the delta's layers")
 
 
-def _of_layers(
-    layers: Mapping[str, CompressedLinear], called: str, remedy: str
-) -> dict[str, nn.Parameter]:
+def _of_layers(layers: Mapping[str, CompressedLinear], called: str) -> dict[str, nn.Parameter]:
     found = {
         f"{name}.{key}": getattr(layer, key)
         for name, layer in layers.items()
@@ -58,7 +56,8 @@ def _of_layers(
     if not found:
         kinds = ", ".join(sorted({layer.kind for layer in layers.values()})) or "none"
         raise ConfigError(
-            f"nothing here may train: {called} ({kinds}) hold integers only; start from {remedy}"
+            f"nothing here may train: {called} ({kinds}) hold integers only; start from a run "
+            "with codebooks, factors or scales (docs/finetuning.md)"
         )
     return found
 

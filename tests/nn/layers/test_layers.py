@@ -134,3 +134,51 @@ def test_pivoted_rows_get_the_same_outputs_and_gradients_at_any_number_of_tokens
     expected.backward(given)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found, (layer.A.grad, layer.B.grad), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec", "numbers"),
+    [
+        ("quantized", {"num_bits": 3, "group_size": 64}, {"Bits of a weight's code": 3}),
+        (
+            "codebook",
+            {"num_entries": 512, "vector_size": 4, "dtype": "float16"},
+            {
+                "Bits of a weight's code": 2.25,
+                "Codebook entries K": 512,
+                "Codebook vector length d": 4,
+            },
+        ),
+        (
+            "mixed_low_rank",
+            {
+                "groups": [
+                    {"rank": 8, "num_bits": 8},
+                    {"rank": 64, "num_bits": 2},
+                    {"rank": 2, "num_bits": 2},
+                ],
+                "group_size": 64,
+            },
+            {
+                "Rank": 74,
+                "Rank, % of the full rank": 100 * 74 / 576,
+                "Rank at 8 bits": 8,
+                "Rank at 2 bits": 66,
+            },
+        ),
+        (
+            "sparse",
+            {"num_nonzeros": 6635, "index": "columns"},
+            {"Weights kept, %": 100 * 6635 / (576 * 1152)},
+        ),
+        ("sign", {}, {}),
+    ],
+)
+def test_a_layer_says_what_it_was_given(kind: str, spec: dict, numbers: dict) -> None:
+    assert KINDS[kind].empty((576, 1152), **spec).allocation() == pytest.approx(numbers)
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "pivoted_low_rank"])
+def test_factors_say_their_rank(kind: str) -> None:
+    given = KINDS[kind].empty((576, 1152), rank=144, dtype="float16").allocation()
+    assert given == {"Rank": 144, "Rank, % of the full rank": 25}

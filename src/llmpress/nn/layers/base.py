@@ -78,6 +78,13 @@ class CompressedLinear(nn.Module, ABC):
     def spec(self) -> dict[str, Any]:
         """Return the constructor arguments that build an empty twin, without shape and bias."""
 
+    def allocation(self) -> dict[str, float]:
+        """Return what a method gave this layer, by the words that a chart says of it.
+
+        A number's part is called by the number, `` at `` and what part: ``Rank at 8 bits``.
+        """
+        return {}
+
     @abstractmethod
     def dequantize(self) -> Tensor:
         """Return the weight this layer stands for, fp32 ``[out, in]``."""
@@ -235,6 +242,12 @@ class ImpliedWeight:
     def __matmul__(self, x: Tensor) -> Tensor:
         """Multiply ``x [..., in, columns]`` from the left."""
         return self._product(x.transpose(-1, -2)).transpose(-1, -2)
+
+
+def rank_allocation(rank: int, layer: CompressedLinear) -> dict[str, float]:
+    """Return the `allocation` of a layer that holds factors."""
+    full = min(layer.in_features, layer.out_features)
+    return {"Rank": rank, "Rank, % of the full rank": 100 * rank / full}
 
 
 def own_parameters(module: nn.Module) -> list[Tensor]:

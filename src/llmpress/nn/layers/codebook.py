@@ -4,6 +4,7 @@ Dimensions: ``K`` codebook entries of ``d`` consecutive *output* channels of one
 ``N = in · ceil(out / d)`` vectors, in the order of ``Wᵀ`` cut into rows.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -98,6 +99,14 @@ class CodebookLinear(CompressedLinear):
             "vector_size": self.vector_size,
             "dtype": self.dtype_name,
             "scaled": self.scales is not None,
+        }
+
+    def allocation(self) -> dict[str, float]:
+        """Return the codebook's size, and what its codes take without it."""
+        return {
+            "Bits of a weight's code": math.log2(self.num_entries) / self.vector_size,
+            "Codebook entries K": self.num_entries,
+            "Codebook vector length d": self.vector_size,
         }
 
     def keep_unpacked(self, keep: bool) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmpress.nn.layers.base import CompressedLinear, frozen
+from llmpress.nn.layers.base import CompressedLinear, frozen, rank_allocation
 from llmpress.nn.layers.blocked import linear
 from llmpress.nn.layers.dense_store import DENSE
 
@@ -59,6 +59,10 @@ class LowRankLinear(CompressedLinear):
     def spec(self) -> dict[str, Any]:
         """Return rank and stored dtype."""
         return {"rank": self.rank, "dtype": self.dtype_name}
+
+    def allocation(self) -> dict[str, float]:
+        """Return the rank."""
+        return rank_allocation(self.rank, self)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return fp32 ``[out, rank]`` and ``[rank, in]`` whose product is the weight."""

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from llmpress.nn.kernels.delta_matmul import PackedVectors, RowDeltas, TripletGroup, delta_matmul
 from llmpress.nn.kernels.dispatch import uses_triton
 from llmpress.nn.kernels.quantized_matmul.reference import dequantize_groups
-from llmpress.nn.layers.base import CompressedLinear, SumByRow, as_rows, frozen
+from llmpress.nn.layers.base import CompressedLinear, SumByRow, as_rows, frozen, rank_allocation
 from llmpress.nn.layers.blocked import linear
 from llmpress.nn.layers.dense_store import State
 from llmpress.nn.packing import pack, packed_size, unpack
@@ -154,6 +154,13 @@ class MixedLowRankLinear(CompressedLinear):
         """Return rank and bits of every group, and the size of a scale group."""
         groups = [{"rank": rank, "num_bits": num_bits} for rank, num_bits in self.groups]
         return {"groups": groups, "group_size": self.group_size}
+
+    def allocation(self) -> dict[str, float]:
+        """Return the rank, and its parts by precision."""
+        parts = {f"Rank at {num_bits} bits": 0.0 for _, num_bits in self.groups}
+        for rank, num_bits in self.groups:
+            parts[f"Rank at {num_bits} bits"] += rank
+        return rank_allocation(self.rank, self) | parts
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return ``A = c · U diag(σ)``, ``[out, rank]``, and ``V``, ``[rank, in]``, in fp32."""

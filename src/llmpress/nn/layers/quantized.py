@@ -75,6 +75,10 @@ class QuantizedLinear(CompressedLinear):
         """Return width and group size."""
         return {"num_bits": self.num_bits, "group_size": self.group_size}
 
+    def allocation(self) -> dict[str, float]:
+        """Return the width of a code."""
+        return {"Bits of a weight's code": self.num_bits}
+
     def dequantize(self) -> Tensor:
         """Return ``scale · (code - zero_point)`` as fp32 ``[out, in]``."""
         return quantized_weight(

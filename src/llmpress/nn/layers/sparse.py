@@ -87,6 +87,10 @@ class SparseLinear(CompressedLinear):
         """Return the number of entries and how their places are written."""
         return {"num_nonzeros": self.num_nonzeros, "index": self.index}
 
+    def allocation(self) -> dict[str, float]:
+        """Return the share that is kept."""
+        return {"Weights kept, %": 100 * self.num_nonzeros / self.num_weights}
+
     def dequantize(self) -> Tensor:
         """Put every entry at its place: fp32 ``[out, in]``."""
         entries = self.values.float() * self.scale
