@@ -54,7 +54,7 @@ def test_held_out_items_are_never_trained_on(tokenizer: Tokenizer) -> None:
 
 
 def test_too_few_items_are_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(SourceError, match="40 training items, and `held_out` asks for 40 of them"):
+    with pytest.raises(SourceError, match="40 .*`held_out`.* 40"):
         task_data(ITEMS, tokenizer, settings(held_out=40), seed=0)
 
 
@@ -70,9 +70,9 @@ def test_windows_are_cut_from_both_parts_of_every_text(tokenizer: Tokenizer) -> 
     assert data.train != text_data({"a": text, "b": other}, tokenizer, settings(), seed=1).train
 
 
-@pytest.mark.parametrize(("part", "says"), [(0, "text a: "), (1, "text a, held-out: ")])
+@pytest.mark.parametrize(("part", "says"), [(0, "^text a:"), (1, "^text a, held-out:")])
 def test_text_that_is_too_short_is_named(tokenizer: Tokenizer, part: int, says: str) -> None:
     documents = [library_text(("xml",)), library_text(("asyncio",))]
     documents[part] = ["short"]
-    with pytest.raises(SourceError, match=f"^{says}"):
+    with pytest.raises(SourceError, match=says):
         text_data({"a": CalibrationText(*documents)}, tokenizer, settings(), seed=0)

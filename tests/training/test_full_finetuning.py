@@ -45,7 +45,7 @@ def test_encode_marks_the_query_and_ends_the_answer(tokenizer: Tokenizer) -> Non
 
 
 def test_items_without_worked_answers_are_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(SourceError, match="training items need `query` and `target`"):
+    with pytest.raises(SourceError, match=r"`query`.*`target`"):
         encode([{"query": "Q", "gold": 1}], tokenizer)
 
 
@@ -126,11 +126,11 @@ def test_of_the_vocabulary_only_the_new_rows_train(
 def test_added_tokens_that_do_not_fit_are_refused(
     model: PreTrainedModel, tokenizer: Tokenizer
 ) -> None:
-    with pytest.raises(ConfigError, match=r"the vocabulary has 'e' already; leave it out"):
+    with pytest.raises(ConfigError, match=r"added_tokens.*'e'"):
         add_tokens(model, tokenizer, ("<call>", "e"))
     rows = len(tokenizer)
     model.resize_token_embeddings(rows + 3, mean_resizing=False)
-    with pytest.raises(ConfigError, match=f"the model has {rows + 3} rows for {rows} tokens"):
+    with pytest.raises(ConfigError, match=f"{rows + 3} .*{rows} "):
         add_tokens(model, tokenizer, ("<call>",))
     assert len(tokenizer) == rows
     assert add_tokens(model, tokenizer, ()) == []
@@ -172,24 +172,24 @@ def test_learning_rate_rises_then_falls(
 def test_a_loss_that_is_not_finite_stops(model: PreTrainedModel, examples: list[Example]) -> None:
     with torch.no_grad():
         model.model.norm.weight.fill_(math.nan)
-    with pytest.raises(NumericalError, match="the loss is nan at step 1: lower `learning_rate`"):
+    with pytest.raises(NumericalError, match=r"nan.* 1.*`learning_rate`"):
         finetune(model, examples, SETTINGS, seed=0)
 
 
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"steps": 0}, "steps: .*, got 0"),
-        ({"steps": 1, "learning_rate": -1.0}, "learning_rate: .* greater than 0"),
-        ({"steps": 1, "warmup": -1}, "warmup: .* 0, got -1"),
-        ({"steps": 1, "precision": "int8"}, "precision: .*got 'int8'"),
-        ({}, "finetuned_models.x.steps is missing"),
-        ({"steps": 1, "corpus": "c"}, "give either `task` or `corpus`"),
-        ({"steps": 1, "task": None}, "give either `task` or `corpus`"),
-        ({"steps": 1, "length": 1}, "length: .* 2, got 1"),
-        ({"steps": 1, "windows": 0}, "windows: .* 1, got 0"),
-        ({"steps": 1, "added_tokens": ["<a>", "<a>"]}, "added_tokens must be different texts"),
-        ({"steps": 1, "added_tokens": [""]}, "added_tokens must be different texts"),
+        ({"steps": 0}, r"\.steps: .* 0"),
+        ({"steps": 1, "learning_rate": -1.0}, "learning_rate"),
+        ({"steps": 1, "warmup": -1}, "warmup: .* -1"),
+        ({"steps": 1, "precision": "int8"}, "precision: .*'int8'"),
+        ({}, r"finetuned_models\.x\.steps"),
+        ({"steps": 1, "corpus": "c"}, "`task` .*`corpus`"),
+        ({"steps": 1, "task": None}, "`task` .*`corpus`"),
+        ({"steps": 1, "length": 1}, "length: .* 1"),
+        ({"steps": 1, "windows": 0}, "windows: .* 0"),
+        ({"steps": 1, "added_tokens": ["<a>", "<a>"]}, "added_tokens"),
+        ({"steps": 1, "added_tokens": [""]}, "added_tokens"),
         ({"steps": 1, "add_tokens": ["<a>"]}, "add_tokens.*added_tokens"),
     ],
     ids=[

@@ -227,11 +227,11 @@ def test_a_killed_distillation_of_a_delta_continues_to_the_same_bytes(
 @pytest.mark.parametrize(
     ("changes", "kind", "says"),
     [
-        ({"base": "finetuned"}, ArtifactError, "its base model is another one than"),
-        ({"original": "base"}, ArtifactError, "its finetuned model is another one than"),
-        ({"base": None}, ConfigError, "a delta trains on its base: give that too"),
-        ({"objective": "next_token"}, ValueError, "objective: .* give distillation"),
-        ({"start": "base"}, ArtifactError, "no delta here"),
+        ({"base": "finetuned"}, ArtifactError, "base"),
+        ({"original": "base"}, ArtifactError, "finetuned"),
+        ({"base": None}, ConfigError, "`base`"),
+        ({"objective": "next_token"}, ValueError, "objective: .*distillation"),
+        ({"start": "base"}, ArtifactError, "delta"),
     ],
     ids=["other-base", "other-model", "no-base", "text", "no-delta"],
 )
@@ -255,7 +255,7 @@ def test_a_delta_without_floats_has_nothing_to_train(tiny_model_folder: Path) ->
     linear = model.model.layers[0].mlp.up_proj
     layer = QuantizedLinear(linear.in_features, linear.out_features, num_bits=4, group_size=16)
     model.model.layers[0].mlp.up_proj = AdaptedLinear(linear, layer)
-    with pytest.raises(ConfigError, match=r"the delta's layers \(quantized\) hold integers"):
+    with pytest.raises(ConfigError, match=r"\(quantized\)"):
         delta_parameters(model)
 
 
@@ -452,10 +452,10 @@ def test_a_loss_that_is_not_finite_names_the_rate(
     monkeypatch.setattr(
         stage, "model_loss", lambda *a, **k: loss(*a, **k) * (torch.nan if a[0].training else 1)
     )
-    with pytest.raises(NumericalError, match="the loss is nan at step 1: lower `learning_rate`"):
+    with pytest.raises(NumericalError, match=r"nan.* 1.*`learning_rate`"):
         tune()
     monkeypatch.setattr(stage, "model_loss", lambda *a, **k: loss(*a, **k) * torch.inf)
-    with pytest.raises(NumericalError, match="held-out loss is inf after 0 steps: lower `learn"):
+    with pytest.raises(NumericalError, match=r"inf.* 0 .*`learning_rate`"):
         tune()
     assert not (tmp_path / "out").exists()
 
@@ -522,10 +522,10 @@ def test_a_missing_package_says_how_to_install_it(
 @pytest.mark.parametrize(
     ("start", "trains", "kind", "says"),
     [
-        ("rtn", "compressed", ConfigError, r"its compressed layers \(quantized\) hold integers"),
-        ("model", "compressed", ArtifactError, "is not compressed; compress it first"),
-        ("cluscomp", "lora", ArtifactError, "lora starts from the original model"),
-        ("other", "compressed", ArtifactError, "was made from another model than"),
+        ("rtn", "compressed", ConfigError, r"\(quantized\)"),
+        ("model", "compressed", ArtifactError, "compress"),
+        ("cluscomp", "lora", ArtifactError, "lora"),
+        ("other", "compressed", ArtifactError, "another model"),
     ],
 )
 def test_starts_that_do_not_fit(
