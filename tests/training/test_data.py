@@ -54,7 +54,7 @@ def test_held_out_items_are_never_trained_on(tokenizer: Tokenizer) -> None:
 
 
 def test_too_few_items_are_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(SourceError, match="40 .*`held_out`.* 40"):
+    with pytest.raises(SourceError, match=r"40 .*`held_out`.* 40"):
         task_data(ITEMS, tokenizer, settings(held_out=40), seed=0)
 
 
