@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import typer
-from quality import Remembered
 from tables import append_rows, is_done, origin
 from torch import Tensor
 from tqdm import tqdm
@@ -30,7 +29,7 @@ from llmpress.data.tasks.files import read_items
 from llmpress.deltas.applying import load_delta
 from llmpress.deltas.compression import compress_delta
 from llmpress.deltas.extraction import extract_delta
-from llmpress.evaluation.likelihood import likelihood
+from llmpress.evaluation.reference import refer
 from llmpress.evaluation.tasks import evaluate_tasks
 from llmpress.methods.registry import build_method
 from llmpress.models.checkpoints.files import Checkpoint
@@ -205,7 +204,7 @@ class Judge:
             documents = [i["query"] + i["target"] for i in read_items(task / "test.jsonl")]
             self.tokens["task"] = token_windows(documents, self.tokenizer, length, windows)
         self.settings = {"windows": windows, "length": length, "dtype": "float32"}
-        self.reference = Remembered(finetuned, Path("build/deltas/logits"))
+        self.reference = refer(load_model(finetuned), self.tokens)
 
     def row(
         self,
@@ -220,10 +219,9 @@ class Judge:
         model = self._load(base, folder, torch.float32)
         row: dict[str, Any] = {"partner": partner, "label": label, "calibration": called}
         row |= _described(folder, calibration)
+        results = self.reference.compare(model)
         for text in ("wikipedia", "code", "task"):
-            found = None
-            if text in self.tokens:
-                found = likelihood(model, self.reference, self.tokens[text], text)
+            found = results.get(text)
             row |= {
                 f"kl_nats_{text}": f"{found.kl_divergence_nats:.4e}" if found else "",
                 f"top1_agreement_{text}": round(found.top1_agreement, 4) if found else "",

@@ -8,60 +8,32 @@ Accuracy is zero-shot, lm-eval's `acc`, in bf16.
     python benchmarks/quality.py data/models/smollm2 data/compressed/gptq-3bit
 """
 
-import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import typer
-from safetensors.torch import load_file, save_file
 from tables import append_rows, origin
 from tqdm import tqdm
 
 from llmpress.calibration.files import INDEX
 from llmpress.core.artifacts import (
     PROVENANCE,
-    fingerprint,
     folder_bytes,
     read_json,
     read_provenance,
 )
 from llmpress.core.environment import hardware
-from llmpress.data.corpora import load_text, token_windows
 from llmpress.evaluation.comparison import folder_size
-from llmpress.evaluation.likelihood import likelihood
+from llmpress.evaluation.reference import run_original
 from llmpress.evaluation.sizes import cost
 from llmpress.evaluation.tasks import TaskScore, evaluate_tasks
 from llmpress.models.loading import dequantized, load_model, load_tokenizer
 
 PEER = "peer.json"
-
-
-class Remembered:
-    """The original, whose logits are computed once and kept in files: 200 kB per token here."""
-
-    def __init__(self, folder: Path, kept: Path) -> None:
-        self.folder, self.kept, self.model, self.device = folder, kept, None, torch.device("cpu")
-        self.origin = fingerprint(folder)
-
-    def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
-        """Return an output with the logits, as the model itself does."""
-        asked = (self.origin, torch.__version__, input_ids.tolist())
-        key = hashlib.sha256(repr(asked).encode())
-        file = self.kept / f"{key.hexdigest()[:32]}.safetensors"
-        if not file.is_file():
-            self.model = self.model or load_model(self.folder)
-            logits = self.model(input_ids=input_ids, use_cache=use_cache).logits
-            self.kept.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".{os.getpid()}")
-            save_file({"logits": logits}, partial)
-            partial.replace(file)
-        return SimpleNamespace(logits=load_file(file)["logits"])
 
 
 def main(
@@ -78,9 +50,6 @@ def main(
         [Path("data/calibration"), Path("build/quality")],
         help="Where calibrations are looked for, for the number of their tokens.",
     ),
-    kept: Path = typer.Option(
-        Path("build/quality/logits"), help="The original's logits, for the next run."
-    ),
     name: str = typer.Option(None, help="Name in the table, of a single folder."),
     out: Path = typer.Option(Path("benchmarks/results/quality.csv"), help="Rows are appended."),
 ) -> None:
@@ -90,21 +59,15 @@ def main(
             raise SystemExit(f"error: {folder}: no such folder; make report makes the default ones")
     if name is not None and len(folders) > 1:
         raise SystemExit("error: --name names one folder")
-    tokenizer = load_tokenizer(original)
-    cut = {
-        path.name: token_windows(load_text(path, "test"), tokenizer, length, windows)
-        for path in text
-    }
     machine = hardware()
-    reference = Remembered(original, kept)
+    reference = run_original(original, text=text, windows=windows, length=length)
     for folder in tqdm(folders, desc="folders", unit="folder"):
         is_original = folder.resolve() == original.resolve()
-        model = reference if is_original else dequantized(load_model(folder))
-        results = {
-            corpus: likelihood(model, None if is_original else reference, tokens, corpus)
-            for corpus, tokens in cut.items()
-        }
-        del model
+        results = (
+            reference.likelihoods
+            if is_original
+            else reference.compare(dequantized(load_model(folder)))
+        )
         scores = accuracies(folder, tasks, items)
         row = {"name": name or folder.name} | described(folder, calibrations)
         row |= {f"perplexity_{c}": round(r.perplexity, 4) for c, r in results.items()}

@@ -37,6 +37,7 @@ WRITERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     ),
     "extract_delta": (("model", "finetuned"), {}),
     "compress_delta": (("delta",), {"method": "svd", "rank": 4, "device": "cpu"}),
+    "make_reference": (("model",), {"text": TEXT, **FEW}),
     "export_dense": (("packed",), {}),
     "export_factors": (("low_rank",), {}),
     "export_adapter": (("small_delta",), {}),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from llmpress.deltas.extraction import extract_delta
     from llmpress.evaluation.comparison import compare_models
     from llmpress.evaluation.inspection import describe
+    from llmpress.evaluation.reference import make_reference
     from llmpress.evaluation.stage import evaluate_model
     from llmpress.export.adapter import export_adapter
     from llmpress.export.dense import export_dense
@@ -65,6 +66,7 @@ _WHERE = {
     "load_finetuned": "llmpress.deltas.applying",
     "load_model": "llmpress.models.loading",
     "load_tokenizer": "llmpress.models.loading",
+    "make_reference": "llmpress.evaluation.reference",
     "method_class": "llmpress.methods.registry",
     "push_artifact": "llmpress.export.hub",
     "remove_delta": "llmpress.deltas.applying",
@@ -95,6 +97,7 @@ __all__ = [
     "load_finetuned",
     "load_model",
     "load_tokenizer",
+    "make_reference",
     "method_class",
     "push_artifact",
     "remove_delta",

@@ -9,6 +9,7 @@ from tiny_project import evaluated
 
 from llmpress.core.errors import ArtifactError, SourceError
 from llmpress.evaluation.metrics import Details, Metrics
+from llmpress.evaluation.reference import make_reference
 
 SCRIPT = Path(__file__).parents[2] / "workflow/scripts/evaluate.py"
 
@@ -96,6 +97,14 @@ def script(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], No
     """The stage script's main function, in this process."""
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         monkeypatch.setenv(name, "1")
+    make_reference(
+        "data/models/tiny",
+        text=Path("data/corpora/code"),
+        out="data/references/tiny",
+        windows=2,
+        length=64,
+        device="cpu",
+    )
     main = runpy.run_path(str(SCRIPT))["main"]
     return lambda key: main(key, project / "params.yaml")
 

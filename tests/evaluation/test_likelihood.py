@@ -9,13 +9,20 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from llmpress.core.errors import ArtifactError, NumericalError
 from llmpress.evaluation import likelihood as module
-from llmpress.evaluation.likelihood import likelihood, score
+from llmpress.evaluation.likelihood import Likelihood, likelihood, running, score
 
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, windows: Tensor) -> Tensor:
     """fp64 predictions of the second to the last tokens, ``[windows * (T - 1), V]``."""
     return model(input_ids=windows).logits[:, :-1].double().flatten(0, 1)
+
+
+def compared(
+    model: PreTrainedModel, original: PreTrainedModel | None, windows: Tensor
+) -> Likelihood:
+    reference = None if original is None else running(original, windows)
+    return likelihood(running(model, windows), reference, windows, "code")
 
 
 def test_score_is_the_textbook_definition() -> None:
@@ -43,7 +50,7 @@ def test_tokens_the_original_excludes_add_nothing() -> None:
 def test_perplexity_is_that_of_transformers(
     tiny_model: PreTrainedModel, tiny_windows: Tensor
 ) -> None:
-    found = likelihood(tiny_model, None, tiny_windows[:4], "code")
+    found = compared(tiny_model, None, tiny_windows[:4])
     with torch.no_grad():
         losses = [tiny_model(input_ids=w[None], labels=w[None]).loss for w in tiny_windows[:4]]
     assert found.perplexity == pytest.approx(math.exp(torch.stack(losses).mean()), rel=1e-5)
@@ -63,7 +70,7 @@ def test_divergence_is_from_the_original_whatever_the_chunks(
     windows = tiny_windows[:3]
     surer = copy.deepcopy(tiny_model)  # the two divergences of similar models are nearly the same
     surer.get_output_embeddings().weight.data *= 2
-    found = likelihood(tiny_finetuned, surer, windows, "code")
+    found = compared(tiny_finetuned, surer, windows)
     model, original = logits_of(tiny_finetuned, windows), logits_of(surer, windows)
     expected = kl_divergence(Categorical(logits=original), Categorical(logits=model)).mean()
     backwards = kl_divergence(Categorical(logits=model), Categorical(logits=original)).mean()
@@ -77,7 +84,7 @@ def test_divergence_is_from_the_original_whatever_the_chunks(
 def test_a_model_does_not_differ_from_itself(
     tiny_model: PreTrainedModel, tiny_windows: Tensor
 ) -> None:
-    found = likelihood(tiny_model, tiny_model, tiny_windows[:2], "code")
+    found = compared(tiny_model, tiny_model, tiny_windows[:2])
     assert (found.kl_divergence_nats, found.top1_agreement) == (0.0, 1.0)
 
 
@@ -90,14 +97,14 @@ def test_another_vocabulary_is_refused(tiny_model: PreTrainedModel, tiny_windows
         num_attention_heads=1,
     )
     with pytest.raises(ArtifactError, match=r"512 .*520"):
-        likelihood(tiny_model, LlamaForCausalLM(config).eval(), tiny_windows[:1], "code")
+        compared(tiny_model, LlamaForCausalLM(config).eval(), tiny_windows[:1])
 
 
 def test_not_a_number_is_an_error(tiny_model: PreTrainedModel, tiny_windows: Tensor) -> None:
     broken = copy.deepcopy(tiny_model)
     broken.model.norm.weight.data[0] = torch.nan
     with pytest.raises(NumericalError, match=r"code: .*NaN"):
-        likelihood(broken, tiny_model, tiny_windows[:1], "code")
+        compared(broken, tiny_model, tiny_windows[:1])
 
 
 def test_an_infinite_perplexity_is_an_error(
@@ -106,7 +113,7 @@ def test_an_infinite_perplexity_is_an_error(
     broken = copy.deepcopy(tiny_model)
     broken.model.norm.weight.data *= 1e6
     with pytest.raises(NumericalError, match=r"code: .*nats"):
-        likelihood(broken, None, tiny_windows[:1], "code")
+        compared(broken, None, tiny_windows[:1])
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (2, 1), (8,)], ids=str)
@@ -114,4 +121,4 @@ def test_windows_without_predictions_are_refused(
     shape: tuple[int, ...], tiny_model: PreTrainedModel
 ) -> None:
     with pytest.raises(ValueError, match="windows"):
-        likelihood(tiny_model, None, torch.zeros(shape, dtype=torch.int64), "code")
+        compared(tiny_model, None, torch.zeros(shape, dtype=torch.int64))

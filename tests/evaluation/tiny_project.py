@@ -128,9 +128,9 @@ def write_project(base: Path, finetuned: Path) -> None:
     _compress(base, data / "compressed/rtn")
     _compress_delta(base, finetuned, data)
     corpus = data / "corpora/code"
-    corpus.mkdir(parents=True)
     text = Path(json.__file__).read_text(encoding="utf-8")
-    (corpus / "test.txt").write_text(text, encoding="utf-8")
+    with artifact_folder(corpus, stage="fetch_corpus", settings={}, inputs={}) as folder:
+        (folder / "test.txt").write_text(text, encoding="utf-8")
     write_task(data / "tasks/choice", CHOICE_TASK, choice_rows())
     rows = [{"query": query, "answer": "x"} for query in QUERIES]
     write_task(data / "tasks/write", WRITE_TASK, rows)

@@ -97,6 +97,8 @@ STAGES = [
     ("finetune", "clusters-tuned"),
     ("train", "clusters-sums"),
     ("train", "adapter"),
+    ("reference", "tiny"),
+    ("reference", "tiny-sums"),
     ("evaluate_model", "tiny"),
     ("evaluate_model", "tiny-sums"),
     ("evaluate", "three-bit"),
@@ -156,17 +158,17 @@ def test_one_row_for_each_stage_instance(project: Path, machine: Machine) -> Non
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("three-bit", "calibrate tiny, compress three-bit, evaluate three-bit"),
+        ("three-bit", "calibrate tiny, compress three-bit, reference tiny, evaluate three-bit"),
         (
             "clusters-sums",
             "calibrate tiny, compress clusters, finetune clusters-tuned, train clusters-sums, "
-            "evaluate_trained clusters-sums",
+            "reference tiny, evaluate_trained clusters-sums",
         ),
-        ("adapter", "train adapter, evaluate_trained adapter"),
+        ("adapter", "train adapter, reference tiny, evaluate_trained adapter"),
         (
             "signs",
             "train_task tiny-sums, extract_delta tiny-sums, calibrate tiny-sums, "
-            "compress_delta signs, evaluate_delta signs",
+            "compress_delta signs, reference tiny-sums, evaluate_delta signs",
         ),
     ],
     ids=["run", "training", "adapter", "delta"],
@@ -221,7 +223,7 @@ def test_artifacts_that_are_there_need_no_disk(project: Path, machine: Machine) 
     write_provenance(project / "data/compressed/three-bit")
     after = plan_project(PARAMS, machine, names=["three-bit"], root=project)
 
-    assert [row.present for row in after.rows] == [False, True, False]
+    assert [row.present for row in after.rows] == [False, True, False, False]
     need = before.rows[1].need
     assert need is not None
     written = need.artifact.num_bytes + need.scratch_bytes
@@ -297,7 +299,7 @@ def test_finished_stages_tell_how_long_others_take(project: Path, machine: Machi
 
     made = plan_project(PARAMS, machine, names=["three-bit"], model=wide, root=project)
 
-    calibration, compression, _ = (row.time for row in made.rows)
+    calibration, compression, *_ = (row.time for row in made.rows)
     assert calibration is not None
     assert compression is not None
     earlier = CalibrationSettings(("text",), windows=8, length=64)

@@ -37,12 +37,13 @@ def main(
         subject = find_subject(config, key)
         tasks = settings.tasks_of(subject.original)
         given = asdict(settings)
-        corpora, *_ = (given.pop(name) for name in ("corpora", "tasks", "own_tasks"))
+        for name in ("corpora", "windows", "length", "tasks", "own_tasks"):
+            del given[name]
         metrics, details = evaluate_model(
             subject.folder,
             original=subject.original_folder,
             base=subject.base_folder,
-            text=[data / "corpora" / name for name in corpora],
+            reference=data / "references" / subject.original,
             tasks={data / "tasks" / name: items for name, items in tasks.items()},
             **given,
         )

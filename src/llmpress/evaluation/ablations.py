@@ -23,7 +23,7 @@ from llmpress.core.artifacts import fingerprint, read_json, read_provenance, wri
 from llmpress.core.errors import ArtifactError
 from llmpress.core.records import BlockRecord, read_records
 from llmpress.data.corpora import load_text, token_windows
-from llmpress.evaluation.likelihood import likelihood
+from llmpress.evaluation.likelihood import likelihood, running
 from llmpress.methods.base import Shape
 from llmpress.methods.cluscomp.budget import CodebookSize, true_bits
 from llmpress.methods.registry import build_method
@@ -261,5 +261,6 @@ def _perplexity(ablation: Ablation, folder: Path, data: Path) -> Row:
     model = load_model(folder)
     texts = {"seen": seen[rows], "test": test}
     return {
-        name: likelihood(model, None, windows, name).perplexity for name, windows in texts.items()
+        name: likelihood(running(model, windows), None, windows, name).perplexity
+        for name, windows in texts.items()
     }

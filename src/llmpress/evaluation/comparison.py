@@ -8,13 +8,13 @@ import torch
 
 from llmpress.core.devices import pick_device
 from llmpress.core.records import has_records
-from llmpress.data.corpora import Text, measured_texts, token_windows
+from llmpress.data.corpora import Text
 from llmpress.deltas.applying import load_delta
-from llmpress.evaluation.likelihood import likelihood
 from llmpress.evaluation.metrics import Size
+from llmpress.evaluation.reference import run_original
 from llmpress.evaluation.sizes import compressed_size, delta_size, model_size
 from llmpress.models.folders import model_folder
-from llmpress.models.loading import dequantized, load_model, load_tokenizer
+from llmpress.models.loading import dequantized, load_model
 
 
 @dataclass(frozen=True)
@@ -77,25 +77,22 @@ def compare_models(
         ArtifactError: A damaged folder, or models of different vocabularies.
         SourceError: A text is too short.
     """
-    place, texts = str(pick_device(device)), measured_texts(text)
+    place = str(pick_device(device))
     original, other = model_folder(original), model_folder(other)
-    tokenizer = load_tokenizer(original)
-    cut = {
-        name: token_windows(documents, tokenizer, length, windows)
-        for name, documents in texts.items()
-    }
-    reference = dequantized(load_model(original, device=place))
+    reference = run_original(original, text=text, windows=windows, length=length, device=place)
     model = load_model(other, device=place)
     if delta is not None:
         model = load_delta(model, delta)
-    model = dequantized(model)
-    results = {}
-    for name, tokens in cut.items():
-        ours = likelihood(model, reference, tokens, name)
-        theirs = likelihood(reference, None, tokens, f"{name}, original").perplexity
-        results[name] = TextComparison(
-            theirs, ours.perplexity, ours.kl_divergence_nats, ours.top1_agreement, ours.num_tokens
+    results = {
+        name: TextComparison(
+            reference.likelihoods[name].perplexity,
+            ours.perplexity,
+            ours.kl_divergence_nats,
+            ours.top1_agreement,
+            ours.num_tokens,
         )
+        for name, ours in reference.compare(dequantized(model)).items()
+    }
     size = delta_size(Path(delta)) if delta is not None else folder_size(other)
     return Comparison(folder_size(original), size, results)
 

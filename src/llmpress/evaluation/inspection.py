@@ -9,6 +9,7 @@ from llmpress.core.artifacts import PROVENANCE, folder_bytes, read_json, verify
 from llmpress.core.errors import ArtifactError
 from llmpress.core.records import entry, has_records, read_records
 from llmpress.data.tasks.files import TASK_FILE
+from llmpress.evaluation.reference import FILE as REFERENCE
 from llmpress.evaluation.sizes import compressed_size, delta_size, model_size
 from llmpress.models.checkpoints.delta_files import HEADER
 
@@ -21,6 +22,7 @@ KINDS_BY_FILE = {
     WINDOWS: "calibration",
     "calibration.txt": "corpus",
     TASK_FILE: "task",
+    REFERENCE: "reference",
 }
 
 

@@ -1,11 +1,14 @@
 """Perplexity of a model on text, and how far its predictions are from those of the original.
 
-T: tokens of a window; V: size of the vocabulary. Each window is scored on its own: its tokens 2 to
-T are predicted from those before them in the window, nothing is carried over to the next.
+W: windows; T: tokens of a window; D: width of the hidden states; V: size of the vocabulary. Each
+window is scored on its own: its tokens 2 to T are predicted from those before them in the window,
+nothing is carried over to the next.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,72 +17,146 @@ from transformers import PreTrainedModel
 
 from llmpress.core.errors import ArtifactError, NumericalError
 
-CHUNK = 128  # positions whose distributions are in memory at once, in fp32
+CHUNK = 16  # positions whose distributions are computed at once, in fp32: they fit into a cache
+
+
+Predictions = Callable[[int], Tensor]
+"""Of a window's index, the logits ``[T - 1, V]`` that predict its second to its last token."""
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Result over all windows of one corpus.
+    """Result over all windows of one text.
 
     Attributes:
-        perplexity: ``exp`` of the mean negative log-likelihood per token.
-        kl_divergence_nats: Mean over predictions of ``KL(original || model)``, natural logarithm.
-        top1_agreement: Share of predictions whose most probable token is the original's.
-        num_tokens: Predictions scored.
+        losses: Sums of the negative log-likelihood in nats by window, fp64 ``[W]``.
+        divergences: Sums of ``KL(original || model)`` in nats by window, fp64 ``[W]``.
+        agreements: Predictions by window whose most probable token is the original's, ``[W]``.
+        window_tokens: Predictions of each window.
     """
 
-    perplexity: float
-    kl_divergence_nats: float
-    top1_agreement: float
-    num_tokens: int
+    losses: Tensor
+    divergences: Tensor
+    agreements: Tensor
+    window_tokens: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Predictions scored."""
+        return self.window_tokens * len(self.losses)
+
+    @property
+    def perplexity(self) -> float:
+        """``exp`` of the mean negative log-likelihood per token."""
+        return math.exp(float(self.losses.sum()) / self.num_tokens)
+
+    @property
+    def kl_divergence_nats(self) -> float:
+        """Mean over predictions of ``KL(original || model)``, natural logarithm."""
+        return float(self.divergences.sum()) / self.num_tokens
+
+    @property
+    def top1_agreement(self) -> float:
+        """Share of predictions whose most probable token is the original's."""
+        return float(self.agreements.sum()) / self.num_tokens
+
+
+def own_likelihood(losses: Tensor, window_tokens: int) -> Likelihood:
+    """Return that of an original: it diverges by 0 from itself, and agrees with itself."""
+    return Likelihood(
+        losses, torch.zeros_like(losses), torch.full_like(losses, window_tokens), window_tokens
+    )
+
+
+def running(model: PreTrainedModel, windows: Tensor) -> Predictions:
+    """Return the predictions of a model that runs on ``windows [W, T]``."""
+
+    def predict(index: int) -> Tensor:
+        tokens = windows[index : index + 1].to(model.device)
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+        return logits[0, :-1]
+
+    return predict
+
+
+def remembered(model: PreTrainedModel, states: Tensor) -> Predictions:
+    """Return the predictions that follow from `last_states`.
+
+    Only what the model does to them is computed again: a linear layer, whose result some families
+    scale or cap.
+    """
+    body: Any = model.base_model
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    output = body(input_ids=token, use_cache=False)  # a form to fill in
+
+    def predict(index: int) -> Tensor:
+        output.last_hidden_state = states[index : index + 1].to(model.device)
+        tokens = token.expand(1, states.shape[1])
+        body.forward = lambda *_, **__: output
+        try:
+            logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+        finally:
+            del body.forward
+        return logits[0]
+
+    return predict
+
+
+@torch.inference_mode()
+def last_states(model: PreTrainedModel, windows: Tensor, name: str) -> Tensor:
+    """Return what a model's head predicts from, ``[W, T - 1, D]``, on the CPU."""
+    rows = tqdm(windows, desc=f"original on {name}", unit="window")
+    body: Any = model.base_model
+    outputs = (body(input_ids=row[None].to(model.device), use_cache=False) for row in rows)
+    return torch.cat([output.last_hidden_state[:, :-1].cpu() for output in outputs])
 
 
 @torch.inference_mode()
 def likelihood(
-    model: PreTrainedModel, original: PreTrainedModel | None, windows: Tensor, name: str
+    predictions: Predictions, original: Predictions | None, windows: Tensor, name: str
 ) -> Likelihood:
-    """Score a model on token windows, in one pass of it and one of the original.
+    """Score predictions of token windows.
 
     Args:
-        model: What is evaluated.
-        original: What it is compared with; None when ``model`` is itself the original, whose
-            divergence is 0 and whose agreement is 1 by definition.
-        windows: Token ids, int64 ``[windows, T]``.
-        name: Of the corpus, for the progress bar.
+        predictions: Those of the model that is evaluated.
+        original: Those of what it is compared with; None for the original itself, whose divergence
+            is 0 and whose agreement is 1 by definition.
+        windows: Token ids, int64 ``[W, T]``.
+        name: Of the text, for the progress bar.
 
     Returns:
-        Means over all predictions, accumulated in fp64.
+        Sums by window, accumulated in fp64.
 
     Raises:
-        ArtifactError: The two models have vocabularies of different sizes.
+        ArtifactError: The two have vocabularies of different sizes.
         NumericalError: A model computes NaN or Inf.
         ValueError: Windows without a token to predict.
     """
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise ValueError(f"windows: shape [>=1, >=2] is needed, not {list(windows.shape)}")
-    totals = torch.zeros(3, dtype=torch.float64)  # negative log-likelihood, divergence, agreement
-    for window in tqdm(windows, desc=f"likelihood on {name}", unit="window"):
-        tokens = window[None].to(model.device)
-        logits = _predictions(model, tokens)  # [T - 1, V]
-        reference = None if original is None else _predictions(original, tokens)
+    sums = torch.zeros(len(windows), 3, dtype=torch.float64)
+    for index, window in enumerate(tqdm(windows, desc=f"likelihood on {name}", unit="window")):
+        logits = predictions(index)  # [T - 1, V]
+        reference = None if original is None else original(index)
         if reference is not None and reference.shape != logits.shape:
             raise ArtifactError(
                 f"a vocabulary of {logits.shape[1]} tokens compared with one of "
                 f"{reference.shape[1]}: the model was not made from this original"
             )
-        targets = tokens[0, 1:]
+        targets = window[1:].to(logits.device)
         for start in range(0, len(targets), CHUNK):
             part = slice(start, start + CHUNK)
-            totals += score(
+            sums[index] += score(
                 logits[part], None if reference is None else reference[part], targets[part]
             )
-    if not bool(torch.isfinite(totals).all()):
+    if not bool(torch.isfinite(sums).all()):
         raise NumericalError(f"likelihood on {name}: the model computes NaN or Inf")
-    num_tokens = windows.shape[0] * (windows.shape[1] - 1)
-    loss, divergence, agreement = (totals / num_tokens).tolist()
+    losses, divergences, agreements = (column.clone() for column in sums.unbind(1))
+    found = Likelihood(losses, divergences, agreements, windows.shape[1] - 1)
+    loss = float(found.losses.sum()) / found.num_tokens
     if loss > math.log(torch.finfo(torch.float64).max):
         raise NumericalError(f"likelihood on {name}: a loss of {loss:.3g} nats has no perplexity")
-    return Likelihood(math.exp(loss), divergence, agreement, num_tokens)
+    return found
 
 
 def score(logits: Tensor, reference: Tensor | None, targets: Tensor) -> Tensor:
@@ -106,9 +183,3 @@ def score(logits: Tensor, reference: Tensor | None, targets: Tensor) -> Tensor:
     divergence = terms.sum(dim=-1).sum(dtype=torch.float64)
     agreement = (log_q.argmax(dim=-1) == log_p.argmax(dim=-1)).sum()
     return torch.tensor([loss.item(), divergence.item(), agreement.item()], dtype=torch.float64)
-
-
-def _predictions(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """Return the logits ``[T - 1, V]`` that predict the second to the last of ``tokens [1, T]``."""
-    logits: Tensor = model(input_ids=tokens, use_cache=False).logits
-    return logits[0, :-1]

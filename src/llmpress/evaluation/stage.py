@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmpress.core.artifacts import TRAINING, read_json
 from llmpress.core.devices import pick_device, pick_dtype
 from llmpress.core.environment import hardware, packages, peak_memory_bytes
-from llmpress.core.errors import SourceError
+from llmpress.core.errors import ConfigError
 from llmpress.core.records import DENSE, has_records, read_records
-from llmpress.data.corpora import Text, measured_texts, token_windows
+from llmpress.data.corpora import Text
 from llmpress.evaluation import metrics
-from llmpress.evaluation.likelihood import Likelihood, likelihood
+from llmpress.evaluation.likelihood import Likelihood
+from llmpress.evaluation.reference import read_reference, run_original
 from llmpress.evaluation.samples import sample_texts
 from llmpress.evaluation.sizes import (
     compressed_size,
@@ -32,7 +31,6 @@ from llmpress.evaluation.sizes import (
 from llmpress.evaluation.speed import measure_speed
 from llmpress.evaluation.subjects import Subject, folder_subject
 from llmpress.evaluation.tasks import TaskScore, evaluate_tasks, read_task
-from llmpress.models.loading import load_model
 from llmpress.nn.layers import KINDS
 
 Tasks = Sequence[Path | str] | Mapping[Path | str, int | None]
@@ -48,7 +46,8 @@ SIZES: Mapping[str, Callable[[Path, Path], metrics.Size]] = {
 def evaluate_model(
     model: Path | str,
     *,
-    text: Text,
+    text: Text | None = None,
+    reference: Path | str | None = None,
     original: Path | str | None = None,
     base: Path | str | None = None,
     tasks: Tasks = (),
@@ -66,6 +65,7 @@ def evaluate_model(
     Args:
         model: A model, compressed or not, an adapter, or a compressed delta.
         text: What likelihood is measured on; of a corpus its test text. See `measured_texts`.
+        reference: A folder of `make_reference`, in place of ``text``, ``windows`` and ``length``.
         original: What it is compared with; a plain model by default with itself.
         base: Of a delta: the model it is put on.
         tasks: Folders of tasks, or items (None: all) by folder.
@@ -83,7 +83,8 @@ def evaluate_model(
 
     Raises:
         ArtifactError: A folder that is needed is missing or damaged.
-        ConfigError: A delta without its base, or what is no plain model without an original.
+        ConfigError: A delta without its base, what is no plain model without an original, or not
+            exactly one of ``text`` and ``reference``.
         SourceError: A text is too short.
         NumericalError: The model computes NaN or Inf.
     """
@@ -100,14 +101,31 @@ def evaluate_model(
     for folder in folders.values():
         read_task(folder)  # what is missing is named before anything is computed
     tokenizer = subject.tokenizer()
-    cut = read_windows(measured_texts(text), tokenizer, length, windows)
-
+    with timed(seconds, "reference"):
+        if text is not None and reference is None:
+            compared = run_original(
+                subject.original_folder,
+                text=text,
+                windows=windows,
+                length=length,
+                dtype=dtype,
+                device=place,
+            )
+        elif reference is not None and text is None:
+            compared = read_reference(reference, subject.original_folder, dtype=dtype, device=place)
+        else:
+            raise ConfigError("name either `text` or `reference`: what likelihood is measured on")
     with timed(seconds, "speed"):
-        prompt = next(iter(cut.values())).flatten()[:prefill_tokens]
+        prompt = next(iter(compared.windows.values())).flatten()[:prefill_tokens]
         speed = measure_speed(subject.load(task_precision, place), prompt, decode_tokens)
     with timed(seconds, "likelihood"):
-        loaded = subject.load_dense(precision, place)
-        likelihoods = _likelihoods(loaded, subject, cut, precision)
+        if subject.folder == subject.original_folder:
+            loaded, likelihoods = compared.model, compared.likelihoods
+        else:
+            loaded = subject.load_dense(precision, place)
+            likelihoods = compared.compare(loaded)
+    read = next(iter(compared.windows.values()))
+    del compared
     loaded = loaded.to(task_precision)  # type: ignore[arg-type]  # a decorator hides the signature
     with timed(seconds, "tasks"):
         scores = evaluate_tasks(loaded, tokenizer, folders, items)
@@ -122,8 +140,8 @@ def evaluate_model(
         speed=metrics.Speed(**asdict(speed)),
     )
     evaluation = metrics.EvaluationRecord(
-        windows=windows,
-        length=length,
+        windows=read.shape[0],
+        length=read.shape[1],
         tokens_scored={name: result.num_tokens for name, result in likelihoods.items()},
         dtype=dtype,
         task_dtype=task_dtype,
@@ -137,41 +155,12 @@ def evaluate_model(
     return numbers, _details(subject, evaluation, samples, seconds)
 
 
-def read_windows(
-    texts: Mapping[str, Sequence[str]],
-    tokenizer: PreTrainedTokenizerBase,
-    length: int,
-    count: int,
-) -> dict[str, Tensor]:
-    """Return token windows ``[count, length]`` of each text.
-
-    Raises:
-        SourceError: One is too short; names it.
-    """
-    windows = {}
-    for name, documents in texts.items():
-        try:
-            windows[name] = token_windows(documents, tokenizer, length, count)
-        except SourceError as error:
-            raise SourceError(f"text {name}: {error}") from None
-    return windows
-
-
 @contextmanager
 def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
     """Note the wall time of a part."""
     started = time.perf_counter()
     yield
     seconds[part] = round(time.perf_counter() - started, 2)
-
-
-def _likelihoods(
-    model: PreTrainedModel, subject: Subject, windows: Mapping[str, Tensor], dtype: torch.dtype
-) -> dict[str, Likelihood]:
-    original = None
-    if subject.original_folder != subject.folder:
-        original = load_model(subject.original_folder, dtype=dtype, device=str(model.device))
-    return {name: likelihood(model, original, tokens, name) for name, tokens in windows.items()}
 
 
 def _quality(

@@ -78,6 +78,14 @@ def check_params(params: Mapping[str, Any]) -> Params:
                     f"{kind.section}: {name!r} stands in {names[name]} too: rename it"
                 )
             names[name] = kind.section
+    for kind in KINDS:
+        for key, entry in kind.entries(params).items():
+            original = entry[kind.original] if kind.original else key
+            if original not in checked.evaluation.models:
+                raise ConfigError(
+                    f"{kind.section}.{key} is compared with {original!r}: name it in "
+                    "evaluation.models too"
+                )
     for key, run in checked.runs.items():
         build_method(run.method, run.settings, f"runs.{key}")
     for key in checked.delta_runs:

@@ -136,6 +136,8 @@ class _Project:
                 self.tasks[stage, name] = getattr(self, f"_{stage}")(name)
         if "evaluation" in params:
             models = [("train_task", str(name)) for name in section(params, "evaluation.models")]
+            for _, name in models:
+                self.tasks["reference", name] = self._reference(name)
             for stage, name in [*models, *(key for key in self.tasks if key[0] in EVALUATIONS)]:
                 evaluation = EVALUATIONS.get(stage, "evaluate_model")
                 self.tasks[evaluation, name] = self._evaluate(stage, name)
@@ -189,6 +191,8 @@ class _Project:
         )
 
     def _provenance(self, key: Key) -> Path:
+        if key[0] == "reference":
+            return self.root / "data/references" / key[1] / PROVENANCE
         if key[0] in SECTIONS:
             return self.root / SECTIONS[key[0]][1] / key[1] / PROVENANCE
         return self.root / "results/details" / f"{key[1]}.json"
@@ -300,6 +304,10 @@ class _Project:
         kind, method = ("train", training.trains), start.method if start else None
         return _Task(kind, training.model, training.settings, need, (maker,), method)
 
+    def _reference(self, name: str) -> _Task:
+        settings = read_evaluation(self.params)
+        return _Task(("reference", ""), name, settings, stages.reference, (("train_task", name),))
+
     def _evaluate(self, stage: str, name: str) -> _Task:
         made = self.tasks[stage, name] if stage in EVALUATIONS else None
         original = made.model if made else name
@@ -311,7 +319,9 @@ class _Project:
             layers, delta = made.layers(layout) if made else None, stage == "compress_delta"
             return stages.evaluate(layout, settings, texts, layers, delta=delta)
 
-        return _Task(("evaluate", ""), original, settings, need, ((stage, name),))
+        return _Task(
+            ("evaluate", ""), original, settings, need, ((stage, name), ("reference", original))
+        )
 
 
 def _maker(folder: str, *, delta: bool = False) -> Key:

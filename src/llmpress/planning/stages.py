@@ -276,6 +276,20 @@ def extract_delta(model: ModelShapes, exact_tensors: Collection[str] = ()) -> Ne
     )
 
 
+def reference(model: ModelShapes, settings: EvaluationSettings) -> Need:
+    """The original whole and the logits of one window; its last hidden states stay."""
+    item = getattr(torch, settings.dtype).itemsize
+    tokens = len(settings.corpora) * settings.windows * settings.length
+    states = tokens * item * model.hidden
+    logits = settings.length * item + 8 * LOGIT_CHUNK
+    return Need(
+        work=2.0 * model.num_weights * tokens,
+        artifact=ArtifactSize(states + 4 * tokens, 3_000),
+        device_bytes=item * model.num_weights + logits * model.vocabulary,
+        host_bytes=PACKAGES_BYTES + 2 * states,
+    )
+
+
 def evaluate(
     model: ModelShapes,
     settings: EvaluationSettings,
