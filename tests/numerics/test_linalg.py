@@ -4,6 +4,7 @@ import torch
 from llmpress.numerics.linalg import (
     damped_cholesky,
     damped_inverse_cholesky,
+    gram,
     relative_output_error,
     relative_weight_error,
     truncated_svd,
@@ -85,3 +86,11 @@ def test_errors_of_a_zero_weight() -> None:
     assert relative_weight_error(zero, zero) == 0
     assert relative_weight_error(zero, one) == float("inf")
     assert relative_output_error(one, zero, torch.zeros(2, 2)) == 0
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (9, 5), (70, 257), (30, 600)])
+def test_gram_is_the_product_with_itself(m: int, n: int) -> None:
+    x = torch.randn(m, n)
+    found = gram(x)
+    torch.testing.assert_close(found.double(), x.double().t() @ x.double(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found, found.t(), rtol=0, atol=0)

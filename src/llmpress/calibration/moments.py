@@ -8,6 +8,7 @@ from llmpress.calibration.linear_calls import LinearCall, rows
 from llmpress.core.errors import NumericalError, SourceError
 from llmpress.models.architectures import compressible
 from llmpress.models.experts import expert_matrix
+from llmpress.numerics.linalg import gram
 
 
 class InputMoments:
@@ -54,7 +55,7 @@ class InputMoments:
         if leader == call.name:
             flat = rows(call.x.detach(), call.axis).float()  # [tokens, in]
             with torch.autocast(flat.device.type, enabled=False):  # sums must stay fp32
-                product = flat.t() @ flat  # [in, in]
+                product = gram(flat)  # [in, in]
                 if leader in self._sums:
                     self._sums[leader] += product  # in place: these are the largest tensors here
                 else:

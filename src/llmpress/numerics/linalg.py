@@ -8,7 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llmpress.nn.layers.blocked import matmul
+
 MAX_DAMPENING = 1e4
+PANEL_ROWS = 256
+"""Rows of a symmetric product that are computed at a time, up to the diagonal's last one."""
 
 
 class Damped(NamedTuple):
@@ -93,6 +97,19 @@ def damped_inverse_cholesky(matrix: Tensor, dampening: float) -> Damped:
     return Damped(factor, used, attempts)
 
 
+def gram(x: Tensor) -> Tensor:
+    """Return ``xᵀ x [n, n]`` of ``x [m, n]``: the lower triangle in panels, mirrored."""
+    columns = x.t().contiguous()  # [n, m]
+    n = len(columns)
+    product = x.new_empty(n, n)
+    for start in range(0, n, PANEL_ROWS):
+        stop = min(start + PANEL_ROWS, n)
+        panel = matmul(columns[start:stop], columns[:stop].t())
+        product[start:stop, :stop] = panel
+        product[:start, start:stop] = panel[:, :start].t()
+    return product
+
+
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the ``rank`` largest singular triplets ``matrix ≈ U diag(σ) Vᵀ``.
 
@@ -136,7 +153,7 @@ def relative_output_error(weight: Tensor, approximation: Tensor, second_moment: 
 
 def _energy(matrix: Tensor, second_moment: Tensor) -> Tensor:
     """Return ``tr(M H Mᵀ)``: products in fp32, the sum in fp64."""
-    return ((matrix @ second_moment.float()) * matrix).sum(dtype=torch.float64)
+    return (matmul(matrix, second_moment.float()) * matrix).sum(dtype=torch.float64)
 
 
 def relative_weight_error(weight: Tensor, approximation: Tensor) -> float:

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from llmpress.nn.layers import blocked
-from llmpress.nn.layers.blocked import in_blocks, linear, stored_bytes
+from llmpress.nn.layers.blocked import in_blocks, linear, matmul, stored_bytes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -31,6 +31,15 @@ def test_weights_and_inputs_that_are_not_contiguous(dtype: torch.dtype) -> None:
     weight, x = torch.randn(12, 40).to(dtype), torch.randn(12, 5).to(dtype)
     (kept,) = in_blocks([weight.t()])
     torch.testing.assert_close(linear(x.t(), kept), x.t() @ weight, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (3, 1, 5), (0, 4, 2), (77, 191, 64)])
+def test_products_of_matrices_however_they_lie(m: int, k: int, n: int, dtype: torch.dtype) -> None:
+    left, right = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+    expected = left.double() @ right.double()
+    for a, b in [(left, right), (left.t().contiguous().t(), right.t().contiguous().t())]:
+        torch.testing.assert_close(matmul(a, b).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_inputs_are_brought_to_the_dtype_of_the_weight() -> None:
@@ -61,3 +70,4 @@ def test_torch_without_onednn_is_enough(monkeypatch: pytest.MonkeyPatch) -> None
     x, weight = torch.randn(2, 4), torch.randn(3, 4)
     (kept,) = loaded["in_blocks"]([weight])
     torch.testing.assert_close(loaded["linear"](x, kept), x @ weight.t())
+    torch.testing.assert_close(loaded["matmul"](x, weight.t()), x @ weight.t())
