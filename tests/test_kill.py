@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from llmpress.core.artifacts import artifact_folder, read_json, read_provenance, write_json
+from llmpress.core.errors import ArtifactError
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -398,7 +399,7 @@ def make(out: Path) -> None:
         write_json(folder / "a.json", 1)
 
 
-def test_what_a_killed_process_left_goes_and_a_living_ones_stays(
+def test_one_writes_at_a_time_and_what_a_killed_process_left_goes(
     tmp_path: Path, locker: subprocess.Popen[str]
 ) -> None:
     def hidden() -> list[str]:
@@ -406,7 +407,8 @@ def test_what_a_killed_process_left_goes_and_a_living_ones_stays(
 
     own = tmp_path / ".out-12345678"  # somebody's own folder
     own.mkdir()
-    make(tmp_path / "out")
+    with pytest.raises(ArtifactError, match=str(tmp_path / "out")):
+        make(tmp_path / "out")
     assert len(hidden()) == 2
     locker.kill()
     locker.wait()
@@ -415,17 +417,3 @@ def test_what_a_killed_process_left_goes_and_a_living_ones_stays(
     make(tmp_path / "out")
     assert hidden() == [own.name]
     assert read_json(tmp_path / "out/a.json") == 1
-
-
-def test_an_artifact_replaces_the_older_one_but_never_a_file(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    make(out)
-    (out / "extra").touch()
-    make(out)
-    assert sorted(p.name for p in out.iterdir()) == ["a.json", "provenance.json"]
-    file = tmp_path / "file"
-    file.write_text("mine", encoding="utf-8")
-    with pytest.raises(NotADirectoryError):
-        make(file)
-    assert file.read_text(encoding="utf-8") == "mine"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "out"]

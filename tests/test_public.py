@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import shutil
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -121,6 +122,44 @@ def test_a_mistake_is_an_error_of_ours_and_leaves_nothing(
     ]
     if not given:
         assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+def inputs_of(name: str, folders: dict[str, Path], text: Path) -> dict[str, Any]:
+    """All that a function can be told to read, as paths."""
+    places, keywords = WRITERS[name]
+    given: dict[str, Any] = {f"place {i}": folders[place] for i, place in enumerate(places)}
+    if "original" in keywords:
+        given["original"] = folders["model"]
+    if "text" in keywords:
+        given["text"] = text
+    of_others = {
+        "compress_model": {"calibration": "calibration"},
+        "compress_delta": {"calibration": "calibration", "base": "model"},
+        "export_dense": {"tokenizer": "model"},
+    }
+    return given | {role: folders[key] for role, key in of_others.get(name, {}).items()}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_no_function_replaces_what_it_reads(
+    name: str, folders: dict[str, Path], calibration: Path, tmp_path: Path
+) -> None:
+    kept = {
+        key: Path(shutil.copytree(folder, tmp_path / "all" / key))
+        for key, folder in {**folders, "calibration": calibration}.items()
+    }
+    text = tmp_path / "all" / "text" / "text.txt"
+    text.parent.mkdir()
+    text.write_text(TEXT[0])
+    before = sorted(tmp_path.rglob("*"))
+    given = inputs_of(name, kept, text)
+    places = [path for role, path in given.items() if role.startswith("place")]
+    keywords = {role: path for role, path in given.items() if not role.startswith("place")}
+    for path in given.values():
+        for out in (path, path.parent):
+            with pytest.raises(ArtifactError, match=r"inputs? .*never replaced"):
+                call(name, kept, out, *places, **keywords, force=True)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("name", TAKE_SETTINGS)

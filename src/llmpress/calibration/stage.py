@@ -11,10 +11,11 @@ import torch
 from llmpress.calibration.files import save_calibration
 from llmpress.calibration.settings import CalibrationSettings
 from llmpress.calibration.texts import read_texts, text_artifacts
-from llmpress.core.artifacts import artifact_folder, free_place
+from llmpress.core.artifacts import artifact_folder, claim
 from llmpress.core.devices import pick_device
 from llmpress.core.errors import ConfigError
-from llmpress.data.corpora import Text, token_windows
+from llmpress.core.places import Place
+from llmpress.data.corpora import Text, text_paths, token_windows
 from llmpress.models.checkpoints.delta_files import DeltaFolder
 from llmpress.models.checkpoints.dense_view import dense_checkpoint
 from llmpress.models.checkpoints.files import Checkpoint
@@ -65,7 +66,7 @@ def calibrate_model(
         ArtifactError: No model, a damaged one, or ``out`` exists.
         ValueError: Fewer than one window or two tokens.
     """
-    out, model, place = free_place(out, force=force), model_folder(model), pick_device(device)
+    out, model, place = Path(out), model_folder(model), pick_device(device)
     texts, artifacts = read_texts(text), text_artifacts(text)
     tasks = tuple(name for name in texts if f"task {name}" in artifacts)
     if len(tasks) == len(texts):
@@ -85,7 +86,10 @@ def calibrate_model(
     opened = None if delta is None else DeltaFolder(Path(delta), "delta")
     roles = {"model": model} if opened is None else {"base": model, "delta": opened.folder}
     roles |= artifacts
-    with artifact_folder(out, stage="calibrate", settings=recorded, inputs=roles) as folder:
+    with (
+        claim(out, force=force, inputs=(model, delta, *text_paths(text))) as target,
+        artifact_folder(target, stage="calibrate", settings=recorded, inputs=roles) as folder,
+    ):
         tokenizer = load_tokenizer(model)
         taken, validation = (
             torch.cat([token_windows(part, tokenizer, length, count) for part in parts])
@@ -114,9 +118,12 @@ def calibration_of(
     length: int,
     seed: int,
     device: str | torch.device | None,
+    target: Place,
     delta: Path | str | None = None,
 ) -> Iterator[Path | None]:
     """Give the calibration that was named, or one made from text for the moment, or none.
+
+    The latter lies beside the folder that is being written.
 
     Raises:
         ConfigError: Both.
@@ -128,7 +135,8 @@ def calibration_of(
     if not text:
         yield None if calibration is None else Path(calibration)
         return
-    with tempfile.TemporaryDirectory(prefix="llmpress-") as temporary:
+    near = target.folder
+    with tempfile.TemporaryDirectory(prefix=f"{near.name}.", dir=near.parent) as temporary:
         yield calibrate_model(
             model,
             text=text,

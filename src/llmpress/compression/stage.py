@@ -11,11 +11,11 @@ from llmpress.calibration.files import check_calibration, load_statistics
 from llmpress.calibration.stage import calibration_of
 from llmpress.compression.layers import compress_layers, model_shapes
 from llmpress.compression.writing import write_compressed_model
-from llmpress.core.artifacts import artifact_folder, fingerprint, free_place
+from llmpress.core.artifacts import artifact_folder, claim, fingerprint
 from llmpress.core.devices import pick_device
 from llmpress.core.errors import ArtifactError, SourceError
 from llmpress.core.resume import BlockStore, scratch_folder
-from llmpress.data.corpora import Text
+from llmpress.data.corpora import Text, text_paths
 from llmpress.methods.base import Method, Shape
 from llmpress.methods.registry import check_statistics, choose_method, method_name
 from llmpress.models.checkpoints.compressed import is_compressed
@@ -71,16 +71,20 @@ def compress_model(
     """
     chosen = choose_method(method, settings)
     check_statistics(chosen, given=bool(text or calibration))
-    out, model, place = free_place(out, force=force), model_folder(model), pick_device(device)
-    with calibration_of(
-        model,
-        text=text,
-        calibration=calibration,
-        windows=windows,
-        length=length,
-        seed=seed,
-        device=place,
-    ) as known:
+    out, model, place = Path(out), model_folder(model), pick_device(device)
+    with (
+        claim(out, force=force, inputs=(model, calibration, *text_paths(text))) as target,
+        calibration_of(
+            model,
+            text=text,
+            calibration=calibration,
+            windows=windows,
+            length=length,
+            seed=seed,
+            device=place,
+            target=target,
+        ) as known,
+    ):
         decided = {"method": method_name(chosen), **asdict(chosen), "seed": seed}
         inputs = {"model": model} | ({"calibration": known} if known else {})
         store = BlockStore(
@@ -91,7 +95,7 @@ def compress_model(
         with (
             store,  # kept until the artifact is complete
             artifact_folder(
-                out, stage="compress", settings=decided, inputs=inputs, seconds=store.seconds
+                target, stage="compress", settings=decided, inputs=inputs, seconds=store.seconds
             ) as folder,
         ):
             checkpoint = Checkpoint(model)

@@ -5,17 +5,13 @@ apart, so that the same bytes made twice have the same fingerprint. Whatever ope
 verifies it first: a file that is not what provenance.json says is refused, never computed with.
 """
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +23,7 @@ from tqdm.auto import tqdm
 
 from llmpress.core.environment import hardware, packages, peak_memory_bytes
 from llmpress.core.errors import ArtifactError
+from llmpress.core.places import Place, claimed, holds, strangers
 
 PROVENANCE = "provenance.json"
 TRAINING = "training.json"
@@ -38,20 +35,73 @@ MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 SHOW_PROGRESS_ABOVE = 2_000_000_000  # bytes; hashing fewer takes some three seconds
 
 
-def free_place(out: Path | str, *, force: bool) -> Path:
+def free_place(out: Path | str, *, force: bool, inputs: Iterable[Path | str | None] = ()) -> Path:
     """Return where to write, after checking that nothing is replaced that nobody gave up.
 
+    Args:
+        out: Where to write.
+        force: Whether an artifact may be replaced; nothing else ever is.
+        inputs: What is read; None is passed over.
+
     Raises:
-        ArtifactError: It exists.
+        ArtifactError: It is an input or holds one, it exists and ``force`` is not given, or it is
+            no artifact or one that somebody put own files into.
     """
-    if Path(out).exists() and not force:
-        raise ArtifactError(f"{out}: exists already; choose another `out`, or force (--force)")
-    return Path(out)
+    out = Path(out)
+    if not os.path.lexists(out):
+        return out
+    remedy = "choose another `out`"
+    if held := next((i for i in inputs if i is not None and holds(out, Path(i))), None):
+        where = "is an input" if out.samefile(held) else f"holds the input {held}"
+        raise ArtifactError(f"{out}: {where}, and inputs are never replaced; {remedy}")
+    if not force:
+        raise ArtifactError(f"{out}: exists already; {remedy}, or force (--force)")
+    if out.is_symlink() or not out.is_dir():
+        what = "link" if out.is_symlink() else "file"
+        raise ArtifactError(f"{out}: is a {what}, and --force replaces artifacts alone; {remedy}")
+    if (files := strangers(out, (PROVENANCE,))) or (out / PROVENANCE).exists():
+        known = _files_of(out)
+        if known is None:
+            raise ArtifactError(
+                f"{out}: was not made by llmpress, or its {PROVENANCE} is damaged, and --force "
+                f"replaces artifacts alone; {remedy}, or remove it"
+            )
+        if own := sorted(set(files) - set(known)):
+            raise ArtifactError(
+                f"{out}: holds {own[0]}, which --force would remove and llmpress did not write; "
+                f"move it away, or {remedy}"
+            )
+    return out
+
+
+def _files_of(folder: Path) -> dict[str, str] | None:
+    try:
+        files: dict[str, str] = read_provenance(folder)["files"]
+    except ArtifactError:
+        return None
+    return files
+
+
+@contextmanager
+def claim(
+    out: Path | str, *, force: bool, inputs: Iterable[Path | str | None] = ()
+) -> Iterator[Place]:
+    """Hold a place for an artifact before anything is computed; see `free_place`, `claimed`.
+
+    Yields:
+        The place, which `artifact_folder` takes.
+
+    Raises:
+        ArtifactError: As `free_place`, or another process is writing there.
+    """
+    given = tuple(inputs)
+    with claimed(Path(out), lambda: free_place(out, force=force, inputs=given)) as place:
+        yield place
 
 
 @contextmanager
 def artifact_folder(
-    out: Path,
+    out: Path | Place,
     *,
     stage: str,
     settings: Mapping[str, Any],
@@ -60,10 +110,8 @@ def artifact_folder(
 ) -> Iterator[Path]:
     """Build an artifact beside its final place and move it there when it is complete.
 
-    What an earlier call left there when its process was killed is removed.
-
     Args:
-        out: The artifact's folder; an older one is replaced.
+        out: The artifact's folder, or what `claim` gave; an older artifact is replaced.
         stage: What makes it, for provenance.json.
         settings: The settings it is made with, JSON-representable.
         inputs: Folders it is made from, by role; they are verified, their fingerprints recorded.
@@ -74,80 +122,40 @@ def artifact_folder(
         alone.
 
     Raises:
-        ArtifactError: An input is missing or damaged.
+        ArtifactError: An input is missing or damaged, or what is there is not to be replaced.
     """
+    if isinstance(out, Path):
+        with (
+            claim(out, force=True, inputs=inputs.values()) as place,
+            artifact_folder(
+                place, stage=stage, settings=settings, inputs=inputs, seconds=seconds
+            ) as folder,
+        ):
+            yield folder
+        return
     started = time.perf_counter()
     fingerprints = {role: fingerprint(folder) for role, folder in inputs.items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary_folder(out) as temporary:
-        temporary.chmod(0o755)
-        yield temporary
-        (temporary / PROVENANCE).unlink(missing_ok=True)  # copied along from an input
-        files = {}
-        for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
-            path.chmod(0o644)  # safetensors writes files that only their owner may read
-            files[path.relative_to(temporary).as_posix()] = sha256(path)
-        provenance = {
-            "stage": stage,
-            "fingerprint": _fingerprint(files),
-            "inputs": fingerprints,
-            "settings": dict(settings),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(seconds() if seconds else time.perf_counter() - started, 3),
-            "peak_memory_bytes": peak_memory_bytes(),
-            "hardware": hardware(),
-            "packages": packages(),
-            "files": files,
-        }
-        write_json(temporary / PROVENANCE, provenance)
-        replaced = temporary.with_name(f"{temporary.name}-replaced")
-        if out.exists():
-            if out.is_symlink() or not out.is_dir():
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(out))
-            out.rename(replaced)
-        temporary.rename(out)
-        if replaced.exists():
-            shutil.rmtree(replaced)
-
-
-@contextmanager
-def _temporary_folder(out: Path) -> Iterator[Path]:
-    """Make a folder beside ``out`` that is locked while this process lives, and removed on errors.
-
-    Folders of this kind that nobody holds were left by killed processes: they are removed first.
-    """
-    prefix = f".{out.name}.writing-"
-    parent = os.open(out.parent, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks: only the cleaning is given up
-            fcntl.flock(parent, fcntl.LOCK_EX)  # nobody else is between making and locking
-            for folder in [p for p in out.parent.iterdir() if p.name.startswith(prefix)]:
-                if (left := _lock(folder)) is not None:
-                    shutil.rmtree(folder, ignore_errors=True)
-                    os.close(left)
-        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
-        lock = _lock(temporary)
-    finally:
-        os.close(parent)
-    try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    finally:
-        if lock is not None:
-            os.close(lock)
-
-
-def _lock(folder: Path) -> int | None:
-    """Lock a folder until the descriptor is closed or the process ends; None if it is locked."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+    folder = out.folder
+    yield folder
+    (folder / PROVENANCE).unlink(missing_ok=True)  # copied along from an input
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        path.chmod(0o644)  # safetensors writes files that only their owner may read
+        files[path.relative_to(folder).as_posix()] = sha256(path)
+    provenance = {
+        "stage": stage,
+        "fingerprint": _fingerprint(files),
+        "inputs": fingerprints,
+        "settings": dict(settings),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds() if seconds else time.perf_counter() - started, 3),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "hardware": hardware(),
+        "packages": packages(),
+        "files": files,
+    }
+    write_json(folder / PROVENANCE, provenance)
+    out.put()
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

@@ -173,6 +173,12 @@ def measured_texts(text: Text) -> dict[str, list[str]]:
     }  # fmt: skip
 
 
+def text_paths(text: Text | None) -> list[Path]:
+    """Return the places that a text is read from."""
+    given = text if isinstance(text, Sequence) else [text]
+    return [place for place in given if isinstance(place, Path)]
+
+
 def named_texts(text: str | Path | Sequence[str | Path]) -> dict[str, Path | list[str]]:
     """Return paths and documents by name.
 

@@ -10,12 +10,12 @@ import torch
 from llmpress.calibration.files import check_calibration, load_statistics, load_windows
 from llmpress.calibration.stage import calibration_of
 from llmpress.compression.layers import compress_layers
-from llmpress.core.artifacts import artifact_folder, fingerprint, free_place, read_provenance
+from llmpress.core.artifacts import artifact_folder, claim, fingerprint, read_provenance
 from llmpress.core.devices import pick_device
 from llmpress.core.errors import ArtifactError, ConfigError
 from llmpress.core.records import LayerRecord, Records, total_size, write_records
 from llmpress.core.resume import BlockStore, scratch_folder
-from llmpress.data.corpora import Text
+from llmpress.data.corpora import Text, text_paths
 from llmpress.deltas.sequential import SequentialStatistics
 from llmpress.methods.base import InputStatistics, Method, Shape
 from llmpress.methods.registry import check_statistics, choose_method, method_name
@@ -155,19 +155,24 @@ def compress_delta(
         raise ConfigError(f"{needs}: name the `base` too (--base); with the delta it is run")
     if sequential and not (text or calibration):
         raise ConfigError("sequential: needs `text` or a `calibration`, whose windows it runs")
-    out, place = free_place(out, force=force), pick_device(device)
+    out, place = Path(out), pick_device(device)
     model = None if base is None else model_folder(base)
     opened = DeltaFolder(Path(delta), "delta")
-    with calibration_of(
-        model or Path(),
-        text=text,
-        calibration=calibration,
-        windows=windows,
-        length=length,
-        seed=seed,
-        device=place,
-        delta=delta,
-    ) as known:
+    read = (opened.folder, model, calibration, *text_paths(text))
+    with (
+        claim(out, force=force, inputs=read) as target,
+        calibration_of(
+            model or Path(),
+            text=text,
+            calibration=calibration,
+            windows=windows,
+            length=length,
+            seed=seed,
+            device=place,
+            target=target,
+            delta=delta,
+        ) as known,
+    ):
         name = method_name(chosen)
         order = {"sequential": True} if sequential else {}
         decided = {"method": name, **asdict(chosen), **order, "seed": seed}
@@ -185,7 +190,11 @@ def compress_delta(
         with (
             store,  # kept until the artifact is complete
             artifact_folder(
-                out, stage="compress_delta", settings=decided, inputs=inputs, seconds=store.seconds
+                target,
+                stage="compress_delta",
+                settings=decided,
+                inputs=inputs,
+                seconds=store.seconds,
             ) as folder,
         ):
             if known:

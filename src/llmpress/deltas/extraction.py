@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmpress.core.artifacts import PROVENANCE, artifact_folder, free_place
+from llmpress.core.artifacts import PROVENANCE, artifact_folder, claim
 from llmpress.core.errors import ArtifactError, NumericalError
 from llmpress.core.progress import progress
 from llmpress.models.adapters import is_adapter
@@ -115,7 +115,7 @@ def extract_delta(
         SourceError: An adapter that cannot be merged.
         NumericalError: NaN or Inf in a delta.
     """
-    out, base, finetuned = free_place(out, force=force), model_folder(base), Path(finetuned)
+    out, base, finetuned = Path(out), model_folder(base), Path(finetuned)
     if not is_adapter(finetuned):
         finetuned = model_folder(finetuned)
     old = dense_checkpoint(base)
@@ -123,7 +123,10 @@ def extract_delta(
     foreign = is_adapter(finetuned) and not (finetuned / PROVENANCE).is_file()
     settings = {"base": base.name} | ({"adapter": new.fingerprint} if foreign else {})
     inputs = {"base": base} | ({} if foreign else {"finetuned": finetuned})
-    with artifact_folder(out, stage="extract_delta", settings=settings, inputs=inputs) as folder:
+    with (
+        claim(out, force=force, inputs=(base, finetuned)) as target,
+        artifact_folder(target, stage="extract_delta", settings=settings, inputs=inputs) as folder,
+    ):
         write_delta(old, new, folder)
     return out
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmpress.core.artifacts import artifact_folder, fingerprint, free_place, save_tensors, verify
+from llmpress.core.artifacts import artifact_folder, claim, fingerprint, save_tensors, verify
 from llmpress.core.devices import pick_device, pick_dtype
 from llmpress.core.errors import ArtifactError, SourceError
-from llmpress.data.corpora import Text, measured_texts, named_texts, token_windows
+from llmpress.data.corpora import Text, measured_texts, named_texts, text_paths, token_windows
 from llmpress.evaluation.likelihood import (
     Likelihood,
     last_states,
@@ -136,13 +136,15 @@ def make_reference(
     Raises:
         ArtifactError: ``out`` exists; else as `run_original`.
     """
-    out, original = free_place(out, force=force), model_folder(original)
+    out, original = Path(out), model_folder(original)
     settings: dict[str, Any] = {"windows": windows, "length": length, "dtype": dtype}
     places = {f"corpus {name}": place for name, place in named_texts(text).items()}
     corpora = {role: p for role, p in places.items() if isinstance(p, Path) and p.is_dir()}
-    with artifact_folder(
-        out, stage="reference", settings=settings, inputs={"original": original, **corpora}
-    ) as folder:
+    inputs = {"original": original, **corpora}
+    with (
+        claim(out, force=force, inputs=(original, *text_paths(text))) as target,
+        artifact_folder(target, stage="reference", settings=settings, inputs=inputs) as folder,
+    ):
         made = run_original(original, text=text, device=device, **settings)
         settings["texts"] = list(made.windows)
         tensors = {f"windows.{name}": tokens.int() for name, tokens in made.windows.items()}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from llmpress.core.artifacts import artifact_folder, free_place, save_tensors, write_json
+from llmpress.core.artifacts import artifact_folder, claim, save_tensors, write_json
 from llmpress.core.devices import pick_dtype
 from llmpress.core.errors import ArtifactError
 from llmpress.core.progress import progress
@@ -47,7 +47,7 @@ def export_adapter(
             ``out`` exists.
         ConfigError: Another dtype than bfloat16, float16 and float32.
     """
-    out, dtype = free_place(out, force=force), pick_dtype(dtype)
+    out, dtype = Path(out), pick_dtype(dtype)
     opened = DeltaFolder(Path(delta), "compressed_delta")
     left_out = opened.exact_names()
     settings = {
@@ -56,7 +56,10 @@ def export_adapter(
         "not_in_the_adapter": left_out,
     }
     inputs = {"delta": opened.folder}
-    with artifact_folder(out, stage="export", settings=settings, inputs=inputs) as folder:
+    with (
+        claim(out, force=force, inputs=inputs.values()) as target,
+        artifact_folder(target, stage="export", settings=settings, inputs=inputs) as folder,
+    ):
         tensors, ranks = {}, {}
         for name in progress(sorted(opened.header["layers"]), "export"):
             layer = delta_layer(name, opened)

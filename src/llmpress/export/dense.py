@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmpress.core.artifacts import artifact_folder, free_place, write_json
+from llmpress.core.artifacts import artifact_folder, claim, write_json
 from llmpress.core.devices import pick_dtype
 from llmpress.core.progress import progress
 from llmpress.models.architectures import stored_name
@@ -49,15 +49,14 @@ def export_dense(
         ArtifactError: A damaged folder, a delta of another base, or ``out`` exists.
         ConfigError: Another dtype than bfloat16, float16 and float32.
     """
-    out, dtype = free_place(out, force=force), pick_dtype(dtype)
+    out, dtype = Path(out), pick_dtype(dtype)
     source = dense_checkpoint(model_folder(model))
     inputs = {"model": source.folder} | ({"delta": Path(delta)} if delta else {})
-    with artifact_folder(
-        out,
-        stage="export",
-        settings={"dtype": str(dtype).removeprefix("torch.")},
-        inputs=inputs,
-    ) as folder:
+    settings = {"dtype": str(dtype).removeprefix("torch.")}
+    with (
+        claim(out, force=force, inputs=(*inputs.values(), tokenizer)) as target,
+        artifact_folder(target, stage="export", settings=settings, inputs=inputs) as folder,
+    ):
         change = DeltaFolder(Path(delta), "compressed_delta") if delta else None
         if change is not None:
             check_base(change, source)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmpress.core.artifacts import artifact_folder, free_place, write_json
+from llmpress.core.artifacts import artifact_folder, claim, write_json
 from llmpress.core.devices import pick_dtype
 from llmpress.core.errors import ArtifactError
 from llmpress.core.progress import progress
@@ -46,12 +46,14 @@ def export_factors(
         ArtifactError: A damaged folder, a model that holds no low-rank layer, or ``out`` exists.
         ConfigError: Another dtype than bfloat16, float16 and float32.
     """
-    out, dtype = free_place(out, force=force), pick_dtype(dtype)
+    out, dtype = Path(out), pick_dtype(dtype)
     source = Checkpoint(model_folder(model))
     settings = {"dtype": str(dtype).removeprefix("torch."), "form": "factors"}
-    with artifact_folder(
-        out, stage="export", settings=settings, inputs={"model": source.folder}
-    ) as folder:
+    inputs = {"model": source.folder}
+    with (
+        claim(out, force=force, inputs=inputs.values()) as target,
+        artifact_folder(target, stage="export", settings=settings, inputs=inputs) as folder,
+    ):
         if not any(_has_factors(*item) for item in compressed_layers(source).items()):
             raise ArtifactError(
                 f"{source.folder}: holds no low-rank layer; --dense writes any compressed model"

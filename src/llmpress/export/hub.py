@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
@@ -11,6 +10,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from llmpress.core.artifacts import (
     MODEL_FILES,
     PROVENANCE,
+    claim,
     folder_bytes,
     free_place,
     read_json,
@@ -53,7 +53,8 @@ def fetch_artifact(
         ArtifactError: No artifact, a file that is missing or differs from its provenance, or
             ``out`` exists.
     """
-    place = None if out is None else free_place(out, force=force)
+    if out is not None:
+        free_place(out, force=force)  # before anything is fetched
     repository, revision = repository_and_revision(repository_at_revision)
     record_folder = download(repository, revision, [PROVENANCE], cache=cache)
     digests = _digests(record_folder, f"hub repository {repository}")
@@ -67,21 +68,13 @@ def fetch_artifact(
             f"hub repository {repository}: {', '.join(damaged)}: differs from {PROVENANCE}; run it "
             "again to fetch it anew, and if it stays so, it was changed after the upload"
         )
-    return folder if place is None else _copied(folder, names, place)
-
-
-def _copied(folder: Path, names: Iterable[str], out: Path) -> Path:
-    """Copy files to ``out``, which is there whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-        copy = Path(temporary) / out.name
-        copy.mkdir()
+    if out is None:
+        return folder
+    with claim(out, force=force, inputs=(folder,)) as target:
         for name in names:
-            shutil.copyfile(folder / name, copy / name)
-        if out.exists():
-            shutil.rmtree(out)
-        copy.rename(out)
-    return out
+            shutil.copyfile(folder / name, target.folder / name)
+        target.put()
+    return Path(out)
 
 
 def push_artifact(

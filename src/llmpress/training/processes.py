@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
-from llmpress.core.artifacts import artifact_folder, fingerprint
+from llmpress.core.artifacts import artifact_folder, claim, fingerprint
 from llmpress.core.errors import ConfigError
 from llmpress.core.resume import SCRATCH, BlockStore
 
@@ -67,6 +67,7 @@ def trained_artifact(
     inputs: Mapping[str, Path],
     device: torch.device,
     scratch: Path = SCRATCH,
+    force: bool = True,
 ) -> Iterator[Written]:
     """Make an artifact by training, with checkpoints that are kept until it is complete.
 
@@ -80,9 +81,10 @@ def trained_artifact(
         inputs: Folders it is made from, by role.
         device: Where to compute.
         scratch: Folder for the checkpoints of an unfinished call.
+        force: Whether an older artifact is replaced.
 
     Raises:
-        ArtifactError: An input is missing or damaged.
+        ArtifactError: An input is missing or damaged, or ``out`` is not free.
     """
     accelerator = open_accelerator(device)
     parts = {
@@ -97,9 +99,10 @@ def trained_artifact(
         yield Written(store, None, place)
         return
     with (
+        claim(out, force=force, inputs=inputs.values()) as target,
         store,
         artifact_folder(
-            out, stage=stage, settings=recorded, inputs=inputs, seconds=store.seconds
+            target, stage=stage, settings=recorded, inputs=inputs, seconds=store.seconds
         ) as folder,
     ):
         yield Written(store, folder, place)

@@ -19,7 +19,7 @@ from llmpress.core.errors import ArtifactError, ConfigError
 from llmpress.core.params import build
 from llmpress.core.records import read_records, write_records
 from llmpress.core.resume import scratch_folder
-from llmpress.data.corpora import Text
+from llmpress.data.corpora import Text, text_paths
 from llmpress.data.tasks.files import TRAIN_FILE, read_items
 from llmpress.deltas.applying import load_finetuned
 from llmpress.models.checkpoints.compressed import is_compressed
@@ -121,7 +121,10 @@ def train_model(
     given = {"steps": steps, "learning_rate": learning_rate, **settings}
     how = build(FinetuningSettings, given, "train")
     check_settings(kind, how)
-    out, place, start = free_place(out, force=force), pick_device(device), Path(start)
+    items = Path(items) if isinstance(items, str) else items
+    read = (start, original, base, items if isinstance(items, Path) else None, *text_paths(text))
+    out, place = free_place(out, force=force, inputs=read), pick_device(device)
+    start = Path(start)
     if trains != "delta":
         model_folder(start)
     original = start if original is None else model_folder(original)
@@ -139,6 +142,7 @@ def train_model(
         device=place,
         base=None if base is None else model_folder(base),
         scratch=Path(scratch or scratch_folder(out)),
+        force=force,
     )
     return out
 
@@ -175,6 +179,7 @@ def _train(
     device: torch.device,
     base: Path | None,
     scratch: Path,
+    force: bool,
 ) -> None:
     settings = with_precision(trains, settings)
     _check_start(start, original, trains)
@@ -184,7 +189,13 @@ def _train(
     method = trains if trains in ADAPTERS else read_provenance(start)["settings"].get("method")
     recorded = {"method": method, "trains": trains, **asdict(settings), **described, "seed": seed}
     with trained_artifact(
-        out, stage="train", settings=recorded, inputs=roles, device=device, scratch=scratch
+        out,
+        stage="train",
+        settings=recorded,
+        inputs=roles,
+        device=device,
+        scratch=scratch,
+        force=force,
     ) as made:
         examples = data(load_tokenizer(original))
         teacher = None

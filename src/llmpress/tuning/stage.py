@@ -8,12 +8,12 @@ import torch
 
 from llmpress.calibration.files import check_calibration, load_windows
 from llmpress.calibration.stage import calibration_of
-from llmpress.core.artifacts import artifact_folder, fingerprint, free_place, read_provenance
+from llmpress.core.artifacts import artifact_folder, claim, fingerprint, read_provenance
 from llmpress.core.devices import pick_device
 from llmpress.core.errors import ConfigError
 from llmpress.core.params import build
 from llmpress.core.resume import BlockStore, scratch_folder
-from llmpress.data.corpora import Text
+from llmpress.data.corpora import Text, text_paths
 from llmpress.methods.base import Method, Tunable
 from llmpress.methods.registry import build_method, known_methods, method_class, method_name
 from llmpress.models.checkpoints.files import Checkpoint
@@ -78,7 +78,7 @@ def finetune_model(
     how = build(TuningSettings, given, "finetune")
     if bool(text) == bool(calibration):
         raise ConfigError("finetune: give either `text` or a `calibration` to train on")
-    out, place = free_place(out, force=force), pick_device(device)
+    out, place = Path(out), pick_device(device)
     compressed, original = model_folder(compressed), model_folder(original)
     method = method or _method_of(compressed)
     if not isinstance(method, Tunable):
@@ -86,15 +86,20 @@ def finetune_model(
             f"{compressed}: {method_name(method)} has nothing to finetune block by block; "
             "compress with cluscomp or lillama"
         )
-    with calibration_of(
-        original,
-        text=text,
-        calibration=calibration,
-        windows=windows,
-        length=length,
-        seed=seed,
-        device=place,
-    ) as known:
+    read = (compressed, original, calibration, *text_paths(text))
+    with (
+        claim(out, force=force, inputs=read) as target,
+        calibration_of(
+            original,
+            text=text,
+            calibration=calibration,
+            windows=windows,
+            length=length,
+            seed=seed,
+            device=place,
+            target=target,
+        ) as known,
+    ):
         inputs = {"compressed": compressed, "model": original, "calibration": Path(str(known))}
         decided = {
             "run": compressed.name,
@@ -113,7 +118,7 @@ def finetune_model(
         with (
             store,  # kept until the artifact is complete
             artifact_folder(
-                out, stage="finetune", settings=decided, inputs=inputs, seconds=store.seconds
+                target, stage="finetune", settings=decided, inputs=inputs, seconds=store.seconds
             ) as folder,
         ):
             student_checkpoint = Checkpoint(compressed)
