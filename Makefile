@@ -40,7 +40,7 @@ test-gpu: $(INSTALLED)
 gpu-session: $(INSTALLED)
 	python benchmarks/gpu_session.py $(if $(DRY),--dry --out build/gpu-session) $(steps)
 
-ARTIFACTS := compressed/rtn-3bit compressed/gptq-3bit compressed/svd-80 compressed/lillama-80 compressed/cluscomp-2p6bit
+ARTIFACTS := compressed/rtn-3bit compressed/gptq-3bit compressed/svd-90 compressed/lillama-90 compressed/cluscomp-3bit
 DELTAS := delta-come delta-svd delta-bitdelta delta-magnitude
 
 # Nothing is timed before it is right.
@@ -48,7 +48,7 @@ bench: $(INSTALLED)
 	pytest -q tests/nn/kernels
 	python benchmarks/loading.py --base data/models/smollm2 \
 	  $(addprefix data/,models/smollm2 $(ARTIFACTS) $(addprefix compressed/,$(DELTAS)))
-	python benchmarks/low_rank_speed.py data/models/smollm2 data/compressed/lillama-80 data/compressed/svd-80
+	python benchmarks/low_rank_speed.py data/models/smollm2 data/compressed/lillama-90 data/compressed/svd-90
 	python benchmarks/decode.py data/models/smollm2 $(addprefix data/,$(ARTIFACTS)) --delta data/compressed/delta-come
 	python benchmarks/delta_serving.py data/models/smollm2 data/compressed/delta-come
 	python benchmarks/delta_directions.py
@@ -71,7 +71,8 @@ REDUCTIONS := 0.1 0.2 0.3 0.4
 REMOVAL := build/removal/out
 
 removal: $(INSTALLED) | $(PEER_CALIBRATION)
-	snakemake --cores all data/tasks/arc-easy data/tasks/piqa
+	for task in arc-easy piqa; do test -d data/tasks/$$task || \
+	  python workflow/scripts/fetch_task.py $$task --params examples/all-methods.yaml || exit 1; done
 	python benchmarks/removal.py $(QUALITY_MODEL) $(PEER_CALIBRATION) $(REDUCTIONS) --out $(REMOVAL)
 	python benchmarks/quality.py $(QUALITY_MODEL) $(REMOVAL)/* --original $(QUALITY_MODEL) \
 	  --tasks data/tasks/arc-easy --tasks data/tasks/piqa --out benchmarks/results/removal.csv

@@ -33,7 +33,7 @@ from llmpress.report.tables import read_results
 from llmpress.tuning.settings import read_finetune
 
 ROOT = Path(__file__).parents[1]
-PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+PARAMS = yaml.safe_load((ROOT / "examples/all-methods.yaml").read_text())
 pytestmark = pytest.mark.slow
 FUZZ = settings(
     deadline=None,

@@ -15,7 +15,7 @@ from llmpress.report.tables import blocks_frame, layers_frame, read_results
 
 ROOT = Path(__file__).parents[2]
 PIPELINE = ROOT / "dvc.yaml"
-PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+PARAMS = yaml.safe_load((ROOT / "examples/all-methods.yaml").read_text(encoding="utf-8"))
 RUN, TUNED, DELTA = (next(iter(PARAMS[key])) for key in ("runs", "finetunes", "delta_runs"))
 
 

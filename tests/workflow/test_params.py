@@ -20,12 +20,14 @@ from llmpress.core.kinds import KINDS, SECTIONS_OF_FOLDER, Kind
 from llmpress.core.params import SECTIONS, read_params
 from llmpress.evaluation.settings import EvaluationSettings
 from llmpress.evaluation.stage import SIZES
+from llmpress.methods.registry import known_methods
 from llmpress.pipeline.params import Params, check_params
 from llmpress.pipeline.schema import params_schema
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/params.schema.yaml").read_text(encoding="utf-8"))
-PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+DEFAULT = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+PARAMS = yaml.safe_load((ROOT / "examples/all-methods.yaml").read_text(encoding="utf-8"))
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 OURS = {"PYTHONPATH": "src"}  # the code beside dvc.yaml, not what is installed
 MISTAKES = {  # what is changed, and where the line says it is
@@ -146,10 +148,18 @@ def resolved_stages() -> dict[str, dict[str, Any]]:
     return found
 
 
-def test_params_are_valid() -> None:
+@pytest.mark.parametrize("params", [DEFAULT, PARAMS], ids=["default", "example"])
+def test_params_are_valid(params: dict[str, Any]) -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
-    assert refusals(PARAMS) == []
-    assert check_params(PARAMS).runs["rtn-3bit"].method == "rtn"
+    assert refusals(params) == []
+    assert check_params(params).runs["rtn-3bit"].method == "rtn"
+
+
+def test_the_default_runs_every_method() -> None:
+    sections = ("runs", "delta_runs")
+    used = {entry["method"] for section in sections for entry in DEFAULT[section].values()}
+    assert used == set(known_methods())
+    assert DEFAULT["finetunes"]
 
 
 def test_the_schema_is_that_of_the_classes() -> None:
