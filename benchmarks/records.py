@@ -3,8 +3,8 @@
     python benchmarks/records.py [PROJECT ...]
 
 reads results/*.csv here and the finished stages of projects, and writes the table: of what was done
-repeatedly the least, the median and the most seconds. On a GPU single layers were measured, in
-parts: what their loops add up to is a record of one layer.
+repeatedly the median. On a GPU single layers were measured, in parts: what their loops add up to is
+a record of one layer.
 """
 
 import argparse
@@ -13,8 +13,8 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple, fields, replace
-from itertools import groupby
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from transformers import LlamaConfig
@@ -28,7 +28,6 @@ from llmpress.methods.registry import build_method, known_methods
 from llmpress.planning import ModelShapes, read_shapes, stages
 from llmpress.planning.project import project_records
 from llmpress.planning.records import SHIPPED, Record
-from llmpress.planning.sizes import planned_layers
 from llmpress.planning.stages import TaskText
 from llmpress.training.settings import FinetuningSettings, TrainingSettings
 from llmpress.tuning.settings import TuningSettings
@@ -64,16 +63,16 @@ def main() -> None:
     records = [*default_run(model), *benchmark_records(model), *gpu_records()]
     for project in parser.parse_args().projects:
         records += project_records(read_params(project / "params.yaml"), project)
-    records.sort(key=lambda r: (r.gpu, r.stage, r.method, r.processor, r.work, r.seconds))
-    names = [field.name for field in fields(Record)]
+    alike = [replace(r, work=float(f"{r.work:.4g}"), seconds=0.0) for r in records]
+    rows: dict[Record, list[float]] = {}
+    for record, seconds in zip(alike, (r.seconds for r in records), strict=True):
+        rows.setdefault(record, []).append(seconds)
+    made = [replace(record, seconds=round(median(rows[record]), 2)) for record in rows]
+    made.sort(key=lambda r: (r.gpu, r.made, r.method, r.processor, r.work))
     with SHIPPED.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(names)
-        for _, alike in groupby(records, key=lambda r: replace(r, seconds=0.0, date="")):
-            found = list(alike)
-            for index in sorted({0, len(found) // 2, len(found) - 1}):
-                work = float(f"{found[index].work:.4g}")
-                writer.writerow(astuple(replace(found[index], work=work)))
+        writer.writerow([field.name for field in fields(Record)])
+        writer.writerows(map(astuple, made))
 
 
 def smollm2() -> ModelShapes:
@@ -98,67 +97,56 @@ def benchmark_records(model: ModelShapes) -> Iterator[Record]:
         try:
             if "trains" in settings:
                 trained = build(FinetuningSettings, kept(FinetuningSettings, settings), "trained")
-                layers = planned_layers(model, method_of({"method": row["method"]}))
-                need = stages.train(model, "delta", trained, None, layers)
-                yield of_row(row, "train", "delta", need.work, row["seconds"])
+                start = method_of({"method": row["method"]})
+                need = stages.train(model, trained, "delta", None, start)
+                yield of_row(row, "trained", "delta", need.work, row["seconds"])
             elif "run" in settings:
                 windows = int(row["calibration_tokens"]) // LENGTH
                 texts = CalibrationSettings(("text",), windows, LENGTH)
                 method = method_of({"method": row["method"], **settings["method_settings"]})
                 tuned = build(TuningSettings, kept(TuningSettings, settings), "tuned")
-                work = stages.finetune(model, method, tuned, texts).work
-                yield of_row(row, "finetune", row["method"], work, row["finetune_seconds"])
+                work = stages.finetune(model, tuned, method, texts).work
+                yield of_row(row, "finetuned", row["method"], work, row["finetune_seconds"])
             else:
                 work = stages.compress(model, method_of(settings)).work
                 seconds = row.get("compress_seconds") or row["seconds"]
-                yield of_row(row, "compress", row["method"], work, seconds)
+                yield of_row(row, "compressed", row["method"], work, seconds)
         except ConfigError as error:
             print(f"left out: {row.get('name') or row.get('label')}: {error}")
 
 
 def default_run(model: ModelShapes) -> Iterator[Record]:
     """Yield the stages of a whole run of params.yaml as it was."""
-    kinds = {
-        "train_task": TrainingSettings,
-        "calibrate": CalibrationSettings,
-        "train": FinetuningSettings,
-        "evaluate": EvaluationSettings,
-    }
+    codebooks = build_method("cluscomp", {"bits": 4.3})
     for row in rows("default_run"):
         stage, method, values = row["stage"], row["method"], json.loads(row["settings"])
-        settings = build(kinds[stage], values, stage) if stage in kinds else None
-        codebooks = build_method("cluscomp", {"bits": 4.3}, "cluscomp")
-        layers = planned_layers(model, codebooks) if method == "compressed" else {}
-        need = {
-            "train_task": lambda s: stages.train_task(model, s, SUMS),
-            "extract_delta": lambda _: stages.extract_delta(model),
-            "calibrate": lambda s: stages.calibrate(model, s),
-            "compress": lambda _, m=method, v=values: stages.compress(model, build_method(m, v, m)),
-            "train": lambda s, m=method, x=layers: stages.train(model, m, s, SUMS, x),
-            "evaluate": lambda s, m=method: stages.evaluate(
-                model, s, TEXTS, None if m == "dense" else {}
-            ),
-        }[stage](settings)
-        yield Record(
-            stage,
-            "" if stage == "evaluate" else method,
-            "smollm2",
-            need.work,
-            float(row["seconds"]),
-            row["processor"],
-            "",
-            int(row["threads"]),
-            row["date"],
-        )
+        match stage:
+            case "train_task":
+                made, settings = "models", build(TrainingSettings, values, stage)
+                need = stages.train_task(model, settings, SUMS)
+            case "extract_delta":
+                made, need = "deltas", stages.extract_delta(model)
+            case "calibrate":
+                made, settings = "calibration", build(CalibrationSettings, values, stage)
+                need = stages.calibrate(model, settings)
+            case "compress":
+                made, need = "compressed", stages.compress(model, build_method(method, values))
+            case "train":
+                made, settings = "trained", build(FinetuningSettings, values, stage)
+                start = codebooks if method == "compressed" else None
+                need = stages.train(model, settings, method, SUMS, start)
+            case _:
+                made, settings = "results", build(EvaluationSettings, values, stage)
+                kind = "model" if method == "dense" else "compressed"
+                need, method = stages.evaluate(model, settings, TEXTS, kind), ""
+        seconds, processor, threads = float(row["seconds"]), row["processor"], int(row["threads"])
+        yield Record(made, method, "smollm2", need.work, seconds, processor, "", threads)
 
 
-def of_row(row: Mapping[str, str], stage: str, method: str, work: float, seconds: str) -> Record:
+def of_row(row: Mapping[str, str], made: str, method: str, work: float, seconds: str) -> Record:
     """Return a row of results as a record."""
     processor, _, threads = row["made_on"].partition(", ")
-    date = row.get("made") or row["date"]
-    return Record(
-        stage, method, "smollm2", work, float(seconds), processor, "", int(threads[:1]), date
-    )
+    return Record(made, method, "smollm2", work, float(seconds), processor, "", int(threads[:1]))
 
 
 def method_of(settings: Mapping[str, Any]) -> Method:
@@ -204,18 +192,10 @@ def gpu_records() -> Iterator[Record]:
             seconds = clustered + assigned + method.rounds * turns  # type: ignore[attr-defined]
             made.append((method, "cluscomp", seconds))
         for method, name, seconds in made:
-            about = steps["svd"]
-            yield Record(
-                "compress",
-                name,
-                f"layer {shape.out_features}x{shape.in_features}",
-                method.work(shape).operations,
-                round(seconds, 2),
-                about["processor"],
-                about["gpu"],
-                1,
-                about["date"],
-            )
+            work, about = method.work(shape).operations, steps["svd"]
+            layer = f"layer {shape.out_features}x{shape.in_features}"
+            machine = about["processor"], about["gpu"], 1
+            yield Record("compressed", name, layer, work, round(seconds, 2), *machine)
 
 
 if __name__ == "__main__":

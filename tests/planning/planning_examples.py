@@ -1,4 +1,4 @@
-"""Settings and layouts that the tests of planning share."""
+"""Layouts and settings that the tests of planning share."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ from transformers import LlamaConfig
 from llmpress.calibration.settings import CalibrationSettings
 from llmpress.planning import ModelShapes, read_shapes
 
-CALIBRATION = CalibrationSettings(
-    corpora=("one", "two"), windows=3, length=64, validation_windows=1
+CALIBRATION = CalibrationSettings(  # of the measured run in test_stages.py
+    corpora=("wikipedia", "code"), windows=8, length=512, sensitivity_windows=0
 )
 
 
@@ -21,15 +21,6 @@ def write_config(folder: Path, **settings: object) -> Path:
 
 def large_shapes(folder: Path, layers: int = 80) -> ModelShapes:
     """A model with the widths of Llama-3-70B."""
-    return read_shapes(
-        write_config(
-            folder,
-            hidden_size=8192,
-            intermediate_size=28672,
-            num_hidden_layers=layers,
-            num_attention_heads=64,
-            num_key_value_heads=8,
-            vocab_size=128256,
-            tie_word_embeddings=False,
-        )
-    )
+    widths = {"hidden_size": 8192, "intermediate_size": 28672, "vocab_size": 128256}
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "tie_word_embeddings": False}
+    return read_shapes(write_config(folder, **widths, **heads, num_hidden_layers=layers))

@@ -57,7 +57,7 @@ def plan(
     from llmpress.cli.output import print_json
     from llmpress.core.errors import ConfigError
     from llmpress.core.params import read_params
-    from llmpress.planning import measure_machine, plan_project, read_shapes
+    from llmpress.planning import measure_machine, plan_compression, plan_project, read_shapes
 
     quiet()
     shapes = None if model is None else read_shapes(model)
@@ -67,17 +67,13 @@ def plan(
         if names:
             raise ConfigError("--method plans one compression: leave the names of runs out")
         name = model.parent.name if model.is_file() else model.name
-        settings = asdict(chosen_method(method, bits, set_))
-        run = {"model": name, "method": method, "settings": settings}
-        made = plan_project({"runs": {name: run}}, measure_machine(), model=shapes)
+        made = plan_compression(name, chosen_method(method, bits, set_), shapes, measure_machine())
     elif set_ or bits is not None:
         raise ConfigError("--set and --bits need a --method; runs have theirs in params.yaml")
     else:
-        content = read_params(params)
-        root = params.absolute().parent
-        made = plan_project(
-            content, measure_machine(root), names=names or (), model=shapes, root=root
-        )
+        content, root = read_params(params), params.absolute().parent
+        machine = measure_machine(root)
+        made = plan_project(content, machine, names=names or (), model=shapes, root=root)
     if as_json:
         print_json(asdict(made))
     else:
@@ -89,74 +85,59 @@ def plan(
 def _print_plan(plan: "Plan") -> None:
     from llmpress.cli.output import bytes_text, console, print_facts, print_table
 
-    machine = plan.machine
-    columns = ["stage", "name", "memory", *(["GPU memory"] if machine.gpu else []), "disk"]
-    rows = [_cells(row, on_gpu=bool(machine.gpu)) for row in plan.rows]
-    print_table("plan", [*columns, "fits", "time", "by records"], rows)
+    machine, rows = plan.machine, [_cells(row) for row in plan.rows]
+    if not machine.gpu:
+        rows = [{name: cell for name, cell in row.items() if name != "GPU memory"} for row in rows]
+    print_table("plan", list(rows[0]), [list(row.values()) for row in rows])
+    known = [row for row in plan.rows if row.need]
+    basis = Counter(row.time.machine if row.time else "" for row in known)
+    without = basis.pop("", 0)
+    rests = [f"{count} by records of {name}" for name, count in basis.items()]
+    rests += [f"{without} without a record"] if without else []
+    memory, gpu, disk, missing, available, free, gpu_free = map(
+        bytes_text,
+        (
+            plan.memory_bytes,
+            plan.device_memory_bytes,
+            plan.disk_bytes,
+            plan.disk_missing_bytes,
+            machine.memory_available_bytes,
+            machine.disk_free_bytes,
+            machine.device_memory_free_bytes,
+        ),
+    )
     facts = [
-        (
-            "memory",
-            f"{bytes_text(plan.memory_bytes)} at the peak of one stage; "
-            f"{bytes_text(machine.memory_available_bytes)} available",
-        ),
-        (
-            "disk",
-            f"{bytes_text(plan.disk_bytes)} in all, {bytes_text(plan.disk_missing_bytes)} "
-            f"still to be written; {bytes_text(machine.disk_free_bytes)} free",
-        ),
-        ("time", f"{duration_text(plan.seconds)} one stage after another, {_basis(plan)}"),
+        ("memory", f"{memory} at the peak of one stage; {available} available"),
+        ("disk", f"{disk} in all, {missing} still to be written; {free} free"),
+        ("time", f"{duration_text(plan.seconds)} one stage after another; {', '.join(rests)}"),
+        ("GPU memory", f"{gpu} at the peak; {gpu_free} free"),
     ]
-    if machine.gpu:
-        facts.append(
-            (
-                "GPU memory",
-                f"{bytes_text(plan.device_memory_bytes)} at the peak; "
-                f"{bytes_text(machine.device_memory_free_bytes)} free",
-            )
-        )
-    print_facts("total", facts)
+    print_facts("total", facts if machine.gpu else facts[:-1])
     lines = [f"{row.stage} {row.name}: {text}" for row in plan.rows for text in row.problems]
     for line in [*lines, *plan.problems]:
         console().print(line)
 
 
-def _cells(row: "PlanRow", *, on_gpu: bool) -> list[str]:
+def _cells(row: "PlanRow") -> dict[str, str]:
     from llmpress.cli.output import bytes_text
 
-    if row.need is None:
-        return [row.stage, row.name, *["—"] * (2 + on_gpu), "unknown", "—", ""]
-    time = row.time
-    return [
-        row.stage,
-        row.name,
-        bytes_text(row.need.host_bytes),
-        *([bytes_text(row.need.device_bytes)] if on_gpu else []),
-        bytes_text(row.need.artifact.num_bytes),
-        "NO" if row.problems else "yes, made" if row.present else "yes",
-        duration_text(time.seconds, time.low, time.high) if time else "—",
-        time.basis if time else "no record",
-    ]
+    need, time = row.need, row.time
+    fits = "NO" if row.problems else "yes, made" if row.present else "yes"
+    return {
+        "stage": row.stage,
+        "name": row.name,
+        "memory": bytes_text(need.host_bytes) if need else "—",
+        "GPU memory": bytes_text(need.device_bytes) if need else "—",
+        "disk": bytes_text(need.artifact_bytes) if need else "—",
+        "fits": fits if need else "unknown",
+        "time": duration_text(time.seconds) if time else "—",
+        "by records": time.basis if time else "no record" if need else "",
+    }
 
 
-def _basis(plan: "Plan") -> str:
-    """Return what the total rests on."""
-    rows = [row for row in plan.rows if row.need]
-    counts = Counter(row.time.machine for row in rows if row.time)
-    text = ", ".join(f"{count} by records of {name}" for name, count in counts.items())
-    untimed = sum(not row.time for row in rows)
-    return text + (f"; without {untimed} that have no record" if untimed else "")
-
-
-def duration_text(seconds: float, low: float | None = None, high: float | None = None) -> str:
-    """Return seconds in the unit that suits them, and their range: ``3 min (2-5)``."""
-    unit, size = next(
-        (name, size)
-        for name, size in (("days", 86400), ("h", 3600), ("min", 60), ("s", 1))
-        if seconds >= 2 * size or size == 1
-    )
-    value, *ends = (_short(x / size) for x in (seconds, low, high) if x is not None)
-    return f"{value} {unit}" + (f" ({'-'.join(ends)})" if len(set(ends)) > 1 else "")
-
-
-def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 9.5 else f"{value:.1f}".removesuffix(".0")
+def duration_text(seconds: float) -> str:
+    """Return seconds in the unit that suits them: ``3 min``."""
+    units = {"days": 86400, "h": 3600, "min": 60, "s": 1}
+    unit = next((name for name, size in units.items() if seconds >= 2 * size), "s")
+    value = seconds / units[unit]
+    return f"{value:.0f} {unit}" if value >= 9.5 else f"{value:.2g} {unit}"

@@ -1,14 +1,14 @@
 """What a run will need in memory, disk and time, before anything runs.
 
-``shapes`` reads a model's layout, ``sizes`` counts the bytes of every artifact, ``stages`` says
-what one stage needs, ``records`` how long such stages took, ``plan`` compares that with a machine,
-and ``project`` walks params.yaml.
+``shapes`` reads a model's layout, ``sizes`` counts the bytes of artifacts, ``stages`` says what one
+stage needs, ``records`` how long such stages took, ``plan`` adds up, and ``project`` walks
+params.yaml.
 
 May import from core up to serving.
 """
 
 from llmpress.planning.plan import Machine, Plan, PlanRow, measure_machine
-from llmpress.planning.project import plan_project
+from llmpress.planning.project import plan_compression, plan_project
 from llmpress.planning.shapes import ModelShapes, read_shapes
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Plan",
     "PlanRow",
     "measure_machine",
+    "plan_compression",
     "plan_project",
     "read_shapes",
 ]

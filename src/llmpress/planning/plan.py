@@ -1,104 +1,65 @@
 """What stages need and how long they take, compared with a machine."""
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]  # its stubs are a package of their own
 import torch
 
 from llmpress.core.environment import hardware
-from llmpress.planning.records import Record, Time, estimate_time
+from llmpress.planning.records import Time
 from llmpress.planning.stages import Need
 
 CGROUP = Path("/sys/fs/cgroup")
-REMEDIES = {
-    "calibrate": ", or lower `windows` or `length` of the calibration",
-    "finetune": ", or lower `batch_size`, or `windows` and `length` of the calibration",
-    "train": ", or lower `batch_size` or `length`",
-    "train_task": ", or lower `batch_size`",
-    "evaluate": ", or bfloat16 as `dtype`, or a lower `length` of the evaluation",
-}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan is compared with.
+    """What a plan is compared with."""
 
-    Attributes:
-        memory_available_bytes: Host memory that can be used without swapping, the limit of a
-            container included.
-        disk_free_bytes: On the file system that the plan writes to.
-        device_memory_free_bytes: Of the GPU; 0 without one.
-        processor: Its name.
-        gpu: Its name; empty without one.
-    """
-
-    memory_available_bytes: int
-    disk_free_bytes: int
-    device_memory_free_bytes: int
+    memory_available_bytes: int  # without swapping; the limit of a container included
+    disk_free_bytes: int  # on the file system that the plan writes to
+    device_memory_free_bytes: int  # of the GPU; 0 without one
     processor: str
-    gpu: str
+    gpu: str  # empty without one
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One stage instance.
+    """One stage instance."""
 
-    Attributes:
-        stage: Name in dvc.yaml without its key.
-        name: Its key.
-        need: Memory and disk; without a GPU all memory is the computer's. None if not known yet.
-        time: Seconds, and what they rest on; None without a record.
-        present: Whether the artifact lies there already; the engine decides if it is up to date.
-        problems: What does not fit, by how much, what to lower; or why nothing is known.
-    """
-
-    stage: str
-    name: str
-    need: Need | None
-    time: Time | None = None
-    present: bool = False
-    problems: tuple[str, ...] = ()
+    stage: str  # name in dvc.yaml without its key
+    name: str  # its key
+    need: Need | None  # without a GPU all memory is the computer's; None if not known yet
+    time: Time | None = None  # None without a record
+    present: bool = False  # whether it lies there; the engine decides if it is up to date
+    problems: tuple[str, ...] = ()  # what does not fit and what helps; or why nothing is known
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All rows and what they add up to.
-
-    Attributes:
-        rows: In the order in which the stages depend on each other.
-        machine: What they were compared with.
-        memory_bytes: Of the row that needs most.
-        device_memory_bytes: The same on the GPU.
-        disk_bytes: Of all artifacts.
-        disk_missing_bytes: Of the artifacts that are not there yet, with the largest scratch.
-        seconds: Of all rows with a time, one after another, artifacts that are there included.
-        problems: Of all artifacts together.
-        fits: Whether every row fits, and all missing artifacts together fit the disk.
-    """
+    """All rows, in the order in which stages depend on each other, and what they add up to."""
 
     rows: tuple[PlanRow, ...]
     machine: Machine
-    memory_bytes: int
-    device_memory_bytes: int
-    disk_bytes: int
-    disk_missing_bytes: int
-    seconds: float
-    problems: tuple[str, ...]
+    memory_bytes: int  # of the row that needs most
+    device_memory_bytes: int  # the same on the GPU
+    disk_bytes: int  # of all artifacts
+    disk_missing_bytes: int  # of those that are not there yet, with the largest scratch
+    seconds: float  # of all rows with a time, one after another
+    problems: tuple[str, ...]  # of all artifacts together, where each fits by itself
     fits: bool
 
 
 def measure_machine(folder: Path = Path()) -> Machine:
     """Look at this machine; ``folder`` lies on the disk that is written to."""
     available = int(psutil.virtual_memory().available)
-    try:
-        limit = (CGROUP / "memory.max").read_text(encoding="ascii").strip()
-        used = int((CGROUP / "memory.current").read_text(encoding="ascii"))
-        available = min(available, max(0, int(limit) - used))
-    except (OSError, ValueError):
-        pass  # no limit
+    with suppress(OSError, ValueError):  # no limit
+        limit, used = (int((CGROUP / f"memory.{n}").read_text()) for n in ("max", "current"))
+        available = min(available, max(0, limit - used))
     found = hardware()
     return Machine(
         memory_available_bytes=available,
@@ -109,53 +70,33 @@ def measure_machine(folder: Path = Path()) -> Machine:
     )
 
 
-def make_row(
-    stage: str,
-    name: str,
-    need: Need,
-    machine: Machine,
-    records: Sequence[Record],
-    kind: tuple[str, str],
-    *,
-    present: bool = False,
-) -> PlanRow:
-    """Compare what a stage needs with the machine; ``kind`` is that of its records."""
-    if not machine.gpu:
-        need = replace(need, host_bytes=need.host_bytes + need.device_bytes, device_bytes=0)
-    remedy = "use a smaller model"
-    remedy += REMEDIES.get("evaluate" if stage.startswith("evaluate") else stage, "")
-    written = 0 if present else need.artifact.num_bytes + need.scratch_bytes
-    problems = tuple(
+def shortages(compared: Mapping[str, tuple[int, int]], remedy: str) -> tuple[str, ...]:
+    """Say of which resource more bytes are needed (the first number) than are free."""
+    return tuple(
         f"{what}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free, "
-        f"{(needed - free) / 1e9:.1f} GB too much; {advice}"
-        for what, needed, free, advice in (
-            ("memory", need.host_bytes, machine.memory_available_bytes, remedy),
-            ("GPU memory", need.device_bytes, machine.device_memory_free_bytes, remedy),
-            ("disk", written, machine.disk_free_bytes, "free some disk"),
-        )
+        f"{(needed - free) / 1e9:.1f} GB too much; {remedy}"
+        for what, (needed, free) in compared.items()
         if needed > free
     )
-    time = estimate_time(records, kind, need.work, (machine.processor, machine.gpu))
-    return PlanRow(stage, name, need, time, present, problems)
 
 
 def summarize(rows: Sequence[PlanRow], machine: Machine) -> Plan:
     """Add rows up and compare all missing artifacts together with the free disk."""
-    known = [(row, row.need) for row in rows if row.need]
-    missing = [need for row, need in known if not row.present]
-    scratch = max((need.scratch_bytes for need in missing), default=0)
-    disk_missing = sum(need.artifact.num_bytes for need in missing) + scratch
-    over = disk_missing - machine.disk_free_bytes
-    fits = not any(row.problems for row, _ in known)
-    text = f"disk: all artifacts together need {over / 1e9:.1f} GB more than are free; "
+    needs = [row.need for row in rows if row.need]
+    missing = [row.need for row in rows if row.need and not row.present]
+    written = sum(need.artifact_bytes for need in missing)
+    written += max((need.scratch_bytes for need in missing), default=0)
+    fits = not any(row.problems for row in rows if row.need)
+    disk = {"disk": (written, machine.disk_free_bytes)} if fits else {}
+    problems = shortages(disk, "free some disk, or leave some runs out")
     return Plan(
         rows=tuple(rows),
         machine=machine,
-        memory_bytes=max((need.host_bytes for _, need in known), default=0),
-        device_memory_bytes=max((need.device_bytes for _, need in known), default=0),
-        disk_bytes=sum(need.artifact.num_bytes for _, need in known),
-        disk_missing_bytes=disk_missing,
-        seconds=sum(row.time.seconds for row, _ in known if row.time),
-        problems=(text + "free some disk, or leave some runs out",) if over > 0 and fits else (),
-        fits=fits and over <= 0,
+        memory_bytes=max((need.host_bytes for need in needs), default=0),
+        device_memory_bytes=max((need.device_bytes for need in needs), default=0),
+        disk_bytes=sum(need.artifact_bytes for need in needs),
+        disk_missing_bytes=written,
+        seconds=sum(row.time.seconds for row in rows if row.time),
+        problems=problems,
+        fits=fits and not problems,
     )

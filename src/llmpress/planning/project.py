@@ -1,58 +1,74 @@
-"""A row of the plan for every stage instance of params.yaml, and the records it left.
+"""A row of the plan for every stage instance of params.yaml.
 
 Stages that fetch something and the report are left out: what is downloaded is not known before,
 and the report takes seconds. A model that is not there yet gives rows that say how to get it.
 """
 
-import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from llmpress.calibration.settings import CalibrationSettings
-from llmpress.compression.settings import read_run
 from llmpress.core.artifacts import PROVENANCE, read_json
 from llmpress.core.errors import ArtifactError, ConfigError
 from llmpress.core.kinds import KINDS
-from llmpress.core.params import build, section, suggestion
-from llmpress.data.tasks.files import TASK_FILE, TEST_FILE, TRAIN_FILE
-from llmpress.deltas.settings import read_delta, read_delta_run
-from llmpress.evaluation.settings import EvaluationSettings, read_evaluation
+from llmpress.core.params import build, suggestion
+from llmpress.data.tasks.files import TASK_FILE, TEST_FILE, TRAIN_FILE, read_items
 from llmpress.methods.base import Method
-from llmpress.methods.registry import build_method
+from llmpress.methods.registry import build_method, method_name
 from llmpress.models.checkpoints.delta_files import HEADER
+from llmpress.pipeline.params import check_params
 from llmpress.planning import stages
-from llmpress.planning.plan import Machine, Plan, PlanRow, make_row, summarize
-from llmpress.planning.records import Record, read_records
+from llmpress.planning.plan import Machine, Plan, PlanRow, shortages, summarize
+from llmpress.planning.records import Record, estimate_time, read_records
 from llmpress.planning.shapes import ModelShapes, read_shapes
-from llmpress.planning.sizes import Layers, planned_layers
 from llmpress.planning.stages import Need, TaskText
-from llmpress.training.settings import FinetuningSettings, TrainingSettings, read_training
-from llmpress.tuning.settings import read_finetune
 
 CHARACTERS_PER_TOKEN = 4.2
+LOWERED = ("batch_size", "windows", "length")
+"""Settings that memory grows with."""
 
-Key = tuple[str, str]
-"""Stage and name; of records stage and method."""
 
-SECTIONS = {
-    "train_task": ("finetuned_models", "data/models"),
-    "extract_delta": ("deltas", "data/deltas"),
-    "calibrate": ("calibrations", "data/calibration"),
-    "compress": ("runs", "data/compressed"),
-    "compress_delta": ("delta_runs", "data/compressed"),
-    "finetune": ("finetunes", "data/finetuned"),
-    "train": ("trainings", "data/trained"),
-}
-"""Of each stage the section of params.yaml, and the folder of its artifacts."""
+@dataclass(frozen=True)
+class _Task:
+    """A stage instance as params.yaml has it."""
 
-EVALUATIONS = {kind.made_by: kind.evaluated_by for kind in KINDS if kind.original}
+    stage: str  # name in dvc.yaml without its key
+    folder: str  # of its artifact below data/, as params.yaml names it; results/NAME of a result
+    model: str  # whose shapes it depends on
+    settings: Any  # what else it depends on, and its provenance holds
+    need: Callable[[ModelShapes, Any], Need]
+    made_from: tuple[str, ...] = ()  # folders
+    method: str = ""  # that its seconds depend on, or what it trains
+
+    def row(
+        self, model: ModelShapes, machine: Machine, records: Sequence[Record], present: bool = False
+    ) -> PlanRow:
+        """Compare what it needs with the machine."""
+        folder, _, name = self.folder.partition("/")
+        try:
+            need = self.need(model, self.settings)
+        except ValueError as error:
+            raise ConfigError(f"{self.stage} {name}: {error}") from None
+        place = (machine.processor, machine.gpu)
+        time = estimate_time(records, (folder, self.method), need.work, place)
+        if not machine.gpu:
+            need = replace(need, host_bytes=need.host_bytes + need.device_bytes, device_bytes=0)
+        memory = {
+            "memory": (need.host_bytes, machine.memory_available_bytes),
+            "GPU memory": (need.device_bytes, machine.device_memory_free_bytes),
+        }
+        written = 0 if present else need.artifact_bytes + need.scratch_bytes
+        own = [field.name for field in fields(self.settings)] if self.settings else []
+        lower = [f"a lower `{setting}`" for setting in own if setting in LOWERED]
+        problems = shortages(memory, " or ".join(["use a smaller model", *lower]))
+        problems += shortages({"disk": (written, machine.disk_free_bytes)}, "free some disk")
+        return PlanRow(self.stage, name, need, time, present, problems)
 
 
 def plan_project(
@@ -77,125 +93,139 @@ def plan_project(
         ConfigError: An unknown name, a mistake in params.yaml, or a budget that cannot be met.
     """
     project = _Project(params, model, root)
-    known = {name for _, name in project.tasks}
+    tasks = project.tasks
+    named = {folder: folder.partition("/")[2] for folder in tasks}
     for name in names:
-        if name not in known:
-            raise ConfigError(f"{name!r} is nothing to plan{suggestion(name, known)}")
-    wanted = [key for key in project.tasks if not names or key[1] in names]
-    for key in wanted:  # grows
-        made_from = project.tasks[key].made_from
-        wanted += [other for other in made_from if other in project.tasks and other not in wanted]
+        if name not in named.values():
+            raise ConfigError(f"{name!r} is nothing to plan{suggestion(name, named.values())}")
+    wanted = [folder for folder in tasks if not names or named[folder] in names]
+    for folder in wanted:  # grows
+        wanted += [f for f in tasks[folder].made_from if f in tasks and f not in wanted]
     records = read_records() + project_records(params, root)
-    rows = [project.row(key, machine, records) for key in project.tasks if key in wanted]
+    rows = []
+    for folder in (folder for folder in tasks if folder in wanted):
+        try:
+            layout = project.layout(tasks[folder].model)
+        except ArtifactError as error:
+            problems = (str(error),)
+            rows.append(PlanRow(tasks[folder].stage, named[folder], None, problems=problems))
+            continue
+        present = model is None and project.provenance(folder).exists()
+        rows.append(tasks[folder].row(layout, machine, records, present))
     return summarize(rows, machine)
+
+
+def plan_compression(name: str, method: Method, model: ModelShapes, machine: Machine) -> Plan:
+    """Plan one compression of a model called ``name``; raises as `plan_project` does."""
+    kind = method_name(method)
+    task = _Task("compress", f"compressed/{name}", name, method, stages.compress, method=kind)
+    return summarize([task.row(model, machine, read_records())], machine)
 
 
 def project_records(params: Mapping[str, Any], root: Path) -> list[Record]:
     """Return how long the finished stages of a project took, with the settings they had then."""
     project, records = _Project(params, None, root), []
-    for key in project.tasks:
-        with suppress(ArtifactError, ConfigError, KeyError, ValueError):  # not there, or too old
-            records.append(project.record(key))
+    for folder in project.tasks:
+        # not there, made by another method or with other settings than there are now, or too old
+        with suppress(ArtifactError, ConfigError, KeyError, ValueError):
+            records += project.records(folder)
     return records
-
-
-@dataclass(frozen=True)
-class _Task:
-    """A stage instance.
-
-    Attributes:
-        kind: Stage and method of its records.
-        model: Whose shapes it depends on.
-        settings: What else it depends on and its provenance holds; None for a stage without.
-        need: Computes what it needs from both.
-        made_from: Stages and names of what it is made from.
-        method: Of the layers in its artifact.
-    """
-
-    kind: Key
-    model: str
-    settings: Any
-    need: Callable[[ModelShapes, Any], Need]
-    made_from: tuple[Key, ...]
-    method: Method | None = None
-
-    def layers(self, layout: ModelShapes) -> Layers:
-        """Return the compressed layers of its artifact; models and adapters have none."""
-        return planned_layers(layout, self.method) if self.method else {}
 
 
 class _Project:
     """params.yaml as stages in the order of dvc.yaml, with each model's layout read once."""
 
     def __init__(self, params: Mapping[str, Any], model: ModelShapes | None, root: Path) -> None:
-        self.params, self.model, self.root = params, model, root
+        self.content, self.params, self.model, self.root = params, check_params(params), model, root
         self.layout, self.text = cache(self._layout), cache(self._text)
-        self.tasks: dict[Key, _Task] = {}
-        for stage, (group, _) in SECTIONS.items():
-            for name in map(str, params.get(group) or {}):
-                self.tasks[stage, name] = getattr(self, f"_{stage}")(name)
-        if "evaluation" in params:
-            models = [("train_task", str(name)) for name in section(params, "evaluation.models")]
-            for _, name in models:
-                self.tasks["reference", name] = self._reference(name)
-            for stage, name in [*models, *(key for key in self.tasks if key[0] in EVALUATIONS)]:
-                evaluation = EVALUATIONS.get(stage, "evaluate_model")
-                self.tasks[evaluation, name] = self._evaluate(stage, name)
+        self.tasks = {task.folder: task for task in self._tasks()}
 
-    def row(self, key: Key, machine: Machine, records: Sequence[Record]) -> PlanRow:
-        """Estimate one stage instance, or say why that is not possible yet."""
-        task = self.tasks[key]
-        try:
-            need = task.need(self.layout(task.model), task.settings)
-        except ArtifactError as error:
-            return PlanRow(*key, need=None, problems=(str(error),))
-        except ConfigError:
-            raise
-        except ValueError as error:
-            raise ConfigError(f"{' '.join(key)}: {error}") from None
-        present = self.model is None and self._provenance(key).exists()
-        return make_row(*key, need, machine, records, task.kind, present=present)
+    def provenance(self, folder: str) -> Path:
+        """Return the file that says how a stage went."""
+        kind, _, name = folder.partition("/")
+        if kind == "results":
+            return self.root / "results/details" / f"{name}.json"
+        return self.root / "data" / folder / PROVENANCE
 
-    def record(self, key: Key) -> Record:
-        """Return how long a finished stage took.
-
-        Raises:
-            ArtifactError: It is not finished.
-            ConfigError: It was made by another method than params.yaml says now.
-        """
-        task = self.tasks[key]
-        made = read_json(self._provenance(key))
-        if task.kind[0] == "evaluate":
+    def records(self, folder: str) -> list[Record]:
+        """Return how long a finished stage took; nothing if another method made it."""
+        task, made = self.tasks[folder], read_json(self.provenance(folder))
+        if folder.startswith("results/"):
             about, made = made["evaluation"], made["provenance"]["evaluation"]
             then = {"tasks": about["task_items"], "corpora": list(about["tokens_scored"]), **about}
             seconds = made["seconds"]["all"]
         else:
             then, seconds = made["settings"], made["seconds"]
-        method, settings = task.kind[1], task.settings
-        if then.get("trains", then.get("method", method)) != method:
-            raise ConfigError(f"{' '.join(key)}: was made by another method")
-        if settings is not None:
-            now = {f.name: getattr(settings, f.name) for f in fields(settings)}
-            values = {name: then.get(name, value) for name, value in now.items()}
-            settings = build(type(settings), values, " ".join(key))
-        hardware = made["hardware"]
-        return Record(
-            *task.kind,
-            model=task.model,
-            work=task.need(self.layout(task.model), settings).work,
-            seconds=seconds,
-            processor=hardware["processor"],
-            gpu=hardware["gpu"] or "",
-            threads=hardware["threads"],
-            date=made["created"][:10],
-        )
+        if then.get("trains", then.get("method", task.method)) != task.method:
+            return []
+        settings, hardware = task.settings, made["hardware"]
+        if settings:
+            now = {field.name: getattr(settings, field.name) for field in fields(settings)}
+            settings = build(type(settings), {k: then.get(k, v) for k, v in now.items()}, folder)
+        work = task.need(self.layout(task.model), settings).work
+        machine = hardware["processor"], hardware["gpu"] or "", hardware["threads"]
+        kind = folder.partition("/")[0]
+        return [Record(kind, task.method, task.model, work, seconds, *machine)]
 
-    def _provenance(self, key: Key) -> Path:
-        if key[0] == "reference":
-            return self.root / "data/references" / key[1] / PROVENANCE
-        if key[0] in SECTIONS:
-            return self.root / SECTIONS[key[0]][1] / key[1] / PROVENANCE
-        return self.root / "results/details" / f"{key[1]}.json"
+    def _tasks(self) -> Iterator[_Task]:
+        params, text, changed = self.params, self.text, self._exact_tensors
+        methods: dict[str, Method] = {}  # of the layers in a folder
+        for name, how in params.finetuned_models.items():
+            items = text(how.task, TRAIN_FILE) if how.task else None
+            need = partial(stages.train_task, text=items)
+            yield _Task("train_task", f"models/{name}", how.base, how, need)
+        for name, delta in params.deltas.items():
+            need = partial(stages.extract_delta, exact_tensors=changed(name))
+            sources = f"models/{delta.finetuned}", delta.base
+            yield _Task("extract_delta", f"deltas/{name}", delta.finetuned, None, need, sources)
+        for name, texts in params.calibrations.items():
+            source = (f"models/{name}",)
+            yield _Task("calibrate", f"calibration/{name}", name, texts, stages.calibrate, source)
+        for name, run in params.runs.items():
+            folder, source = f"compressed/{name}", (f"calibration/{run.model}",)
+            made = methods[folder] = build_method(run.method, run.settings)
+            yield _Task("compress", folder, run.model, made, stages.compress, source, run.method)
+        for name, of in params.delta_runs.items():
+            folder, sources = (
+                f"compressed/{name}",
+                (f"deltas/{of.delta}", f"calibration/{of.finetuned}"),
+            )
+            made = methods[folder] = build_method(of.method, of.settings)
+            order = params.calibrations[of.finetuned] if of.sequential else None
+            need = partial(stages.compress_delta, exact_tensors=changed(of.delta), sequential=order)
+            yield _Task("compress_delta", folder, of.finetuned, made, need, sources, of.method)
+        for name, tuned in params.finetunes.items():
+            folder, source = f"finetuned/{name}", (f"compressed/{tuned.run}",)
+            made = methods[folder] = methods[source[0]]
+            texts = params.calibrations[tuned.model]
+            need = partial(stages.finetune, method=made, calibration=texts)
+            yield _Task("finetune", folder, tuned.model, tuned.settings, need, source, tuned.method)
+        for name, on in params.trainings.items():
+            folder, start = f"trained/{name}", methods.get(on.start)  # a model has none
+            methods |= {folder: start} if start else {}
+            items = text(on.task, TRAIN_FILE) if on.task else None
+            need = partial(stages.train, trains=on.trains, text=items, method=start)
+            yield _Task("train", folder, on.model, on.settings, need, (on.start,), on.trains)
+        for name in params.evaluation.models:
+            folder, source, measured = f"references/{name}", (f"models/{name}",), params.evaluation
+            yield _Task("reference", folder, name, measured, stages.reference, source)
+        for kind in KINDS:
+            for name, entry in kind.entries(self.content).items():
+                folder, original = f"{kind.folder}/{name}", entry.get(kind.original or "", name)
+                asked = params.evaluation.tasks_of(original)
+                settings = replace(params.evaluation, tasks=asked, own_tasks={})
+                need = partial(
+                    stages.evaluate,
+                    texts={task: text(task, TEST_FILE, few) for task, few in asked.items()},
+                    kind=kind.name,
+                    method=methods.get(folder),
+                )
+                result, stage, sources = (
+                    f"results/{name}",
+                    kind.evaluated_by,
+                    (folder, f"references/{original}"),
+                )
+                yield _Task(stage, result, original, settings, need, sources)
 
     def _layout(self, name: str) -> ModelShapes:
         if self.model is not None:
@@ -203,156 +233,44 @@ class _Project:
         folder = self.root / "data/models" / name
         if (folder / "config.json").is_file():
             return read_shapes(folder)
-        trained = (self.params.get("finetuned_models") or {}).get(name)
-        if trained is not None:
-            return self.layout(str(trained["base"])).stored_as(torch.float32)
-        source = section(self.params, f"models.{name}")
-        if "path" in source and "file" not in source and Path(source["path"]).is_dir():
-            return read_shapes(Path(source["path"]))
+        if name in self.params.finetuned_models:
+            return self.layout(self.params.finetuned_models[name].base).stored_as(torch.float32)
+        source = self.params.models[name]
+        if source.path and not source.file and Path(source.path).is_dir():
+            return read_shapes(Path(source.path))
         raise ArtifactError(f"fetch the model first: python workflow/scripts/fetch_model.py {name}")
 
+    def _exact_tensors(self, delta: str) -> Collection[str] | None:
+        """Return what fine-tuning changed outside the linears; None where it is not known."""
+        header = self.root / "data/deltas" / delta / HEADER
+        if self.model is None and header.is_file():
+            return tuple(read_json(header)["exact"])
+        # train_task leaves everything else alone, but for rows of added tokens
+        made_here = self.params.deltas[delta].finetuned in self.params.finetuned_models
+        return () if made_here else None
+
     def _text(self, task: str, split: str, drawn: int | None = None) -> TaskText:
-        """Return the tokens of a task's items, guessed where the task is not there yet."""
+        """Measure the items of a task, or guess where it is not there yet.
+
+        A token is taken for 4.2 characters, as in English, but every digit for one of its own. Of
+        ``drawn`` items at random the longest is shorter than that of all.
+        """
         folder = self.root / "data/tasks" / task
         if not (folder / split).is_file():
-            generator = (self.params.get("tasks") or {}).get(task, {}).get("generator")
-            return TaskText(45, 70, 32) if generator else TaskText()
-        lines = (folder / split).read_text(encoding="utf-8").splitlines()
+            return TaskText(45, 70, 32) if self.params.tasks[task].generator else TaskText()
+        items = read_items(folder / split)
+        lengths = sorted(
+            _num_tokens(item.get("query", "") + str(answer))
+            for item in items
+            for answer in item.get("choices") or [item.get("target", "")]
+        )
+        beyond = len(lengths) // (2 * drawn) if drawn else 0  # of twice as many items, one
         config = yaml.safe_load((folder / TASK_FILE).read_text(encoding="utf-8"))
         generates = config.get("output_type") == "generate_until"
-        tokens = config.get("generation_kwargs", {}).get("max_gen_toks", 256) if generates else 0
-        return task_text([json.loads(line) for line in lines if line.strip()], tokens, drawn)
-
-    def _settings(self, cls: type, where: str) -> Any:
-        return build(cls, section(self.params, where), where)
-
-    def _exact_tensors(self, name: str) -> Collection[str]:
-        """Return what fine-tuning changes outside the linears: as known, or at most everything."""
-        header = self.root / "data/deltas" / name / HEADER
-        if self.model is None and header.is_file():
-            return list(read_json(header)["exact"])
-        finetuned = read_delta(self.params, name).finetuned
-        if finetuned in (self.params.get("finetuned_models") or {}):
-            return ()  # train_task leaves everything else alone, but for rows of added tokens
-        layout = self.layout(finetuned)
-        return set(layout.tensors) - {f"{linear}.weight" for linear in layout.linears}
-
-    def _train_task(self, name: str) -> _Task:
-        settings = self._settings(TrainingSettings, f"finetuned_models.{name}")
-
-        def need(layout: ModelShapes, settings: TrainingSettings) -> Need:
-            text = self.text(settings.task, TRAIN_FILE) if settings.task else TaskText()
-            return stages.train_task(layout, settings, text)
-
-        return _Task(("train_task", ""), settings.base, settings, need, ())
-
-    def _extract_delta(self, name: str) -> _Task:
-        delta = read_delta(self.params, name)
-
-        def need(layout: ModelShapes, _: None) -> Need:
-            return stages.extract_delta(layout, self._exact_tensors(name))
-
-        made_from = (("train_task", delta.finetuned), _maker(delta.base))
-        return _Task(("extract_delta", ""), delta.finetuned, None, need, made_from)
-
-    def _calibrate(self, name: str) -> _Task:
-        settings = self._settings(CalibrationSettings, f"calibrations.{name}")
-        made_from = (("train_task", name),)
-        return _Task(("calibrate", ""), name, settings, stages.calibrate, made_from)
-
-    def _compress(self, name: str) -> _Task:
-        run = read_run(self.params, name)
-        method = build_method(run.method, run.settings, f"runs.{name}")
-        kind, made_from = ("compress", run.method), (("calibrate", run.model),)
-        return _Task(kind, run.model, method, stages.compress, made_from, method)
-
-    def _compress_delta(self, name: str) -> _Task:
-        run = read_delta_run(self.params, name)
-        method = build_method(run.method, run.settings, f"delta_runs.{name}")
-        calibration = ("calibrate", run.finetuned)
-        order = self.tasks[calibration].settings if run.sequential else None
-
-        def need(layout: ModelShapes, method: Method) -> Need:
-            return stages.compress_delta(layout, method, self._exact_tensors(run.delta), order)
-
-        made_from = (("extract_delta", run.delta), calibration)
-        return _Task(("compress", run.method), run.finetuned, method, need, made_from, method)
-
-    def _finetune(self, name: str) -> _Task:
-        finetune = read_finetune(self.params, name)
-        start = self.tasks["compress", finetune.run]
-        texts = self._settings(CalibrationSettings, f"calibrations.{finetune.model}")
-        return _Task(
-            ("finetune", finetune.method),
-            finetune.model,
-            finetune.settings,
-            lambda layout, settings: stages.finetune(layout, start.settings, settings, texts),
-            (("compress", finetune.run),),
-            start.method,
-        )
-
-    def _train(self, name: str) -> _Task:
-        training = read_training(self.params, name)
-        maker = _maker(training.start, delta=training.trains == "delta")
-        start = self.tasks.get(maker)  # a fetched model has none
-
-        def need(layout: ModelShapes, settings: FinetuningSettings) -> Need:
-            text = self.text(training.task, TRAIN_FILE) if training.task else None
-            layers = start.layers(layout) if start else {}
-            return stages.train(layout, training.trains, settings, text, layers)
-
-        kind, method = ("train", training.trains), start.method if start else None
-        return _Task(kind, training.model, training.settings, need, (maker,), method)
-
-    def _reference(self, name: str) -> _Task:
-        settings = read_evaluation(self.params)
-        return _Task(("reference", ""), name, settings, stages.reference, (("train_task", name),))
-
-    def _evaluate(self, stage: str, name: str) -> _Task:
-        made = self.tasks[stage, name] if stage in EVALUATIONS else None
-        original = made.model if made else name
-        settings = read_evaluation(self.params)
-        settings = replace(settings, tasks=settings.tasks_of(original), own_tasks={})
-
-        def need(layout: ModelShapes, settings: EvaluationSettings) -> Need:
-            texts = {n: self.text(n, TEST_FILE, few) for n, few in settings.tasks.items()}
-            layers, delta = made.layers(layout) if made else None, stage == "compress_delta"
-            return stages.evaluate(layout, settings, texts, layers, delta=delta)
-
-        return _Task(
-            ("evaluate", ""), original, settings, need, ((stage, name), ("reference", original))
-        )
+        written = config.get("generation_kwargs", {}).get("max_gen_toks", 256) if generates else 0
+        return TaskText(sum(lengths) / len(items), lengths[-1 - beyond], written, len(items))
 
 
-def _maker(folder: str, *, delta: bool = False) -> Key:
-    """Return stage and name of what makes a folder below data/."""
-    kind, _, name = folder.partition("/")
-    compressed = "compress_delta" if delta else "compress"
-    makers = {"models": "train_task", "compressed": compressed, "finetuned": "finetune"}
-    return makers[kind], name
-
-
-def task_text(
-    items: Sequence[Mapping[str, Any]], generated: int = 0, drawn: int | None = None
-) -> TaskText:
-    """Measure items with a ``query`` and either ``choices`` or a ``target``.
-
-    A token is taken for 4.2 characters, as in English, but every digit for one of its own.
-
-    Args:
-        items: At least one.
-        generated: Tokens that each lets a model generate.
-        drawn: How many of them will be drawn at random, of which the longest is shorter.
-    """
-
-    def num_tokens(text: str) -> float:
-        digits = sum(map(str.isdigit, text))
-        return digits + (len(text) - digits) / CHARACTERS_PER_TOKEN
-
-    lengths = sorted(
-        num_tokens(item.get("query", "") + str(answer))
-        for item in items
-        for answer in item.get("choices") or [item.get("target", "")]
-    )
-    beyond = len(lengths) // (2 * drawn) if drawn else 0  # of twice as many items, one
-    return TaskText(sum(lengths) / len(items), lengths[-1 - beyond], generated, len(items))
+def _num_tokens(text: str) -> float:
+    digits = sum(map(str.isdigit, text))
+    return digits + (len(text) - digits) / CHARACTERS_PER_TOKEN

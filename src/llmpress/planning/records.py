@@ -19,48 +19,25 @@ ALIKE = math.log(2.0)
 
 @dataclass(frozen=True)
 class Record:
-    """How long a stage took.
+    """How long a stage took; in the table that comes along, the median of alike runs."""
 
-    Attributes:
-        stage: What was done: ``compress`` for deltas too, ``evaluate`` whatever is evaluated.
-        method: By which method, or what was trained; empty where it makes no difference.
-        model: What it was done to, for the reader.
-        work: See `llmpress.planning.stages`.
-        seconds: Time without starting Python.
-        processor: Of the machine.
-        gpu: The same; empty where the processor did the work.
-        threads: Of the processor.
-        date: When.
-    """
-
-    stage: str
-    method: str
-    model: str
-    work: float
-    seconds: float
+    made: str  # what, as folders below data/ are called: compressed, finetuned; results
+    method: str  # by which method, or what was trained; empty where it makes no difference
+    model: str  # of what, for the reader
+    work: float  # see `llmpress.planning.stages`
+    seconds: float  # without starting Python
     processor: str
-    gpu: str
-    threads: int
-    date: str
+    gpu: str  # empty where the processor did the work
+    threads: int  # of the processor
 
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds that a stage is expected to take.
+    """Seconds that a stage is expected to take."""
 
-    Attributes:
-        seconds: Median of the records, each scaled by work.
-        low: Least of them.
-        high: Largest of them.
-        machine: Whose records they are: ``this processor``, or its name, or that of a GPU.
-        basis: What the estimate rests on, in words.
-    """
-
-    seconds: float
-    low: float
-    high: float
-    machine: str
-    basis: str
+    seconds: float  # median of the records, each scaled by work
+    machine: str  # whose records they are: this processor, or its name, or that of a GPU
+    basis: str  # what the estimate rests on, in words
 
 
 def read_records(file: Path = SHIPPED) -> list[Record]:
@@ -79,7 +56,7 @@ def estimate_time(
 
     Args:
         records: All there are.
-        kind: Stage and method.
+        kind: What is made, and the method.
         work: Of what is planned.
         machine: Processor and GPU.
     """
@@ -88,23 +65,17 @@ def estimate_time(
         here = (record.processor, record.gpu) == machine
         return abs(math.log(work / record.work)) + (0.0 if here else ELSEWHERE)
 
-    known = [r for r in records if (r.stage, r.method) == kind and bool(r.gpu) == bool(machine[1])]
+    known = [r for r in records if (r.made, r.method) == kind and bool(r.gpu) == bool(machine[1])]
     if not known or not work:
         return None
     nearest = min(known, key=distance)
     source = (nearest.processor, nearest.gpu)
-    near = [r for r in known if distance(r) <= distance(nearest) + ALIKE]
-    near = [r for r in near if (r.processor, r.gpu) == source]
-    scaled = [r.seconds * work / r.work for r in near]
+    near = [r for r in known if (r.processor, r.gpu) == source]
+    near = [r for r in near if distance(r) <= distance(nearest) + ALIKE]
     name = "this GPU" if machine[1] else "this processor"
     if source != machine:
         name = (nearest.gpu or nearest.processor).replace("(R)", "").removesuffix(" Processor")
     factor = work / nearest.work
     scale = "" if 0.8 < factor < 1.25 else f", ×{factor:.0f}" if factor > 10 else f", ×{factor:.2g}"
-    return Time(
-        seconds=median(scaled),
-        low=min(scaled),
-        high=max(scaled),
-        machine=name,
-        basis=f"{len(near)} of {name}{scale}",
-    )
+    seconds = median(record.seconds * work / record.work for record in near)
+    return Time(seconds, name, f"{len(near)} of {name}{scale}")
