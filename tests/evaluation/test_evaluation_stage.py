@@ -1,8 +1,10 @@
 import json
+import math
 import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from tiny_project import evaluated
@@ -28,6 +30,12 @@ def test_a_model_is_its_own_original() -> None:
     assert details.original == "tiny"
     assert details.provenance.source is None
     assert details.evaluation.tokens_scored == {"code": 2 * 63}
+    assert {name: len(answers) for name, answers in details.answers.items()} == {
+        "choice": 8,
+        "write": 4,
+    }
+    for name, answers in details.answers.items():
+        assert fmean(answers) == pytest.approx(metrics.quality.tasks[name].accuracy)
 
 
 @pytest.mark.usefixtures("project")
@@ -35,6 +43,14 @@ def test_a_run_is_compared_with_its_model() -> None:
     metrics, details = evaluated("rtn", tasks={})
     assert 1e-4 < metrics.quality.kl_divergence_nats["code"] < 1
     assert metrics.quality.top1_agreement["code"] > 0.5
+    means = details.windows["code"]
+    first, second = means.kl_divergence_nats
+    assert fmean((first, second)) == pytest.approx(metrics.quality.kl_divergence_nats["code"])
+    assert metrics.quality.kl_divergence_stderr_nats["code"] == pytest.approx(
+        abs(first - second) / 2
+    )
+    assert math.exp(fmean(means.loss_nats)) == pytest.approx(metrics.quality.perplexity["code"])
+    assert len(means.top1_agreement) == 2
     assert 4 < metrics.size.bits_per_weight < 5
     assert (details.kind, details.method) == ("compressed", "rtn")
     assert details.settings == {"num_bits": 4, "group_size": 32}
@@ -67,6 +83,12 @@ def test_a_delta_is_compared_with_the_finetuned_model() -> None:
 def test_the_same_evaluation_gives_the_same_numbers() -> None:
     first, second = (evaluated("rtn")[0].quality for _ in range(2))
     assert first == second
+
+
+@pytest.mark.usefixtures("project")
+def test_a_single_window_has_no_standard_error() -> None:
+    quality = evaluated("rtn", tasks={}, windows=1)[0].quality
+    assert quality.perplexity_stderr == {"code": None}
 
 
 @pytest.mark.usefixtures("project")

@@ -81,6 +81,9 @@ def make_metrics(name: str, bits: float, damage: float, kind: str) -> dict[str, 
                 for c in CORPORA
             },
             "top1_agreement": dict.fromkeys(CORPORA, 1 - damage * 0.8 if kind != "model" else 1.0),
+            "perplexity_stderr": dict.fromkeys(CORPORA, 0.52),
+            "kl_divergence_stderr_nats": dict.fromkeys(CORPORA, damage**2 / 10),
+            "top1_agreement_stderr": dict.fromkeys(CORPORA, 0.012),
             "tasks": {
                 task: {
                     "accuracy": round(n * (0.25 + 0.4 * (1 - damage) * wobble(task))) / n,
@@ -216,6 +219,8 @@ def make_details(
             "device": "cpu",
             "num_threads": 1,
         },
+        "windows": {},
+        "answers": {},
         "layers": layers,
         "training": None,
         "provenance": {

@@ -2,6 +2,7 @@ import base64
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -99,7 +100,7 @@ def test_shown_numbers_have_units_and_errors(project: Project) -> None:
     text = page_of(project)
     row = text[text.index('<a href="#settings-gptq-3bit">') :].split("</tr>")[0]
     for column, shown in (
-        ("perplexity_wikipedia", "27.12"),
+        ("perplexity_wikipedia", "27.12 ± 0.52"),
         ("accuracy_piqa", "51.6 ± 6.2"),
         ("model_bytes", "102.4"),
         ("compress_seconds", "—"),
@@ -117,7 +118,7 @@ def test_points_of_the_quality_charts_are_the_numbers(whole: tuple[Project, str]
         metrics = project.read("metrics", name)
         size, quality = metrics["size"], metrics["quality"]
         assert perplexity[name] == pytest.approx(
-            (size["bits_per_weight"], quality["perplexity"]["wikipedia"]), rel=1e-6
+            (size["bits_per_weight"], quality["perplexity"]["wikipedia"], 0.52), rel=1e-6
         )
         piqa = quality["tasks"]["piqa"]
         assert accuracy[name] == pytest.approx(
@@ -178,6 +179,30 @@ def test_points_on_the_front_are_filled_and_the_others_tell_who_is_better(projec
     assert figure["layout"]["meta"]["alt"].endswith("on the Pareto front: cluscomp-3bit-tuned.")
 
 
+@pytest.mark.parametrize(("noise", "apart"), [(0.01, True), (1.0, False)], ids=["more", "chance"])
+def test_a_run_is_hollow_only_if_another_is_better_beyond_chance(
+    noise: float, apart: bool, project: Project
+) -> None:
+    losses = {"rtn-4bit": 2.5, "cluscomp-3bit": 2.3}
+    for name, loss in losses.items():
+        signs = (1, -1, 1, -1) if name == "rtn-4bit" else (-1, 1, 1, -1)
+        means = [loss + noise * sign for sign in signs]
+        windows = dict.fromkeys(("loss_nats", "kl_divergence_nats", "top1_agreement"), means)
+        project.edit("details", name, lambda d, w=windows: d["windows"].update(code=w))
+        project.edit(
+            "metrics", name, lambda m, v=loss: m["quality"]["perplexity"].update(code=math.exp(v))
+        )
+    keep = ("rtn-4bit", "cluscomp-3bit")
+    for file in project.metrics.glob("*.json"):
+        if file.stem not in (*keep, "smollm2"):
+            file.unlink()
+    figure = chart_data(page_of(project))["quality-0"]["perplexity_code|bits_per_weight"]
+    (trace,) = (t for t in figure["data"] if "hovertext" in t and "rtn-4bit" in t["hovertext"][0])
+    assert trace["marker"]["symbol"][0].endswith("-open") == apart
+    said = "not as good as cluscomp-3bit" if apart else "not told apart from cluscomp-3bit"
+    assert trace["customdata"] == [said]
+
+
 def test_what_cannot_be_drawn_is_said(project: Project) -> None:
     project.edit(
         "metrics", "rtn-4bit", lambda m: m["quality"]["kl_divergence_nats"].update(code=0.0)
@@ -195,7 +220,7 @@ def test_a_broken_run_does_not_press_the_others_together(project: Project) -> No
     variants = chart_data(page_of(project))["quality-0"]
     broken, whole = (variants[f"perplexity_{c}|bits_per_weight"] for c in ("code", "wikipedia"))
     assert broken["layout"]["meta"]["note"] == (
-        "Far above the others, not drawn: svd-20pct (1.36e+08)."
+        "Far above the others, not drawn: svd-20pct (1.36e+08 ± 0.52)."
     )
     assert set(points_of(whole)) - set(points_of(broken)) == {"svd-20pct"}
 

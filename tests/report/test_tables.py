@@ -42,6 +42,8 @@ def test_summary_holds_the_numbers_of_the_metrics_file(project: Project, name: s
         assert row[f"perplexity_{corpus}"] == quality["perplexity"][corpus]
         assert row[f"kl_{corpus}"] == quality["kl_divergence_nats"][corpus]
         assert row[f"top1_agreement_{corpus}"] == quality["top1_agreement"][corpus]
+        assert row[f"stderr_perplexity_{corpus}"] == quality["perplexity_stderr"][corpus]
+        assert row[f"stderr_kl_{corpus}"] == quality["kl_divergence_stderr_nats"][corpus]
     for task in TASKS:
         for key in ("accuracy", "stderr", "num_items"):
             assert row[f"{key}_{task}"] == quality["tasks"][task][key]

@@ -60,6 +60,15 @@ class Likelihood:
         """Share of predictions whose most probable token is the original's."""
         return float(self.agreements.sum()) / self.num_tokens
 
+    def by_window(self) -> dict[str, list[float]]:
+        """Return the means over the predictions of each window."""
+        sums = {
+            "loss_nats": self.losses,
+            "kl_divergence_nats": self.divergences,
+            "top1_agreement": self.agreements,
+        }
+        return {name: (values / self.window_tokens).tolist() for name, values in sums.items()}
+
 
 def own_likelihood(losses: Tensor, window_tokens: int) -> Likelihood:
     """Return that of an original: it diverges by 0 from itself, and agrees with itself."""

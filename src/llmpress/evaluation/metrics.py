@@ -5,7 +5,7 @@
 
 import types
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
@@ -52,6 +52,17 @@ class Quality(Record):
     top1_agreement: dict[str, float] = Field(
         description="By corpus: share of tokens for which the most probable next token is the "
         "original's. A model itself: 1 by definition."
+    )
+    perplexity_stderr: dict[str, NonNegativeFloat | None] = Field(
+        description="By corpus: its standard error over windows; null for a single window. Two "
+        "runs read the same windows, so their difference is known better: compare the losses of "
+        "each window (see details)."
+    )
+    kl_divergence_stderr_nats: dict[str, NonNegativeFloat | None] = Field(
+        description="The same of the divergence."
+    )
+    top1_agreement_stderr: dict[str, NonNegativeFloat | None] = Field(
+        description="The same of the agreement."
     )
     tasks: dict[str, TaskAccuracy] = Field(description="By task, through lm-eval.")
 
@@ -150,6 +161,16 @@ class EvaluationRecord(Record):
     num_threads: int = Field(description="Threads of the processor that were used.")
 
 
+class WindowMeans(Record):
+    """Means over the tokens of each window, in the order of the text."""
+
+    loss_nats: list[float] = Field(
+        description="Negative log-likelihood; exp of its mean is the perplexity."
+    )
+    kl_divergence_nats: list[float] = Field(description="KL(original ‖ this).")
+    top1_agreement: list[float] = Field(description="Share of tokens that agree.")
+
+
 class Provenance(Record):
     """Where the result comes from."""
 
@@ -172,6 +193,13 @@ class Details(Record):
     original: str = Field(description="Model it is compared with; a model's own name.")
     base: str | None = Field(description="Deltas: the model the delta is put on; null otherwise.")
     evaluation: EvaluationRecord = Field(description="How it was measured.")
+    windows: dict[str, WindowMeans] = Field(
+        description="By corpus; the same windows for all results that are compared."
+    )
+    answers: dict[str, list[float]] = Field(
+        description="By task: 1 for each item answered correctly, else 0; the same items for all "
+        "results that are compared."
+    )
     layers: dict[str, Any] | None = Field(
         description="Records of the artifact: size and errors of every layer, losses of every "
         "finetuned block; null for a model and for adapters."
@@ -232,9 +260,11 @@ def _type_name(kind: Any) -> str:
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is dict:
         return "object" if arguments[1] is Any else _type_name(arguments[1])
+    if origin is list:
+        return f"list of {_type_name(arguments[0])}s"
     if origin is Literal:
         return " or ".join(f"`{value}`" for value in arguments)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, Union):
         return " or ".join(_type_name(argument) for argument in arguments)
     if hasattr(kind, "__metadata__"):  # such as NonNegativeFloat
         return _type_name(arguments[0])

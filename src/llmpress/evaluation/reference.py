@@ -28,6 +28,7 @@ from llmpress.evaluation.likelihood import (
 )
 from llmpress.models.folders import model_folder
 from llmpress.models.loading import dequantized, load_model, load_tokenizer
+from llmpress.nn.layers.blocked import multiplying_in_blocks
 
 FILE = "reference.safetensors"
 
@@ -56,12 +57,14 @@ class Reference:
             ArtifactError: It has a vocabulary of another size.
             NumericalError: It computes NaN or Inf.
         """
-        return {
-            name: likelihood(
-                running(model, tokens), remembered(self.model, self.states[name]), tokens, name
-            )
-            for name, tokens in self.windows.items()
-        }
+        head = self.model.get_output_embeddings()
+        with multiplying_in_blocks(model), multiplying_in_blocks(head):
+            return {
+                name: likelihood(
+                    running(model, tokens), remembered(self.model, self.states[name]), tokens, name
+                )
+                for name, tokens in self.windows.items()
+            }
 
 
 @torch.inference_mode()
@@ -71,11 +74,12 @@ def refer(model: PreTrainedModel, windows: Mapping[str, Tensor]) -> Reference:
     Raises:
         NumericalError: It computes NaN or Inf.
     """
-    states = {name: last_states(model, tokens, name) for name, tokens in windows.items()}
-    own = {
-        name: likelihood(remembered(model, states[name]), None, tokens, name)
-        for name, tokens in windows.items()
-    }
+    with multiplying_in_blocks(model):
+        states = {name: last_states(model, tokens, name) for name, tokens in windows.items()}
+        own = {
+            name: likelihood(remembered(model, states[name]), None, tokens, name)
+            for name, tokens in windows.items()
+        }
     return Reference(model, windows, states, own)
 
 

@@ -1,5 +1,6 @@
 """Everything that is measured of one model or run, in the order that keeps memory low."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from llmpress.evaluation.sizes import (
 from llmpress.evaluation.speed import measure_speed
 from llmpress.evaluation.subjects import Subject, folder_subject
 from llmpress.evaluation.tasks import TaskScore, evaluate_tasks, read_task
+from llmpress.evaluation.uncertainty import standard_error
 from llmpress.nn.layers import KINDS
 
 Tasks = Sequence[Path | str] | Mapping[Path | str, int | None]
@@ -152,7 +154,7 @@ def evaluate_model(
         device=place,
         num_threads=torch.get_num_threads(),
     )
-    return numbers, _details(subject, evaluation, samples, seconds)
+    return numbers, _details(subject, evaluation, likelihoods, scores, samples, seconds)
 
 
 @contextmanager
@@ -166,10 +168,19 @@ def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
 def _quality(
     likelihoods: Mapping[str, Likelihood], scores: Mapping[str, TaskScore]
 ) -> metrics.Quality:
+    means = {name: result.by_window() for name, result in likelihoods.items()}
+
+    def errors(of: str) -> dict[str, float]:
+        return {name: standard_error(values[of]) for name, values in means.items()}
+
+    perplexity = {name: result.perplexity for name, result in likelihoods.items()}
     return metrics.Quality(
-        perplexity={name: result.perplexity for name, result in likelihoods.items()},
+        perplexity=perplexity,
         kl_divergence_nats={name: r.kl_divergence_nats for name, r in likelihoods.items()},
         top1_agreement={name: result.top1_agreement for name, result in likelihoods.items()},
+        perplexity_stderr=_known({n: perplexity[n] * e for n, e in errors("loss_nats").items()}),
+        kl_divergence_stderr_nats=_known(errors("kl_divergence_nats")),
+        top1_agreement_stderr=_known(errors("top1_agreement")),
         tasks={
             name: metrics.TaskAccuracy(
                 accuracy=score.accuracy, stderr=score.stderr, num_items=score.num_items
@@ -177,6 +188,10 @@ def _quality(
             for name, score in scores.items()
         },
     )
+
+
+def _known(errors: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: None if math.isnan(error) else error for name, error in errors.items()}
 
 
 def _layers(folder: Path) -> dict[str, Any]:
@@ -197,6 +212,8 @@ def _layers(folder: Path) -> dict[str, Any]:
 def _details(
     subject: Subject,
     evaluation: metrics.EvaluationRecord,
+    likelihoods: Mapping[str, Likelihood],
+    scores: Mapping[str, TaskScore],
     samples: list[dict[str, str]],
     seconds: dict[str, float],
 ) -> metrics.Details:
@@ -213,6 +230,10 @@ def _details(
         original=subject.original,
         base=subject.base,
         evaluation=evaluation,
+        windows={
+            name: metrics.WindowMeans(**result.by_window()) for name, result in likelihoods.items()
+        },
+        answers={name: list(score.answers) for name, score in scores.items()},
         layers=_layers(folder) if has_records(folder) else None,
         training=read_json(training) if training.is_file() else None,
         provenance=metrics.Provenance(

@@ -38,12 +38,14 @@ class TaskScore:
         stderr: Standard error of that share, from sampling items.
         num_items: Items asked.
         metric: What lm-eval calls the accuracy, for example ``acc`` or ``exact_match``.
+        answers: 1 for each item answered correctly, else 0, in the task's order.
     """
 
     accuracy: float
     stderr: float
     num_items: int
     metric: str
+    answers: tuple[float, ...]
 
 
 def evaluate_tasks(
@@ -121,7 +123,7 @@ def _run(
     items: Mapping[str, list[int]],
     batch_size: int,
 ) -> dict[str, Any]:
-    """Return lm-eval's results by task; probabilities are fp32 whatever the model is."""
+    """Return lm-eval's results by task, with its samples; probabilities are fp32 always."""
     if not tasks:
         return {}
     from lm_eval.evaluator import evaluate
@@ -135,9 +137,8 @@ def _run(
         batch_size=batch_size,
     )
     chosen = {name: items[name] for name in tasks}
-    found: dict[str, Any] = evaluate(wrapped, {"tasks": tasks}, samples=chosen, log_samples=False)
-    results: dict[str, Any] = found["results"]
-    return results
+    found: dict[str, Any] = evaluate(wrapped, {"tasks": tasks}, samples=chosen, log_samples=True)
+    return {name: {**found["results"][name], "samples": found["samples"][name]} for name in tasks}
 
 
 def _items(task: "Task", limit: int | None, folder: Path) -> list[int]:
@@ -153,9 +154,14 @@ def _score(result: Mapping[str, Any], config: Mapping[str, Any]) -> TaskScore:
     metric = config["metric_list"][0]["metric"]
     filters = config.get("filter_list") or [{"name": "none"}]
     key = filters[0]["name"]
+    samples = sorted(
+        (sample for sample in result["samples"] if sample["filter"] == key),
+        key=lambda sample: sample["doc_id"],
+    )
     return TaskScore(
         accuracy=float(result[f"{metric},{key}"]),
         stderr=float(result[f"{metric}_stderr,{key}"]),
         num_items=int(result["sample_len"]),
         metric=metric,
+        answers=tuple(float(sample[metric]) for sample in samples),
     )

@@ -38,8 +38,15 @@ class Chart:
     variants: Mapping[str, Any]
 
 
-def quality_charts(summary: pd.DataFrame) -> dict[str, list[Chart]]:
-    """Return the charts of quality against size, for weights and for deltas, one per original."""
+def quality_charts(
+    summary: pd.DataFrame, pairs: Mapping[tuple[str, str], Sequence[float]]
+) -> dict[str, list[Chart]]:
+    """Return the charts of quality against size, for weights and for deltas, one per original.
+
+    Args:
+        summary: One row per model and run.
+        pairs: What each number is the mean of, by run and column.
+    """
     methods = sorted(summary["method"].dropna().unique())
     charts: dict[str, list[Chart]] = {"weights": [], "deltas": []}
     compressed = summary[~summary["kind"].isin(["model", "trained"])]
@@ -57,7 +64,7 @@ def quality_charts(summary: pd.DataFrame) -> dict[str, list[Chart]]:
         sizes = [size for size in SIZE_AXES if runs[size.column].notna().any()]
         variants = {
             f"{measure.column}|{size.column}": (
-                quality_figure(rows, references, size, measure, methods)
+                quality_figure(rows, references, size, measure, methods, pairs)
             )
             for measure in measures
             for size in sizes
@@ -72,8 +79,9 @@ def quality_charts(summary: pd.DataFrame) -> dict[str, list[Chart]]:
                 key=f"quality-{index}",
                 title=f"Runs compared with {original}" if original else "Runs of unknown origin",
                 caption=f"Quality of the {what} against the true size of {bits}, codebooks, scales "
-                "and padding included. Filled points lie on the Pareto front, the stepped line: no "
-                "other run is as small and as good. Hollow points do not. The dashed line is the "
+                "and padding included, with standard errors. The stepped line is the Pareto front. "
+                "Hollow points lie behind it: another run is as small and better on the same "
+                "windows or items, beyond chance (95 %). The dashed line is the "
                 "original, dotted ones are other uncompressed models (perplexities compare only "
                 "between models of one tokenizer); a thin line joins a run before and after "
                 "finetuning.",

@@ -26,7 +26,14 @@ from llmpress.report.canvas import TEMPLATE
 from llmpress.report.gaps import Gap, find_gaps
 from llmpress.report.measures import NO_VALUE, Measure, decimals, significant, table_measures
 from llmpress.report.skipped import skipped
-from llmpress.report.tables import KIND_LABELS, Results, blocks_frame, layers_frame, summary_frame
+from llmpress.report.tables import (
+    KIND_LABELS,
+    Results,
+    blocks_frame,
+    layers_frame,
+    pairs,
+    summary_frame,
+)
 from llmpress.report.trainings import training_tables
 
 SCRIPTS = ("charts.js", "table.js", "page.js")
@@ -79,7 +86,7 @@ def render(
     )
     layers, blocks = layers_frame(results), blocks_frame(results)
     evaluation, warnings = context.evaluation_settings(results)
-    quality = charts.quality_charts(summary)
+    quality = charts.quality_charts(summary, pairs(results))
     shown = {
         "weight_charts": quality["weights"],
         "delta_charts": quality["deltas"],

@@ -50,7 +50,7 @@ class Measure:
         if not math.isfinite(value):
             return "infinite"
         if self.stderr and pd.notna(row[self.stderr]):
-            return f"{self.show(value)} ± {self.show(row[self.stderr])}"
+            return f"{self.show(value)} ± {short(row[self.stderr] * self.scale)}"
         return self.show(value)
 
 
@@ -76,6 +76,11 @@ def significant(value: float) -> str:
     if not 1e-3 <= abs(value) < 1e6:
         return f"{value:.3g}"
     return f"{value:.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
+
+
+def short(value: float) -> str:
+    """Return two significant digits: enough of an error."""
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
 def percent(value: float) -> str:
@@ -126,7 +131,12 @@ def quality_measures(columns: Iterable[str]) -> list[Measure]:
         ),
     )
     measures = [
-        replace(measure, column=column, label=column.removeprefix(prefix))
+        replace(
+            measure,
+            column=column,
+            label=column.removeprefix(prefix),
+            stderr=f"stderr_{column}" if f"stderr_{column}" in columns else None,
+        )
         for prefix, measure in per_corpus
         for column in columns
         if column.startswith(prefix)
@@ -146,7 +156,8 @@ def quality_measures(columns: Iterable[str]) -> list[Measure]:
                     best="high",
                 )
             )
-    mean = Measure("mean_accuracy", group, "mean", percent, scale=100.0, best="high")
+    error = "stderr_mean_accuracy" if "stderr_mean_accuracy" in columns else None
+    mean = Measure("mean_accuracy", group, "mean", percent, scale=100.0, stderr=error, best="high")
     return [*measures, mean]
 
 

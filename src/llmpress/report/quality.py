@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from llmpress.evaluation.uncertainty import distinguishable
 from llmpress.report.canvas import COLORS, GREY, SYMBOLS, Figure, add, array, new_figure, say, text
 from llmpress.report.labels import positions
 from llmpress.report.measures import Measure
@@ -29,12 +30,21 @@ class Point:
         x: Size, in the axis' unit.
         y: Quality, in the axis' unit.
         better: Name of a run that dominates it; empty on the front.
+        apart: Whether the two are told apart on the same windows or items.
     """
 
     row: Row
     x: float
     y: float
     better: str = ""
+    apart: bool = True
+
+    @property
+    def rank(self) -> str:
+        """What is known of its place, in words."""
+        if not self.better:
+            return f"on the {FRONT}"
+        return f"{'not as good as' if self.apart else 'not told apart from'} {self.better}"
 
     @property
     def name(self) -> str:
@@ -48,10 +58,11 @@ def quality_figure(
     size: Measure,
     measure: Measure,
     methods: Sequence[str],
+    pairs: Mapping[tuple[str, str], Sequence[float]],
 ) -> Figure:
     """Draw quality against true size: a point per run, a line per uncompressed model.
 
-    Points on the Pareto front are filled, the others hollow.
+    Points are hollow where another run is as small and better, by more than chance.
 
     Args:
         runs: Rows of the summary to draw.
@@ -59,6 +70,7 @@ def quality_figure(
         size: The horizontal axis.
         measure: The vertical axis.
         methods: All methods of the report, so that a method looks the same in every figure.
+        pairs: What each number is the mean of, by run and column.
     """
     if measure.column.startswith(("kl_", "top1_")):
         references = ()  # a model agrees with itself: no line to compare with
@@ -67,7 +79,7 @@ def quality_figure(
         for row in references
         if _is_finite(row[measure.column])
     ]
-    known = _points(runs, size, measure)
+    known = _points(runs, size, measure, pairs)
     drawn, note = _drawable(runs, known, [level for _, level in levels], measure)
     front = [point for point in drawn if not point.better]
     ends, log_size = _range([point.x for point in drawn])
@@ -102,7 +114,12 @@ def quality_figure(
     return say(figure, alt, note)
 
 
-def _points(runs: Sequence[Row], size: Measure, measure: Measure) -> list[Point]:
+def _points(
+    runs: Sequence[Row],
+    size: Measure,
+    measure: Measure,
+    pairs: Mapping[tuple[str, str], Sequence[float]],
+) -> list[Point]:
     """Return the runs with both numbers, each with a run that dominates it."""
     points = [
         Point(row, float(row[size.column]) * size.scale, float(row[measure.column]) * measure.scale)
@@ -110,8 +127,17 @@ def _points(runs: Sequence[Row], size: Measure, measure: Measure) -> list[Point]
         if _is_finite(row[size.column]) and _is_finite(row[measure.column])
     ]
     better = dominated_by([(point.x, point.y) for point in points], (size.best, measure.best))
+
+    def apart(name: str, other: str) -> bool:
+        first, second = (pairs.get((run, measure.column)) for run in (name, other))
+        if not first or not second or len(first) != len(second):
+            return True  # nothing to compare but the numbers
+        return distinguishable(first, second)
+
     return [
-        replace(point, better="" if index is None else points[index].name)
+        point
+        if index is None
+        else replace(point, better=points[index].name, apart=apart(point.name, points[index].name))
         for point, index in zip(points, better, strict=True)
     ]
 
@@ -162,16 +188,15 @@ def _add_points(
             for point, place in zip(points, places, strict=True)
         ],
         hovertext=[text(point.name) for point in points],
-        customdata=[
-            text(f"not as good as {point.better}" if point.better else f"on the {FRONT}")
-            for point in points
-        ],
+        customdata=[text(point.rank) for point in points],
         mode="markers+text",
         textposition=[place or "middle right" for place in places],
         cliponaxis=False,
         marker={
             "color": color,
-            "symbol": [f"{symbol}-open" if point.better else symbol for point in points],
+            "symbol": [
+                f"{symbol}-open" if point.better and point.apart else symbol for point in points
+            ],
             "size": 15 if symbol == "star" else 11,
             "line": {"width": 2, "color": color},
         },

@@ -5,6 +5,7 @@ metrics file are missing; metrics files that params.yaml does not name are left 
 said.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -41,6 +42,14 @@ SPEED_COLUMNS = ("decode_tokens_per_second", "prefill_tokens_per_second", "peak_
 INTEGER_SUFFIXES = ("_weights", "_bits", "_bytes")
 CORPUS_METRICS = {  # key in the metrics file -> prefix of the column
     "perplexity": "perplexity",
+    "kl_divergence_nats": "kl",
+    "top1_agreement": "top1_agreement",
+    "perplexity_stderr": "stderr_perplexity",
+    "kl_divergence_stderr_nats": "stderr_kl",
+    "top1_agreement_stderr": "stderr_top1_agreement",
+}
+WINDOW_MEANS = {  # key of each window -> prefix of the column that is made of them
+    "loss_nats": "perplexity",
     "kl_divergence_nats": "kl",
     "top1_agreement": "top1_agreement",
 }
@@ -170,6 +179,26 @@ def summary_frame(results: Results) -> pd.DataFrame:
     return frame
 
 
+def pairs(results: Results) -> dict[tuple[str, str], list[float]]:
+    """Return what each number is the mean of, by run and column: of windows, or of answers.
+
+    The same windows and items for all runs of one original, so that they are compared in pairs.
+    """
+    found: dict[tuple[str, str], list[float]] = {}
+    for result in results.found:
+        for corpus, means in (result.details.get("windows") or {}).items():
+            for key, prefix in WINDOW_MEANS.items():
+                found[result.name, f"{prefix}_{corpus}"] = means[key]
+        tasks = result.details.get("answers") or {}
+        items = sum(map(len, tasks.values()))
+        for task, answers in tasks.items():
+            found[result.name, f"accuracy_{task}"] = answers
+            weight = items / (len(tasks) * len(answers))  # each task counts the same
+            mean = found.setdefault((result.name, "mean_accuracy"), [])
+            mean += [weight * answer for answer in answers]
+    return found
+
+
 def layers_frame(results: Results) -> pd.DataFrame:
     """Return one row per compressed linear layer of every run, those trained end to end apart.
 
@@ -255,6 +284,10 @@ def _row(result: Result) -> dict[str, Any]:
             row[f"{key}_{task}"] = scores.get(key)
     accuracies = [scores["accuracy"] for scores in tasks.values()]
     row["mean_accuracy"] = sum(accuracies) / len(accuracies) if accuracies else None
+    if accuracies:
+        row["stderr_mean_accuracy"] = math.hypot(*(s["stderr"] for s in tasks.values())) / len(
+            tasks
+        )
     return row
 
 
@@ -267,7 +300,7 @@ def _columns(rows: list[dict[str, Any]]) -> list[str]:
     seen = list(dict.fromkeys(key for row in rows for key in row))
     quality = [
         column
-        for prefix in (*CORPUS_METRICS.values(), "accuracy", "stderr", "num_items")
+        for prefix in (*WINDOW_MEANS.values(), "accuracy", "stderr", "num_items")
         for column in seen
         if column.startswith(f"{prefix}_")
     ]

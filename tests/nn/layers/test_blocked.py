@@ -4,10 +4,17 @@ import runpy
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from llmpress.nn.layers import blocked
-from llmpress.nn.layers.blocked import in_blocks, linear, matmul, stored_bytes
+from llmpress.nn.layers.blocked import (
+    in_blocks,
+    linear,
+    matmul,
+    multiplying_in_blocks,
+    stored_bytes,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -71,3 +78,15 @@ def test_torch_without_onednn_is_enough(monkeypatch: pytest.MonkeyPatch) -> None
     (kept,) = loaded["in_blocks"]([weight])
     torch.testing.assert_close(loaded["linear"](x, kept), x @ weight.t())
     torch.testing.assert_close(loaded["matmul"](x, weight.t()), x @ weight.t())
+
+
+def test_linears_multiply_in_blocks_for_a_while() -> None:
+    model = nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 8, bias=False))
+    x = torch.randn(5, 24)
+    with torch.inference_mode():
+        expected = model(x)
+        with multiplying_in_blocks(model):
+            assert all("forward" in vars(model[index]) for index in (0, 2))
+            torch.testing.assert_close(model(x), expected)
+    assert not any("forward" in vars(module) for module in model)
+    model(x).sum().backward()

@@ -4,11 +4,12 @@
 about as long as the product.
 """
 
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 
@@ -38,6 +39,27 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         x = x.to(weight.dtype)
     product: Tensor = _product()(x, weight, None, "none", [], "")
     return product
+
+
+@contextmanager
+def multiplying_in_blocks(model: nn.Module) -> Iterator[None]:
+    """Let the dense linears of a model on a CPU multiply by weights in blocks, without gradients.
+
+    For as long as that lasts the weights are there twice, and must not change.
+    """
+    linears = [m for m in model.modules() if type(m) is nn.Linear and m.weight.is_cpu]
+    for module, weight in zip(linears, in_blocks(m.weight.detach() for m in linears), strict=True):
+        module.forward = partial(_affine, weight=weight, bias=module.bias)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in linears:
+            del module.forward
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product = linear(x, weight)
+    return product if bias is None else product + bias
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
