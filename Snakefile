@@ -32,4 +32,3 @@ rule all:
 
 
 include: "workflow/rules/stages.smk"
-include: "workflow/rules/ablations.smk"

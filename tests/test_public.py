@@ -296,7 +296,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "workflow/scripts": (*FRONT, "llmpress.report", "llmpress.data"),
 }
 # Scripts that make something of several parts instead of calling one function.
-OWN_PARTS = {"train_task": "llmpress.training", "ablations": "llmpress.evaluation"}
+OWN_PARTS = {"train_task": "llmpress.training"}
 
 
 @pytest.mark.parametrize("folder", ALLOWED)

@@ -289,10 +289,10 @@ def computes(stage: str) -> bool:
 def test_profiles_give_a_gpu_to_the_stages_that_compute(name: str) -> None:
     profile = yaml.safe_load((ROOT / f"profiles/{name}/config.yaml").read_text(encoding="utf-8"))
     resources = profile["set-resources"]
-    assert {*resources, *profile["set-threads"]} <= {*STAGES, "ablations"}
+    assert {*resources, *profile["set-threads"]} <= {*STAGES}
     assert profile["default-resources"]["gpu"] != 0
     without = {rule for rule, asked in resources.items() if asked.get("gpu") == 0}
-    assert without == {stage for stage in STAGES if not computes(stage)} | {"ablations"}
+    assert without == {stage for stage in STAGES if not computes(stage)}
 
 
 def test_dependencies_exist_or_are_made_by_a_stage() -> None:

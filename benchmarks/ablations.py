@@ -1,9 +1,12 @@
-"""Ablations: one choice of a method varied at a time, everything else kept.
+"""Vary one choice of a method at a time, everything else kept: the tables of docs/ablations.md.
 
-What is asked stands in a data file. A measured row is kept with its settings and the fingerprints
-of what it was measured on, and is measured again when one of them changes.
+What is asked stands in ablations.yaml. A measured row is kept with its settings and the
+fingerprints of what it was measured on, and is measured again when one of them changes.
+
+    python benchmarks/ablations.py > build/ablations.md
 """
 
+import argparse
 import hashlib
 import json
 import statistics
@@ -16,11 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from tqdm.auto import tqdm
 
 from llmpress.calibration.files import load_statistics, load_windows
 from llmpress.core.artifacts import fingerprint, read_json, read_provenance, write_json
 from llmpress.core.errors import ArtifactError
+from llmpress.core.params import build
 from llmpress.core.records import BlockRecord, read_records
 from llmpress.data.corpora import load_text, token_windows
 from llmpress.evaluation.likelihood import likelihood, running
@@ -30,8 +35,10 @@ from llmpress.methods.registry import build_method
 from llmpress.models.checkpoints.files import Checkpoint
 from llmpress.models.loading import load_model, load_tokenizer
 from llmpress.numerics.linalg import relative_output_error
+from llmpress.report.measures import significant
 
 Row = dict[str, Any]
+HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -149,13 +156,13 @@ def _key(ablation: Ablation, question: Question, varied: Any) -> str:
 
 def _measure(ablation: Ablation, question: Question, varied: Any, data: Path) -> Row:
     if question.measure == "layers":
-        return _layers(ablation, {**question.base, **varied}, data)
+        return _measure_layers(ablation, {**question.base, **varied}, data)
     if question.measure == "blocks":
-        return _blocks(data / varied)
-    return _perplexity(ablation, data / varied, data)
+        return _measure_blocks(data / varied)
+    return _measure_perplexity(ablation, data / varied, data)
 
 
-def _layers(ablation: Ablation, settings: Mapping[str, Any], data: Path) -> Row:
+def _measure_layers(ablation: Ablation, settings: Mapping[str, Any], data: Path) -> Row:
     """Compress the layers alone: true bits, relative output error, seconds."""
     source = Checkpoint(data / "models" / ablation.model)
     known = load_statistics(data / "calibration" / ablation.model)
@@ -208,7 +215,7 @@ def with_largest_codebook(settings: Mapping[str, Any], shape: Shape) -> dict[str
     return {**others, "num_entries": entries}
 
 
-def _blocks(folder: Path) -> Row:
+def _measure_blocks(folder: Path) -> Row:
     """Read what block finetuning recorded: losses by epoch, and seconds of both steps."""
     records = read_records(folder)
     if not records.blocks:
@@ -241,7 +248,7 @@ def _losses(blocks: Sequence[BlockRecord]) -> Row:
     }
 
 
-def _perplexity(ablation: Ablation, folder: Path, data: Path) -> Row:
+def _measure_perplexity(ablation: Ablation, folder: Path, data: Path) -> Row:
     """Score a model on text it was calibrated on and on test text."""
     calibration = data / "calibration" / ablation.model
     seen, _ = load_windows(calibration)
@@ -264,3 +271,103 @@ def _perplexity(ablation: Ablation, folder: Path, data: Path) -> Row:
         name: likelihood(running(model, windows), None, windows, name).perplexity
         for name, windows in texts.items()
     }
+
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def markdown(ablation: Ablation, rows: Mapping[str, Sequence[Row]]) -> str:
+    """Return a table for each question, with its finding."""
+    parts = []
+    for question in ablation.questions:
+        headings, cells = TABLES[question.measure](rows[question.key])
+        parts += [f"## {question.title}", "", question.finding, ""]
+        parts += ["| " + " | ".join(headings) + " |"]
+        parts += ["| " + " | ".join("---" for _ in headings) + " |"]
+        parts += ["| " + " | ".join(row) + " |" for row in cells]
+        parts += [""]
+    return "\n".join(parts)
+
+
+def _layers(rows: Sequence[Row]) -> Table:
+    names = list(rows[0]["errors"])
+    short = [_short(name) for name in names]
+    headings = ["", "bits/weight", "output error", *short, "seconds"]
+    cells = [
+        [
+            row["label"],
+            f"{row['bits']:.3f}",
+            significant(row["error"]),
+            *(significant(row["errors"][name]) for name in names),
+            f"{row['seconds']:.1f}",
+        ]
+        for row in rows
+    ]
+    return headings, cells
+
+
+def _blocks(rows: Sequence[Row]) -> Table:
+    headings = [
+        "",
+        "bits/weight",
+        "held-out loss before",
+        "after",
+        "blocks improved",
+        "training loss by epoch",
+        "held-out loss by epoch",
+        "compress, s",
+        "finetune, s",
+    ]
+    cells = [
+        [
+            row["label"],
+            f"{row['bits']:.3f}",
+            significant(row["before"]),
+            significant(row["after"]),
+            f"{row['kept']} of {row['blocks']}",
+            ", ".join(significant(value) for value in row["train"]),
+            ", ".join(significant(value) for value in row["held_out"]),
+            f"{row['compress_seconds']:.0f}",
+            f"{row['finetune_seconds']:.0f}",
+        ]
+        for row in rows
+    ]
+    return headings, cells
+
+
+def _perplexity(rows: Sequence[Row]) -> Table:
+    headings = ["", "calibration text", "test text", "test / calibration"]
+    cells = [
+        [
+            row["label"],
+            *(f"{row[text]:.1f}" for text in ("seen", "test")),
+            f"{row['test'] / row['seen']:.2f}",
+        ]
+        for row in rows
+    ]
+    return headings, cells
+
+
+def _short(name: str) -> str:
+    """Return block and projection of a layer's full name."""
+    parts = name.split(".")
+    number = next(part for part in parts if part.isdigit())
+    return f"{parts[-1].removesuffix('_proj')} {number}"
+
+
+TABLES = {"layers": _layers, "blocks": _blocks, "perplexity": _perplexity}
+
+
+def main() -> None:
+    """Print the tables; rows that are known are not measured again."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--asked", type=Path, default=HERE / "ablations.yaml")
+    parser.add_argument("--rows", type=Path, default=HERE / "results/ablations.json")
+    arguments = parser.parse_args()
+    text = arguments.asked.read_text(encoding="utf-8")
+    ablation = build(Ablation, yaml.safe_load(text), str(arguments.asked))
+    print(markdown(ablation, measured(ablation, arguments.rows)))
+
+
+if __name__ == "__main__":
+    main()
