@@ -83,7 +83,8 @@ def plan(
 
 
 def _print_plan(plan: "Plan") -> None:
-    from llmpress.cli.output import bytes_text, console, print_facts, print_table
+    from llmpress.cli.output import bytes_text as size
+    from llmpress.cli.output import console, print_facts, print_table
 
     machine, rows = plan.machine, [_cells(row) for row in plan.rows]
     if not machine.gpu:
@@ -94,21 +95,12 @@ def _print_plan(plan: "Plan") -> None:
     without = basis.pop("", 0)
     rests = [f"{count} by records of {name}" for name, count in basis.items()]
     rests += [f"{without} without a record"] if without else []
-    memory, gpu, disk, missing, available, free, gpu_free = map(
-        bytes_text,
-        (
-            plan.memory_bytes,
-            plan.device_memory_bytes,
-            plan.disk_bytes,
-            plan.disk_missing_bytes,
-            machine.memory_available_bytes,
-            machine.disk_free_bytes,
-            machine.device_memory_free_bytes,
-        ),
-    )
+    peak, available = size(plan.memory_bytes), size(machine.memory_available_bytes)
+    missing, free = size(plan.disk_missing_bytes), size(machine.disk_free_bytes)
+    gpu, gpu_free = size(plan.device_memory_bytes), size(machine.device_memory_free_bytes)
     facts = [
-        ("memory", f"{memory} at the peak of one stage; {available} available"),
-        ("disk", f"{disk} in all, {missing} still to be written; {free} free"),
+        ("memory", f"{peak} at the peak of one stage; {available} available"),
+        ("disk", f"{size(plan.disk_bytes)} in all, {missing} still to be written; {free} free"),
         ("time", f"{duration_text(plan.seconds)} one stage after another; {', '.join(rests)}"),
         ("GPU memory", f"{gpu} at the peak; {gpu_free} free"),
     ]

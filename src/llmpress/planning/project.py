@@ -102,16 +102,7 @@ def plan_project(
     for folder in wanted:  # grows
         wanted += [f for f in tasks[folder].made_from if f in tasks and f not in wanted]
     records = read_records() + project_records(params, root)
-    rows = []
-    for folder in (folder for folder in tasks if folder in wanted):
-        try:
-            layout = project.layout(tasks[folder].model)
-        except ArtifactError as error:
-            problems = (str(error),)
-            rows.append(PlanRow(tasks[folder].stage, named[folder], None, problems=problems))
-            continue
-        present = model is None and project.provenance(folder).exists()
-        rows.append(tasks[folder].row(layout, machine, records, present))
+    rows = [project.row(folder, machine, records) for folder in tasks if folder in wanted]
     return summarize(rows, machine)
 
 
@@ -126,8 +117,7 @@ def project_records(params: Mapping[str, Any], root: Path) -> list[Record]:
     """Return how long the finished stages of a project took, with the settings they had then."""
     project, records = _Project(params, None, root), []
     for folder in project.tasks:
-        # not there, made by another method or with other settings than there are now, or too old
-        with suppress(ArtifactError, ConfigError, KeyError, ValueError):
+        with suppress(ArtifactError, ConfigError, KeyError, ValueError):  # not there, or too old
             records += project.records(folder)
     return records
 
@@ -140,8 +130,17 @@ class _Project:
         self.layout, self.text = cache(self._layout), cache(self._text)
         self.tasks = {task.folder: task for task in self._tasks()}
 
-    def provenance(self, folder: str) -> Path:
-        """Return the file that says how a stage went."""
+    def row(self, folder: str, machine: Machine, records: Sequence[Record]) -> PlanRow:
+        """Return a row, or one that says why nothing is known yet."""
+        task = self.tasks[folder]
+        try:
+            layout = self.layout(task.model)
+        except ArtifactError as error:
+            return PlanRow(task.stage, folder.partition("/")[2], None, problems=(str(error),))
+        present = self.model is None and self._provenance(folder).exists()
+        return task.row(layout, machine, records, present)
+
+    def _provenance(self, folder: str) -> Path:
         kind, _, name = folder.partition("/")
         if kind == "results":
             return self.root / "results/details" / f"{name}.json"
@@ -149,7 +148,7 @@ class _Project:
 
     def records(self, folder: str) -> list[Record]:
         """Return how long a finished stage took; nothing if another method made it."""
-        task, made = self.tasks[folder], read_json(self.provenance(folder))
+        task, made = self.tasks[folder], read_json(self._provenance(folder))
         if folder.startswith("results/"):
             about, made = made["evaluation"], made["provenance"]["evaluation"]
             then = {"tasks": about["task_items"], "corpora": list(about["tokens_scored"]), **about}
@@ -186,10 +185,8 @@ class _Project:
             made = methods[folder] = build_method(run.method, run.settings)
             yield _Task("compress", folder, run.model, made, stages.compress, source, run.method)
         for name, of in params.delta_runs.items():
-            folder, sources = (
-                f"compressed/{name}",
-                (f"deltas/{of.delta}", f"calibration/{of.finetuned}"),
-            )
+            folder = f"compressed/{name}"
+            sources = f"deltas/{of.delta}", f"calibration/{of.finetuned}"
             made = methods[folder] = build_method(of.method, of.settings)
             order = params.calibrations[of.finetuned] if of.sequential else None
             need = partial(stages.compress_delta, exact_tensors=changed(of.delta), sequential=order)
@@ -220,12 +217,8 @@ class _Project:
                     kind=kind.name,
                     method=methods.get(folder),
                 )
-                result, stage, sources = (
-                    f"results/{name}",
-                    kind.evaluated_by,
-                    (folder, f"references/{original}"),
-                )
-                yield _Task(stage, result, original, settings, need, sources)
+                stage, sources = kind.evaluated_by, (folder, f"references/{original}")
+                yield _Task(stage, f"results/{name}", original, settings, need, sources)
 
     def _layout(self, name: str) -> ModelShapes:
         if self.model is not None:
