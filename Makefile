@@ -24,7 +24,7 @@ help:
 	@echo "make clean     remove logs and caches, but neither data, nor results, nor $(VENV)"
 
 report: $(INSTALLED)
-	snakemake --cores all results/report.html
+	snakemake --cores all --quiet rules progress host reason -- results/report.html
 
 # One thread per process: the two workers share the cores.
 quick: $(INSTALLED)

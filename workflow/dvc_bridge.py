@@ -32,13 +32,12 @@ from snakemake.exceptions import WorkflowError
 from snakemake.io import ancient
 from snakemake.iocontainers import Wildcards
 
+from progress import note_start
+
 TOKENS = Path(".snakemake") / "dvc"
 SNAKEMAKE_LOCKS = Path(".snakemake") / "locks"
 # One text for all rules, without anything that varies: a changed text counts as changed code.
-COMMAND = (
-    "OMP_NUM_THREADS={threads} python workflow/scripts/dvc_stage.py"
-    " {params.stage:q} {log:q} 2>&1 | tee {log:q}"
-)
+COMMAND = "OMP_NUM_THREADS={threads} python workflow/scripts/dvc_stage.py {params.stage:q} {log:q}"
 
 
 class Bridge:
@@ -70,6 +69,7 @@ class Bridge:
         if check_staleness:
             self._remove_lock_of_killed_run()
             self._write_tokens()
+            note_start(self._stale, self._methods())
 
     @property
     def groups(self) -> list[str]:
@@ -158,6 +158,13 @@ class Bridge:
             token.write_text(str(time.time_ns()) if name in self._stale else "", encoding="ascii")
             if name not in self._stale:
                 os.utime(token, (1, 1))
+
+    def _methods(self) -> dict[str, str]:
+        """Return the method of every stage that has one."""
+        params = yaml.safe_load((self.root / "params.yaml").read_text(encoding="utf-8"))
+        entries = (params.get(section) or {} for section in ("runs", "delta_runs", "finetunes"))
+        methods = {key: entry.get("method", "") for part in entries for key, entry in part.items()}
+        return {name: methods.get(name.partition("@")[2], "") for name in self._stages}
 
     def _remove_lock_of_killed_run(self) -> None:
         """Spare the user ``snakemake --unlock`` after a run that was killed or lost its power.

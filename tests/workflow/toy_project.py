@@ -12,6 +12,7 @@ TOY = Path(__file__).parent / "toy"
 REAL_FILES = (
     "workflow/check_lock.py",
     "workflow/dvc_bridge.py",
+    "workflow/progress.py",
     "workflow/envs/llmpress.yaml",
     "workflow/report/report.rst",
     "workflow/rules/stages.smk",
