@@ -279,7 +279,7 @@ def test_deltas_of_the_first_version_are_refused(tiny_delta: Path, tmp_path: Pat
     shutil.copytree(tiny_delta, tmp_path / "old")
     header = read_json(tmp_path / "old/delta.json")
     write_json(tmp_path / "old/delta.json", {**header, "format_version": 1})
-    with pytest.raises(ArtifactError, match=r"version 1.* version 2"):
+    with pytest.raises(ArtifactError, match=r"version 1"):
         DeltaFolder(tmp_path / "old", "delta")
 
 

@@ -10,8 +10,11 @@ from transformers import PreTrainedModel
 
 from llmpress.core.artifacts import PROVENANCE, fingerprint, verify
 from llmpress.core.errors import ArtifactError
+from llmpress.models.architectures import replace_module
 from llmpress.models.checkpoints.delta_files import DeltaFolder
 from llmpress.models.checkpoints.dense_view import delta_layer
+from llmpress.models.checkpoints.files import empty_model
+from llmpress.models.checkpoints.finetuned_config import changed_config, computed_changes
 from llmpress.models.experts import separate_experts
 from llmpress.models.loading import load_model
 from llmpress.nn.layers import AdaptedLinear, CompressedLinear, keep_dense
@@ -44,18 +47,28 @@ class ModelDelta:
 
     Attributes:
         folder: Where it was read from.
+        model: What it is fitted to: the model itself, or, where the fine-tuned model has another
+            configuration, one of that configuration around the same tensors.
+        computed: Entries of the configuration that change what the model computes.
         layers: By name, each linear that changes: the base's own with its delta.
         tensors: By name of their module, the tensors that replace the base's, by attribute.
         sizes: Attributes of modules and configurations that come with those: owner, name, value.
     """
 
     folder: Path
+    model: PreTrainedModel
+    computed: list[str]
     layers: dict[str, AdaptedLinear] = field(default_factory=dict)
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     sizes: list[tuple[Any, str, Any]] = field(default_factory=list)
 
     def put_on(self, model: PreTrainedModel, swap: Swap) -> None:
         """Turn the base into the fine-tuned model; ``swap`` turns it back."""
+        if self.model is not model:
+            config = self.model.config
+            sizes = {k: v for k, v in vars(self.model).items() if k in config.to_dict()}
+            for name, value in {**sizes, **self.model._modules, "config": config}.items():
+                swap.set(model, name, value)
         for name, tensors in self.tensors.items():
             module = model.get_submodule(name)
             for attribute, tensor in tensors.items():
@@ -222,15 +235,57 @@ def fitted_delta(model: PreTrainedModel, folder: Path, base: tuple[Path, str] | 
     stored = DeltaFolder(folder, "compressed_delta")
     _check_base(stored, base)
     separate_experts(model)
-    delta = ModelDelta(folder)
-    for name in stored.header["layers"]:
-        linear = _base_linear(model, name, stored)
+    changed = _around(model, stored) if stored.config else model
+    delta = ModelDelta(folder, changed, computed_changes(stored.config))
+    for name in stored.layers:
+        linear = _base_linear(changed, name, stored)
         delta.layers[name] = AdaptedLinear(linear, delta_layer(name, stored, _device(linear)))
     for name in stored.exact_names():
-        _add_exact(model, name, stored, delta)
-    _add_tie(model, stored, delta)
-    keep_dense(model, (adapted.delta for adapted in delta.layers.values()))
+        _add_exact(delta, name, stored)
+    _add_tie(changed, stored, delta)
+    _check_complete(delta)
+    keep_dense(changed, (adapted.delta for adapted in delta.layers.values()))
     return delta
+
+
+def _around(model: PreTrainedModel, stored: DeltaFolder) -> PreTrainedModel:
+    """Return a model of the fine-tuned model's configuration that shares the base's tensors.
+
+    Parameters that the base does not have, or not of this shape, stay on the meta device.
+    """
+    changed = empty_model(changed_config(model.config, stored.config))
+    if type(changed) is not type(model):
+        raise ArtifactError(
+            f"{stored.folder}: changes the configuration of a {type(changed).__name__}, the model "
+            f"is a {type(model).__name__}; load the base with load_model"
+        )
+    modules = dict(changed.named_modules())
+    for name, module in model.named_modules():
+        is_plain = type(module) is nn.Linear  # packed weights stay in the modules that know them
+        if type(modules.get(name)) is nn.Linear and not is_plain:
+            replace_module(changed, name, module)
+    modules, on = dict(changed.named_modules()), next(model.parameters()).device
+    for module in modules.values():
+        for key, buffer in module.named_buffers(recurse=False):
+            module._buffers[key] = buffer.to(on)
+    places = changed.state_dict()
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    for name, tensor in tensors.items():
+        if name in places and places[name].shape == tensor.shape:
+            owner, _, attribute = name.rpartition(".")
+            setattr(modules[owner], attribute, tensor)
+    changed.train(model.training)
+    return changed
+
+
+def _check_complete(delta: ModelDelta) -> None:
+    for name, parameter in delta.model.named_parameters(remove_duplicate=False):
+        owner, _, attribute = name.rpartition(".")
+        own = delta.tensors.get(owner, {}).get(attribute, parameter)
+        if own.is_meta:
+            raise ArtifactError(
+                f"{delta.folder}: neither base nor delta hold the tensor {name}; extract it again"
+            )
 
 
 def _check_base(stored: DeltaFolder, base: tuple[Path, str] | None) -> None:
@@ -252,7 +307,7 @@ def _base_linear(
         linear = None
     if not isinstance(linear, nn.Linear | CompressedLinear):
         raise ArtifactError(f"{stored.folder}: the model has no linear layer {name}")
-    have, need = [linear.out_features, linear.in_features], stored.header["layers"][name]["shape"]
+    have, need = [linear.out_features, linear.in_features], stored.layers[name]["shape"]
     if have != need:
         raise ArtifactError(
             f"{stored.folder}: {name} is {need} in the delta and {have} in the model"
@@ -260,8 +315,9 @@ def _base_linear(
     return linear
 
 
-def _add_exact(model: PreTrainedModel, name: str, stored: DeltaFolder, delta: ModelDelta) -> None:
+def _add_exact(delta: ModelDelta, name: str, stored: DeltaFolder) -> None:
     """Add a fine-tuned tensor for the place of the base's, or for where the base has none."""
+    model = delta.model
     owner, _, attribute = name.rpartition(".")
     try:
         module = model.get_submodule(owner)
@@ -270,7 +326,9 @@ def _add_exact(model: PreTrainedModel, name: str, stored: DeltaFolder, delta: Mo
         raise ArtifactError(
             f"{stored.folder}: the model has no place for the tensor {name}"
         ) from None
-    like = old if old is not None else next(model.parameters())
+    if old is not None and old.is_meta:  # the base has none
+        old = None
+    like = old if old is not None else next(p for p in model.parameters() if not p.is_meta)
     tensor = stored.exact(name, None if old is None else old.detach())
     new = tensor.to(device=like.device, dtype=like.dtype, copy=True)
     is_buffer = attribute in dict(module.named_buffers(recurse=False))

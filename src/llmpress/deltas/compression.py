@@ -93,7 +93,7 @@ def write_compressed_delta(
     for name, tensor in delta.exact_tensors():
         writer.add(name, tensor)
     kept = ("base", "finetuned", "exact", "exact_rows", "tie_word_embeddings", "model_weights")
-    header = {key: delta.header[key] for key in kept}
+    header = {key: delta.header[key] for key in (*kept, "config") if key in delta.header}
     writer.close("compressed_delta", {**header, "layers": layers})
     size = total_size(records, model_weights, delta.exact_bytes())
     write_records(folder, Records(tuple(records), size, blocks=()))

@@ -1,16 +1,18 @@
 """Fine-tuned minus base, tensor by tensor: what is linear, what is kept exactly."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from llmpress.core.artifacts import PROVENANCE, artifact_folder, claim
 from llmpress.core.errors import ArtifactError, NumericalError
 from llmpress.core.progress import progress
 from llmpress.models.adapters import is_adapter
-from llmpress.models.architectures import block_linears
+from llmpress.models.architectures import block_linears, vocabulary_names
 from llmpress.models.checkpoints.adapter_view import finetuned_checkpoint
 from llmpress.models.checkpoints.delta_files import (
     DELTA_SHARD_BYTES,
@@ -20,7 +22,11 @@ from llmpress.models.checkpoints.delta_files import (
 )
 from llmpress.models.checkpoints.dense_view import dense_checkpoint
 from llmpress.models.checkpoints.files import Checkpoint
+from llmpress.models.checkpoints.finetuned_config import config_changes
 from llmpress.models.folders import model_folder
+
+OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+"""What transformers stored once and computes now, whatever the architecture."""
 
 
 def write_delta(
@@ -38,7 +44,8 @@ def write_delta(
     fewer than half of the rows differ, such as embeddings of a grown vocabulary, these rows are
     kept. Tensors without any change are left out and listed; where the two models have different
     float dtypes, a tensor is unchanged when it is the same after rounding to the narrower one, a
-    linear weight only when the fine-tuned is the narrower: small steps in fp32 count.
+    linear weight only when the fine-tuned is the narrower: small steps in fp32 count. What differs
+    of the configuration comes along.
 
     Args:
         base: The model that was fine-tuned.
@@ -47,14 +54,16 @@ def write_delta(
         max_shard_bytes: Size of a shard.
 
     Raises:
-        ArtifactError: A tensor that the fine-tuned model lacks, or linears of different shapes.
+        ArtifactError: Another architecture, a tensor that the fine-tuned model lacks or has no
+            place for, or linears of different shapes.
         NumericalError: NaN or Inf in a delta.
     """
-    in_base = set(base.names())
-    layers = [f"{name}.weight" for block in block_linears(finetuned.skeleton()) for name in block]
+    in_base, model = set(base.names()), finetuned.skeleton()
+    layers = [f"{name}.weight" for block in block_linears(model) for name in block]
     linears = [name for name in layers if name in in_base]
-    _check_layout(base, finetuned, linears)
-    others = sorted(set(finetuned.names()) - set(linears))
+    names = _placed(finetuned, model)
+    _check_layout(base, finetuned, linears, names)
+    others = sorted(names - set(linears))
     writer = DeltaWriter(folder, max_shard_bytes)
     changed: dict[str, list[int]] = {}
     exact: dict[str, int] = {}
@@ -89,9 +98,11 @@ def write_delta(
         "exact": exact,
         "exact_rows": exact_rows,
         "unchanged": unchanged,
-        "tie_word_embeddings": bool(finetuned.config.tie_word_embeddings),
-        "model_weights": sum(torch.Size(finetuned.shape(n)).numel() for n in finetuned.names()),
+        "tie_word_embeddings": _is_tied(finetuned, model),
+        "model_weights": sum(torch.Size(finetuned.shape(n)).numel() for n in names),
     }
+    if changes := config_changes(base.config, finetuned.config):
+        header["config"] = changes
     writer.close("delta", header)
 
 
@@ -131,11 +142,54 @@ def extract_delta(
     return out
 
 
-def _check_layout(base: Checkpoint, finetuned: Checkpoint, linears: list[str]) -> None:
+def _placed(finetuned: Checkpoint, model: PreTrainedModel) -> set[str]:
+    """Return the names of the stored tensors that have a place in the model.
+
+    Buffers that older versions of transformers stored have none, and none is missed.
+
+    Raises:
+        ArtifactError: Other tensors without a place or of another shape, or places without one.
+    """
+    places = model.state_dict()
+    stored = set(finetuned.names())
+    ignored = {*(model._keys_to_ignore_on_load_unexpected or ()), *OLD_BUFFERS}
+    names = {n for n in stored if not any(re.search(pattern, n) for pattern in ignored)}
+    where, kind = finetuned.folder, type(model).__name__
+    if extra := sorted(names - places.keys()):
+        raise ArtifactError(
+            f"{where}: {kind} has no place for its tensor {extra[0]} ({len(extra)} such), so no "
+            "delta can carry it; save the language model alone"
+        )
+    tied = vocabulary_names(model) if model.config.tie_word_embeddings else ()
+    for name, place in sorted(places.items()):
+        if name not in names and name not in tied:
+            raise ArtifactError(f"{where}: holds no tensor {name!r}; fetch the model again")
+        if name in names and finetuned.shape(name) != tuple(place.shape):
+            raise ArtifactError(
+                f"{where}: {name} is {list(finetuned.shape(name))}, its configuration needs "
+                f"{list(place.shape)}; fetch the model again"
+            )
+    return names
+
+
+def _is_tied(checkpoint: Checkpoint, model: PreTrainedModel) -> bool:
+    """Whether head and embeddings are one; to transformers they are not if stored ones differ."""
+    if not model.config.tie_word_embeddings:
+        return False
+    pair = [checkpoint.tensor(n) for n in vocabulary_names(model) if n in checkpoint.names()]
+    return len(pair) < 2 or not bool(_differing(*pair).any())
+
+
+def _check_layout(
+    base: Checkpoint, finetuned: Checkpoint, linears: list[str], names: set[str]
+) -> None:
     """Refuse pairs of models that are no base and its fine-tuned version."""
     where = f"{finetuned.folder} is not fine-tuned from {base.folder}"
-    tied = "lm_head.weight" if finetuned.config.tie_word_embeddings else None
-    for name in sorted(set(base.names()) - set(finetuned.names()) - {tied}):
+    if (new := finetuned.config.model_type) != (old := base.config.model_type):
+        raise ArtifactError(f"{where}: it is a {new}, the base a {old}")
+    model = base.skeleton()
+    tied = vocabulary_names(model) if finetuned.config.tie_word_embeddings else ()
+    for name in sorted((set(base.names()) & model.state_dict().keys()) - names - {*tied}):
         raise ArtifactError(f"{where}: it lacks the base's tensor {name!r}")
     for name in linears:
         if base.shape(name) != finetuned.shape(name):

@@ -13,6 +13,7 @@ from llmpress.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llmpress.models.checkpoints.adapter_view import FACTORS, PREFIX
 from llmpress.models.checkpoints.delta_files import DeltaFolder
 from llmpress.models.checkpoints.dense_view import delta_layer
+from llmpress.models.checkpoints.finetuned_config import computed_changes
 from llmpress.models.experts import expert_matrix
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,11 @@ def export_adapter(
     """
     out, dtype = Path(out), pick_dtype(dtype)
     opened = DeltaFolder(Path(delta), "compressed_delta")
+    if changed := computed_changes(opened.config):
+        raise ArtifactError(
+            f"{opened.folder}: the fine-tuned model's {', '.join(changed)} differ from its base's, "
+            "which no adapter holds; write the delta dense"
+        )
     left_out = opened.exact_names()
     settings = {
         "dtype": str(dtype).removeprefix("torch."),
@@ -61,7 +67,7 @@ def export_adapter(
         artifact_folder(target, stage="export", settings=settings, inputs=inputs) as folder,
     ):
         tensors, ranks = {}, {}
-        for name in progress(sorted(opened.header["layers"]), "export"):
+        for name in progress(sorted(opened.layers), "export"):
             layer = delta_layer(name, opened)
             if not layer.has_factors:
                 raise ArtifactError(

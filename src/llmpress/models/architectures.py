@@ -8,6 +8,7 @@ blocks and stay as they are. Of a mixture of experts each matrix of each expert 
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
+from typing import Any
 
 from torch import nn
 
@@ -106,6 +107,14 @@ def compressed_linear(name: str, model: nn.Module) -> nn.Linear:
     if not isinstance(linear, nn.Linear):
         raise ArtifactError(f"{name}: compressed in the artifact, but the model has no such linear")
     return linear
+
+
+def vocabulary_names(model: nn.Module) -> tuple[str, str]:
+    """Return the names of the weights of embeddings and head, empty where there is no head."""
+    layers: Any = model
+    names = {module: f"{name}.weight" for name, module in model.named_modules()}
+    embeddings, head = layers.get_input_embeddings(), layers.get_output_embeddings()
+    return names[embeddings], names.get(head, "")
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -152,8 +152,9 @@ class DeltaBank:
 
         Raises:
             ArtifactError: Rows of their own where a module cannot tell them apart: in a mixture,
-                whose experts see tokens of all rows, or where a delta changes tensors of a module
-                that others lie in; nothing changes then.
+                whose experts see tokens of all rows, or where a delta changes what the base's
+                configuration computes or tensors of a module that others lie in; nothing changes
+                then.
             ValueError: An unknown name, no rows, or a closed bank.
         """
         self._check_open()
@@ -217,6 +218,11 @@ class DeltaBank:
                 "of their own in a mixture; use one for all rows"
             )
         for name in names:
+            if changed := self._tenants[name].delta.computed:
+                raise ArtifactError(
+                    f"{name}: changes {', '.join(changed)} of the base's configuration, so rows "
+                    "cannot have deltas of their own; use one for all rows"
+                )
             if whole := self._tenants[name].whole:
                 raise ArtifactError(
                     f"{name}: changes tensors of {whole[0]}, which holds other layers, so rows "
@@ -245,6 +251,8 @@ def _tenant(model: PreTrainedModel, delta: ModelDelta) -> _Tenant:
     tenant = _Tenant(delta)
     tenant.deltas |= {name: adapted.delta for name, adapted in delta.layers.items()}
     for name, tensors in delta.tensors.items():
+        if delta.computed:
+            break  # it is never one of several
         module = model.get_submodule(name)
         if name in delta.layers and tensors.keys() == {"bias"}:
             old = getattr(module, "bias", None)

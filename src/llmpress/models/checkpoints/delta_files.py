@@ -5,6 +5,8 @@ minus base of each linear layer that changed; a ``compressed_delta`` holds ``<la
 packed tensors of its compressed layers. Both hold ``exact.<name>`` for every other tensor that
 changed: the fine-tuned tensor itself, at its own dtype. Of a matrix of which few rows changed they
 hold these rows alone: ``exact_rows.<name>.index [k]`` and ``exact_rows.<name>.rows [k, columns]``.
+Where the fine-tuned model's configuration differs, delta.json says how, and its version is 3: what
+knows only version 2 would apply such a delta with the base's configuration.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,7 +21,7 @@ from llmpress.core.errors import ArtifactError
 from llmpress.core.shards import ShardWriter
 
 HEADER = "delta.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION, WITH_CONFIG = 2, 3
 DELTA_SHARD_BYTES = 1 << 30
 EXACT = "exact."
 EXACT_ROWS = "exact_rows."
@@ -46,7 +48,8 @@ class DeltaWriter:
     def close(self, kind: Kind, header: Mapping[str, Any]) -> None:
         """Write what is left, give the shards their names, and write delta.json last."""
         files = self._shards.close()
-        first = {"format_version": FORMAT_VERSION, "kind": kind}
+        version = WITH_CONFIG if header.get("config") else FORMAT_VERSION
+        first = {"format_version": version, "kind": kind}
         write_json(self.folder / HEADER, {**first, **header, "files": files})
 
 
@@ -70,16 +73,31 @@ class DeltaFolder:
             raise ArtifactError(f"{folder}: no delta here ({HEADER} is missing); make it first")
         self.header: dict[str, Any] = read_json(folder / HEADER)
         version, found = self.header.get("format_version"), self.header.get("kind")
-        if version != FORMAT_VERSION:
+        if version not in (FORMAT_VERSION, WITH_CONFIG):
             raise ArtifactError(
-                f"{folder}: delta of format version {version}, this llmpress reads version "
-                f"{FORMAT_VERSION}; make it again"
+                f"{folder}: delta of format version {version}, this llmpress reads versions "
+                f"{FORMAT_VERSION} and {WITH_CONFIG}; make it again"
             )
         if found != kind:
             raise ArtifactError(f"{folder}: holds a {found}, a {kind} is needed here")
         for name in self.header["files"]:
             _opened(folder / name)  # what is missing or damaged is named at once
         self._where = {n: file for file, names in self.header["files"].items() for n in names}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the fine-tuned model's configuration has other than its base's."""
+        changes: dict[str, Any] = self.header.get("config", {})
+        return changes
+
+    @property
+    def layers(self) -> dict[str, dict[str, Any]]:
+        """By name, what `llmpress.nn.layers.layer_entry` says of each compressed layer.
+
+        ``shape`` comes with it. Of a delta that is not compressed there are none.
+        """
+        entries: dict[str, dict[str, Any]] = self.header.get("layers", {})
+        return entries
 
     def names(self) -> list[str]:
         """Return the names of all stored tensors, sorted."""

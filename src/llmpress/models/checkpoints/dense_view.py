@@ -136,7 +136,7 @@ def delta_layer(
     Raises:
         ArtifactError: It is damaged.
     """
-    entry = delta.header["layers"][name]
+    entry = delta.layers[name]
     out_features, in_features = entry["shape"]
     like = nn.Linear(in_features, out_features, bias=False, device="meta")
     return stored_layer(name, entry, like, delta, device)

@@ -130,13 +130,16 @@ class Checkpoint:
         Raises:
             SourceError: A mixture of experts of another form than those llmpress takes apart.
         """
-        with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                self.config, trust_remote_code=False
-            )
-        separate_experts(model)
-        model.eval()
-        return model
+        return empty_model(self.config)
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Build a model of a configuration; see `Checkpoint.skeleton`."""
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    separate_experts(model)
+    model.eval()
+    return model
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -1,22 +1,23 @@
-"""A fine-tuned model rebuilt from its base and an extracted delta, without files of its own."""
+"""A fine-tuned model rebuilt from its base and a delta, without files of its own."""
 
 from torch import Tensor
 
 from llmpress.core.errors import ArtifactError
+from llmpress.models.architectures import vocabulary_names
 from llmpress.models.checkpoints.delta_files import DeltaFolder
-from llmpress.models.checkpoints.dense_view import CheckpointView
+from llmpress.models.checkpoints.dense_view import CheckpointView, delta_layer
 from llmpress.models.checkpoints.files import Checkpoint
+from llmpress.models.checkpoints.finetuned_config import changed_config
 
 
 class FinetunedCheckpoint(CheckpointView):
-    """A base with its extracted delta: linears are sums in fp32, other changed tensors exact.
+    """A base with its delta: linears are sums in fp32, other changed tensors exact.
 
-    Configuration and tokenizer are the base's, but for the size of the vocabulary and whether head
-    and embeddings are shared.
+    Configuration and tokenizer are the base's, but for what the delta says of the configuration.
 
     Args:
         base: What the delta was extracted from; of a compressed model its `DenseCheckpoint`.
-        delta: Of kind ``delta``.
+        delta: As it was extracted, or compressed.
 
     Raises:
         ArtifactError: The delta was extracted from another base.
@@ -26,14 +27,16 @@ class FinetunedCheckpoint(CheckpointView):
         super().__init__(base, delta.folder)
         self.delta = delta
         check_base(delta, base)
-        self._linears = {f"{name}.weight" for name in delta.header["linears"]}
+        self._linears = {f"{name}.weight" for name in delta.layers or delta.header["linears"]}
         self._exact = set(delta.exact_names())
         self._in_base = set(base.names())
+        self._names = set(self._in_base)
+        self.config = changed_config(base.config, delta.config)
         self.config.tie_word_embeddings = bool(delta.header["tie_word_embeddings"])
-        model = base.skeleton()
-        embeddings = model.get_input_embeddings()
-        name = next(n for n, module in model.named_modules() if module is embeddings)
-        self.config.get_text_config().vocab_size = self.shape(f"{name}.weight")[0]
+        embeddings, head = vocabulary_names(base.skeleton())
+        self.config.get_text_config().vocab_size = self.shape(embeddings)[0]
+        if self.config.tie_word_embeddings:
+            self._names.discard(head)
 
     @property
     def fingerprint(self) -> str:
@@ -43,7 +46,7 @@ class FinetunedCheckpoint(CheckpointView):
 
     def names(self) -> list[str]:
         """Return the names of the fine-tuned model's tensors, sorted."""
-        return sorted({*self.delta.header["unchanged"], *self._linears, *self._exact})
+        return sorted(self._names | self._exact)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape."""
@@ -53,8 +56,12 @@ class FinetunedCheckpoint(CheckpointView):
         """Read one tensor: a changed linear's weight as fp32 ``[out, in]``."""
         if name in self._exact:
             return self.delta.exact(name, self.base.tensor(name) if name in self._in_base else None)
-        tensor = self.base.tensor(name)
-        return tensor.float() + self.delta.tensor(name) if name in self._linears else tensor
+        tensor, layer = self.base.tensor(name), name.removesuffix(".weight")
+        if name not in self._linears:
+            return tensor
+        if layer in self.delta.layers:
+            return tensor.float() + delta_layer(layer, self.delta).dequantize()
+        return tensor.float() + self.delta.tensor(name)
 
 
 def check_base(delta: DeltaFolder, base: Checkpoint) -> None:
