@@ -101,7 +101,7 @@ def test_too_little_text_names_the_corpus() -> None:
 def test_a_missing_task_is_named_before_anything_is_computed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("llmpress.evaluation.stage.measure_speed", None)
+    monkeypatch.setattr("llmpress.evaluation.stage.run_original", None)
     with pytest.raises(ArtifactError, match=r"data/tasks/quiz"):
         evaluated("tiny", tasks={"quiz": 4})
 

@@ -29,7 +29,7 @@ def test_a_model_and_what_is_compared_with_it_are_asked_their_own_tasks_too() ->
     [
         ({"windows": 0}, "evaluation.windows: .* 1.* 0"),
         ({"length": 1}, "evaluation.length: .* 2.* 1"),
-        ({"decode_tokens": 1}, "evaluation.decode_tokens: .* 2.* 1"),
+        ({"sample_tokens": 0}, "evaluation.sample_tokens: .* 1.* 0"),
         ({"tasks": {"choice": 1}}, "evaluation.tasks.choice: .* 2.* 1"),
         ({"own_tasks": {"tuned": {"choice": 1}}}, "own_tasks.tuned.choice: .* 2.* 1"),
         ({"dtype": "float16"}, "evaluation.dtype"),

@@ -39,8 +39,6 @@ PARAMS: dict[str, Any] = {
         "dtype": "float32",
         "tasks": {"choice": None, "write": 4},
         "task_dtype": "bfloat16",
-        "prefill_tokens": 16,
-        "decode_tokens": 3,
         "sample_tokens": 4,
     },
 }

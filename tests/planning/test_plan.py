@@ -56,6 +56,7 @@ trainings:
     trains: lora
     corpora: [text]
     settings: {steps: 10, learning_rate: 1.0e-3}
+speed: {runs: []}
 evaluation:
   models: [tiny, tiny-sums]
   corpora: [text]
@@ -65,8 +66,6 @@ evaluation:
   tasks: {sums: 4}
   own_tasks: {}
   task_dtype: bfloat16
-  prefill_tokens: 8
-  decode_tokens: 2
   sample_tokens: 4
 """)
 STAGES = (

@@ -23,8 +23,6 @@ EVALUATION = EvaluationSettings(
     dtype="float32",
     tasks={"arc-easy": 32, "piqa": 32, "arithmetic": 24},
     task_dtype="bfloat16",
-    prefill_tokens=128,
-    decode_tokens=8,
     sample_tokens=24,
 )
 SUMS = TaskText(45, 60, 0, 4000)

@@ -107,11 +107,6 @@ def make_metrics(name: str, bits: float, damage: float, kind: str) -> dict[str, 
             "finetune_seconds": 212.4 if kind == "finetuned" else 0.0,
             "finetune_peak_memory_bytes": 2_900_000_000 if kind == "finetuned" else 0,
         },
-        "speed": {
-            "decode_tokens_per_second": 11.3 * wobble(name, "d"),
-            "prefill_tokens_per_second": 402.0 * wobble(name, "p"),
-            "peak_memory_bytes": 1_100_000_000,
-        },
     }
 
 
@@ -214,8 +209,6 @@ def make_details(
             "task_dtype": "bfloat16",
             "task_items": dict(TASKS),
             "task_metrics": dict.fromkeys(TASKS, "acc"),
-            "prefill_tokens": 128,
-            "decode_tokens": 8,
             "device": "cpu",
             "num_threads": 1,
         },

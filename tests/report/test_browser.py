@@ -71,7 +71,7 @@ def test_as_many_points_are_drawn_as_there_are_runs(report: Path, page: Page) ->
     assert page.evaluate(points.format("quality-1")) == len(DELTA_RUNS)
     rows = page.evaluate("document.querySelectorAll('.runs tbody tr').length")
     assert rows == len(WEIGHTS) + len(DELTA_RUNS) + 2
-    assert page.evaluate("document.querySelectorAll('#cost-decode .bars path').length") == rows
+    assert page.evaluate("document.querySelectorAll('#cost-seconds .bars path').length") == rows
 
 
 def test_the_front_stands_in_the_legend(report: Path, page: Page) -> None:

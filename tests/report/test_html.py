@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from plotly.offline import get_plotlyjs
 from report_project import DELTA_RUNS, WEIGHT_RUNS, Project, make_project
 
+from llmpress.evaluation.metrics import Speed
 from llmpress.report.canvas import TEMPLATE
 from llmpress.report.gaps import find_gaps
 from llmpress.report.html import render, write_text
@@ -420,3 +421,30 @@ def test_script_runs_alone(project: Project, tmp_path: Path) -> None:
     failed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert failed.returncode == 1
     assert re.fullmatch(r"error: .*rtn-4bit\.json.*\n", failed.stderr)
+
+
+def test_speed_is_shown_with_its_spread_and_only_where_it_was_measured(project: Project) -> None:
+    assert 'id="speed"' not in page_of(project)
+    run = {
+        "original": "smollm2",
+        "prefill_tokens_per_second": 400.0,
+        "decode_tokens_per_second": 20.0,
+        "prefill_ratios": [0.5, 0.75, 0.625],
+        "decode_ratios": [1.5, 1.25, 1.375],
+    }
+    measured = {
+        "runs": {"gptq-3bit": run},
+        "prefill_tokens": 128,
+        "decode_tokens": 8,
+        "dtype": "bfloat16",
+        "device": "cpu",
+        "num_threads": 2,
+        "hardware": {"processor": "a processor", "gpu": None},
+    }
+    file = project.root / "speed.json"
+    file.write_text(json.dumps(Speed.model_validate(measured).model_dump()), encoding="utf-8")
+    results = read_results(project.metrics, project.details, project.params, file)
+    page = render(results, summary_frame(results), project.params, [])
+    section = page[page.index('id="speed"') :]
+    for text in ("1.38 (1.25 to 1.50)", "0.62 (0.50 to 0.75)", "a processor", "threads: 2"):
+        assert text in section

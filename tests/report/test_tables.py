@@ -34,7 +34,7 @@ def test_fixtures_are_what_evaluation_writes(project: Project, name: str) -> Non
 @pytest.mark.parametrize("name", ALL)
 def test_summary_holds_the_numbers_of_the_metrics_file(project: Project, name: str) -> None:
     row, metrics = summary_of(project).loc[name], project.read("metrics", name)
-    for section in ("size", "cost", "speed"):
+    for section in ("size", "cost"):
         for key, value in metrics[section].items():
             assert row[key] == value, key
     quality = metrics["quality"]

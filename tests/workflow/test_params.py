@@ -53,6 +53,7 @@ MISTAKES = {  # what is changed, and where the line says it is
     "no-such-task": ("evaluation.tasks.arc", 8, "evaluation.tasks.*'arc'"),
     "no-such-own-task": ("evaluation.own_tasks.smollm2.arc", 8, "own_tasks.*'arc'"),
     "original-not-evaluated": ("evaluation.models", ["smollm2-calls"], "smollm2"),
+    "no-such-run-to-time": ("speed.runs", ["rtn-3bits"], "speed.runs.*'rtn-3bits'.*'rtn-3bit'"),
     "text-for-a-list": ("evaluation.models", "smollm2", "evaluation.models"),
     "two-sources": ("models.smollm2.path", "x", "models.smollm2.*package, path"),
     "not-pinned": ("models.smollm2.package", "x", "models.smollm2.package.*'x'"),
@@ -98,6 +99,7 @@ def without(section: str) -> dict[str, Any]:
     params = copy.deepcopy(PARAMS)
     for name in (section, *NEEDED_BY[section]):
         params.pop(name, None)
+    params["speed"] = {"runs": []}
     if section in ("tasks", "finetuned_models", "calibrations"):
         params["evaluation"] |= {"models": ["smollm2"], "own_tasks": {}}
         params["evaluation"]["tasks"] = {} if section == "tasks" else {"piqa": 2}

@@ -16,6 +16,7 @@ def main(
     details: Path = typer.Option(
         Path("results/details"), help="Folder of <name>.json: settings, layers, samples."
     ),
+    speed: Path = typer.Option(Path("results/speed.json"), help="What the stage speed measured."),
     out: Path = typer.Option(Path("results/report.html"), help="The report."),
     summary: Path = typer.Option(Path("results/summary.csv"), help="One row per model and run."),
     pipeline: Path = typer.Option(
@@ -28,7 +29,7 @@ def main(
     """Write results/report.html and results/summary.csv; missing results are named there."""
     with script_errors():
         config = read_params(params)
-        results = read_results(metrics, details, config)
+        results = read_results(metrics, details, config, speed)
         write_report(results, config, out, summary, pipeline=pipeline, logs=logs)
 
 

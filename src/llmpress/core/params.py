@@ -21,9 +21,9 @@ T = TypeVar("T")
 
 SECTIONS = (
     *("seed", "models", "corpora", "tasks", "finetuned_models", "deltas", "calibrations", "runs"),
-    *("delta_runs", "finetunes", "trainings", "evaluation"),
+    *("delta_runs", "finetunes", "trainings", "evaluation", "speed"),
 )
-"""Of params.yaml; all but ``seed`` and ``evaluation`` map names to settings."""
+"""Of params.yaml; all but ``seed``, ``evaluation`` and ``speed`` map names to settings."""
 
 
 def read_params(path: Path) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _check_sections(params: Mapping[str, Any]) -> None:
     for name, entries in params.items():
         if name not in SECTIONS:
             raise ConfigError(f"params.yaml has no section {name!r}{suggestion(name, SECTIONS)}")
-        if name in ("seed", "evaluation"):
+        if name in ("seed", "evaluation", "speed"):
             continue
         if not isinstance(entries, dict):
             raise ConfigError(

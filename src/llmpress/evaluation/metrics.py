@@ -112,28 +112,12 @@ class Cost(Record):
     )
 
 
-class Speed(Record):
-    """Speed of the model as it is stored, compressed layers packed; batch size 1."""
-
-    decode_tokens_per_second: NonNegativeFloat = Field(
-        description="One over the median time of generating one more token."
-    )
-    prefill_tokens_per_second: NonNegativeFloat = Field(
-        description="Tokens of the prompt over the time until the first new token."
-    )
-    peak_memory_bytes: NonNegativeInt = Field(
-        description="Largest resident memory of the process while it loads the packed model and "
-        "generates, interpreter and libraries included, plus the largest GPU allocation."
-    )
-
-
 class Metrics(Record):
     """Numbers only, for ``dvc metrics show`` and ``dvc metrics diff``."""
 
     quality: Quality = Field(description="Quality of the predictions.")
     size: Size = Field(description="Size on disk.")
     cost: Cost = Field(description="Cost of making it.")
-    speed: Speed = Field(description="Speed of using it.")
 
 
 class Sample(Record):
@@ -150,13 +134,9 @@ class EvaluationRecord(Record):
     length: int = Field(description="Tokens per window; the first of them is not predicted.")
     tokens_scored: dict[str, int] = Field(description="By corpus: tokens predicted.")
     dtype: str = Field(description="Precision of perplexity, divergence and agreement.")
-    task_dtype: str = Field(description="Precision of tasks, samples and speed.")
+    task_dtype: str = Field(description="Precision of tasks and samples.")
     task_items: dict[str, int] = Field(description="By task: items asked.")
     task_metrics: dict[str, str] = Field(description="By task: lm-eval's name of the accuracy.")
-    prefill_tokens: int = Field(description="Tokens of the prompt with which speed was measured.")
-    decode_tokens: int = Field(
-        description="Tokens generated after the first one to measure speed; 2 where they are slow."
-    )
     device: str = Field(description="Where the model ran.")
     num_threads: int = Field(description="Threads of the processor that were used.")
 
@@ -212,6 +192,37 @@ class Details(Record):
     samples: list[Sample] = Field(description="Texts written for a few fixed prompts.")
 
 
+class SpeedOfRun(Record):
+    """Of one run as it is stored, compressed layers packed; batch size 1."""
+
+    original: str = Field(description="Model in turns with which it was timed.")
+    prefill_tokens_per_second: PositiveFloat = Field(
+        description="Tokens of the prompt over the median time until the first new token."
+    )
+    decode_tokens_per_second: PositiveFloat = Field(
+        description="One over the median time of generating one more token."
+    )
+    prefill_ratios: list[float] = Field(
+        description="By round: the original's time until the first new token over this run's; "
+        "above 1 it is faster."
+    )
+    decode_ratios: list[float] = Field(description="The same of one more token.")
+
+
+class Speed(Record):
+    """Measured by a stage of its own that nothing else runs beside."""
+
+    runs: dict[str, SpeedOfRun] = Field(description="By name of the run.")
+    prefill_tokens: int = Field(description="Tokens of the prompt.")
+    decode_tokens: int = Field(
+        description="Tokens generated after the first one; 2 where they are slow."
+    )
+    dtype: str = Field(description="Precision of all that is not packed.")
+    device: str = Field(description="Where the models ran.")
+    num_threads: int = Field(description="Threads of the processor that were used.")
+    hardware: dict[str, Any] = Field(description="The machine.")
+
+
 def document() -> str:
     """Return docs/metrics.md."""
     parts = [
@@ -221,6 +232,7 @@ def document() -> str:
     for title, record in (
         ("results/metrics/KEY.json", Metrics),
         ("results/details/KEY.json", Details),
+        ("results/speed.json", Speed),
     ):
         parts += [
             f"## {title}\n",

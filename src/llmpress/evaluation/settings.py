@@ -1,4 +1,4 @@
-"""How models and runs are evaluated: params.yaml's section ``evaluation``."""
+"""How models and runs are measured: params.yaml's sections ``evaluation`` and ``speed``."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from pydantic import Field
 
 from llmpress.core.params import build
 from llmpress.core.params import section as lookup
-from llmpress.core.settings import Corpora, Count, Model, Settings, Tasks, Tokens
+from llmpress.core.settings import Corpora, Count, Model, NameOf, Settings, Tasks, Tokens
 
 DType = Literal["float32", "bfloat16"]
 
@@ -24,9 +24,7 @@ class EvaluationSettings(Settings):
         dtype: Precision of likelihood and divergence. bfloat16 alone moves the predictions by some
             1.5e-3 nats per token, more than a good compressed delta does.
         tasks: Items per task, None for all.
-        task_dtype: Precision of tasks, samples and speed.
-        prefill_tokens: Length of the prompt with which speed is measured.
-        decode_tokens: Tokens generated, one at a time, to measure speed; two where they are slow.
+        task_dtype: Precision of tasks and samples.
         sample_tokens: Tokens of each sample text.
         own_tasks: Further tasks with their items, by the model that is asked them: a fine-tuned
             one, and with it everything that is compared with it.
@@ -38,8 +36,6 @@ class EvaluationSettings(Settings):
     dtype: DType
     tasks: Tasks
     task_dtype: DType
-    prefill_tokens: Count
-    decode_tokens: Tokens
     sample_tokens: Count
     own_tasks: Mapping[Model, Tasks] = field(default_factory=dict)
 
@@ -58,6 +54,25 @@ class Evaluation(EvaluationSettings):
 
     own_tasks: Mapping[Model, Tasks]  # DVC tracks it, so it has to be there
     models: Annotated[tuple[Model, ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class SpeedSettings(Settings):
+    """The section ``speed``: which runs are timed as they are stored, in turns with their original.
+
+    Attributes:
+        runs: Names of runs and delta runs; none measures nothing.
+        prefill_tokens: Length of the prompt.
+        decode_tokens: Tokens generated after it, one at a time; two where they are slow.
+        rounds: How often each is timed, after once that does not count.
+        dtype: Precision of all that is not packed.
+    """
+
+    runs: tuple[Annotated[str, NameOf("runs", "delta_runs")], ...] = ()
+    prefill_tokens: Count = 128
+    decode_tokens: Tokens = 8
+    rounds: Count = 5
+    dtype: DType = "bfloat16"
 
 
 def read_evaluation(params: Mapping[str, Any]) -> EvaluationSettings:

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from llmpress.evaluation.sizes import (
     origin,
     trained_size,
 )
-from llmpress.evaluation.speed import measure_speed
 from llmpress.evaluation.subjects import Subject, folder_subject
 from llmpress.evaluation.tasks import TaskScore, evaluate_tasks, read_task
 from llmpress.evaluation.uncertainty import standard_error
@@ -57,12 +56,10 @@ def evaluate_model(
     length: int = 512,
     dtype: str = "float32",
     task_dtype: str = "bfloat16",
-    prefill_tokens: int = 128,
-    decode_tokens: int = 8,
     sample_tokens: int = 24,
     device: str | torch.device | None = None,
 ) -> tuple[metrics.Metrics, metrics.Details]:
-    """Measure speed packed, then quality with dense weights of the same values.
+    """Measure quality with dense weights of the values that are stored.
 
     Args:
         model: A model, compressed or not, an adapter, or a compressed delta.
@@ -74,9 +71,7 @@ def evaluate_model(
         windows: Token windows of each text.
         length: Tokens of a window.
         dtype: Precision of likelihood and divergence.
-        task_dtype: Precision of tasks, samples and speed.
-        prefill_tokens: Length of the prompt with which speed is measured.
-        decode_tokens: Tokens generated, one at a time, to measure speed.
+        task_dtype: Precision of tasks and samples.
         sample_tokens: Tokens of each sample text.
         device: ``cpu``, ``cuda`` or ``cuda:1``; by default the first GPU, or the CPU without one.
 
@@ -117,9 +112,6 @@ def evaluate_model(
             compared = read_reference(reference, subject.original_folder, dtype=dtype, device=place)
         else:
             raise ConfigError("name either `text` or `reference`: what likelihood is measured on")
-    with timed(seconds, "speed"):
-        prompt = next(iter(compared.windows.values())).flatten()[:prefill_tokens]
-        speed = measure_speed(subject.load(task_precision, place), prompt, decode_tokens)
     with timed(seconds, "likelihood"):
         if subject.folder == subject.original_folder:
             loaded, likelihoods = compared.model, compared.likelihoods
@@ -139,7 +131,6 @@ def evaluate_model(
         quality=_quality(likelihoods, scores),
         size=size,
         cost=made_in,
-        speed=metrics.Speed(**asdict(speed)),
     )
     evaluation = metrics.EvaluationRecord(
         windows=read.shape[0],
@@ -149,8 +140,6 @@ def evaluate_model(
         task_dtype=task_dtype,
         task_items={name: score.num_items for name, score in scores.items()},
         task_metrics={name: score.metric for name, score in scores.items()},
-        prefill_tokens=len(prompt),
-        decode_tokens=decode_tokens,
         device=place,
         num_threads=torch.get_num_threads(),
     )

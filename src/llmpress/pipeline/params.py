@@ -16,7 +16,7 @@ from llmpress.data.documents import CorpusSource
 from llmpress.data.sources.pretrained import ModelSource
 from llmpress.data.tasks.source import TaskSource
 from llmpress.deltas.settings import DeltaRun, DeltaSource, read_delta_run
-from llmpress.evaluation.settings import Evaluation
+from llmpress.evaluation.settings import Evaluation, SpeedSettings
 from llmpress.methods.registry import build_method
 from llmpress.training.settings import Training, TrainingSettings, read_training
 from llmpress.tuning.settings import Finetune, read_finetune
@@ -31,6 +31,7 @@ class Params(Settings):
         models: Models to open, by name; each has exactly one of package, hub and path.
         corpora: Texts, each cut into calibration, validation and test parts that never overlap.
         evaluation: How everything is measured; the same for every model and run.
+        speed: Which runs are timed, and how.
         tasks: lm-eval tasks, published multiple-choice sets or generated ones.
         finetuned_models: Models that the pipeline fine-tunes itself, by the name the result gets.
         deltas: Deltas to extract, by name.
@@ -46,6 +47,7 @@ class Params(Settings):
     models: Mapping[Name, ModelSource]
     corpora: Mapping[Name, CorpusSource]
     evaluation: Evaluation
+    speed: SpeedSettings
     tasks: Mapping[Name, TaskSource] = field(default_factory=dict)
     finetuned_models: Mapping[Name, TrainingSettings] = field(default_factory=dict)
     deltas: Mapping[Name, DeltaSource] = field(default_factory=dict)

@@ -301,7 +301,7 @@ def evaluate(
     longest = max((texts[name].longest for name in settings.tasks), default=0.0)
     scores = int(SCORED_REQUESTS * longest * (task_item + 8))
     tokens = float(models * len(settings.corpora) * settings.windows * settings.length)
-    tokens += STEP_TOKENS * (2 * settings.decode_tokens + settings.sample_tokens)
+    tokens += STEP_TOKENS * settings.sample_tokens
     for name, limit in settings.tasks.items():
         text = texts[name]
         items = text.items if limit is None else min(limit, text.items)

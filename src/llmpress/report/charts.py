@@ -224,7 +224,7 @@ def finetuning_charts(blocks: pd.DataFrame) -> list[Chart]:
 
 
 def cost_charts(summary: pd.DataFrame) -> list[Chart]:
-    """Return the bars of time, memory and speed."""
+    """Return the bars of time and memory."""
     wanted = (
         (
             "cost-seconds",
@@ -238,27 +238,6 @@ def cost_charts(summary: pd.DataFrame) -> list[Chart]:
             "Peak memory of compression",
             "Largest memory of compressing or, for finetuned runs, of finetuning, in MB.",
             {"compress_peak_memory_bytes": "compress", "finetune_peak_memory_bytes": "finetune"},
-            ("MB", 1e-6),
-        ),
-        (
-            "cost-decode",
-            "Speed of generation",
-            "Tokens decoded per second by the model as stored, one sequence at a time.",
-            {"decode_tokens_per_second": "decode"},
-            ("tokens/s", 1.0),
-        ),
-        (
-            "cost-prefill",
-            "Speed of reading",
-            "Tokens of a prompt read per second by the model as stored, one sequence at a time.",
-            {"prefill_tokens_per_second": "prefill"},
-            ("tokens/s", 1.0),
-        ),
-        (
-            "cost-run-memory",
-            "Peak memory while generating",
-            "Largest memory of the process that generates with the model, in MB.",
-            {"peak_memory_bytes": "generate"},
             ("MB", 1e-6),
         ),
     )

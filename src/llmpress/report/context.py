@@ -85,28 +85,20 @@ def evaluation_settings(results: Results) -> tuple[list[tuple[str, str]], list[s
     return pairs, warnings
 
 
-def measured(results: Results) -> list[tuple[str, str]]:
-    """Return what a reader of the numbers must know, once per distinct way of evaluating.
-
-    Returns:
-        A text on quality and one on speed.
-    """
-    texts: dict[tuple[str, str], None] = {}
+def measured(results: Results) -> list[str]:
+    """Return what a reader of the numbers must know, once per distinct way of evaluating."""
+    texts: dict[str, None] = {}
     for result in results.found:
         record = result.details.get("evaluation")
         if record:
             items = ", ".join(f"{n} items of {task}" for task, n in record["task_items"].items())
-            quality = (
+            text = (
                 f"Perplexity, divergence and agreement: {record['windows']} windows of "
                 f"{record['length']} tokens per corpus, in {record['dtype']}. "
-                f"Tasks: {items or 'none'}, in {record['task_dtype']}."
+                f"Tasks: {items or 'none'}, in {record['task_dtype']}. "
+                "±: one standard error, over windows or items."
             )
-            speed = (
-                f"Speed: {record['prefill_tokens']} tokens of prompt, then "
-                f"{record['decode_tokens']} generated, in {record['task_dtype']}, on "
-                f"{record['device']} with {_count(record['num_threads'], 'thread')}."
-            )
-            texts[quality, speed] = None
+            texts[text] = None
     return list(texts)
 
 

@@ -26,6 +26,7 @@ from llmpress.report.canvas import TEMPLATE
 from llmpress.report.gaps import Gap, find_gaps
 from llmpress.report.measures import NO_VALUE, Measure, decimals, significant, table_measures
 from llmpress.report.skipped import skipped
+from llmpress.report.speed import speed_caption, speed_rows
 from llmpress.report.tables import (
     KIND_LABELS,
     Results,
@@ -116,6 +117,8 @@ def render(
         table=_table(summary),
         worst_layers=list(_worst_layers(layers)),
         blocks=list(_block_rows(blocks)),
+        speed_rows=list(speed_rows(results.speed)),
+        speed_caption=speed_caption(results.speed),
         training_tables=training_tables(results, params),
         **shown,
         samples=list(_samples(results)),

@@ -108,9 +108,6 @@ FIXED_BACK = (
     Measure("compress_peak_memory_bytes", "Cost", "compress, peak MB", megabytes),
     Measure("finetune_seconds", "Cost", "finetune, s", decimals(1)),
     Measure("finetune_peak_memory_bytes", "Cost", "finetune, peak MB", megabytes),
-    Measure("decode_tokens_per_second", "Speed", "decode, tokens/s", decimals(1)),
-    Measure("prefill_tokens_per_second", "Speed", "prefill, tokens/s", decimals(0)),
-    Measure("peak_memory_bytes", "Speed", "peak MB", megabytes),
 )
 SIZE_AXES = FIXED_FRONT
 

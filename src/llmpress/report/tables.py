@@ -38,7 +38,6 @@ COST_COLUMNS = (
     "finetune_seconds",
     "finetune_peak_memory_bytes",
 )
-SPEED_COLUMNS = ("decode_tokens_per_second", "prefill_tokens_per_second", "peak_memory_bytes")
 INTEGER_SUFFIXES = ("_weights", "_bits", "_bytes")
 CORPUS_METRICS = {  # key in the metrics file -> prefix of the column
     "perplexity": "perplexity",
@@ -102,24 +101,29 @@ class Results:
         found: Results in the order of `KIND_ORDER`, then of params.yaml.
         missing: Name -> why there is no result.
         remarks: Further sentences a reader must see, such as a missing details file.
+        speed: Content of results/speed.json; empty when there is none.
     """
 
     found: tuple[Result, ...]
     missing: Mapping[str, str]
     remarks: tuple[str, ...]
+    speed: Mapping[str, Any] = field(default_factory=dict)
 
     def get(self, name: str | None) -> Result | None:
         """Return the result of that name, None when there is none."""
         return next((result for result in self.found if result.name == name), None)
 
 
-def read_results(metrics: Path, details: Path, params: Mapping[str, Any]) -> Results:
+def read_results(
+    metrics: Path, details: Path, params: Mapping[str, Any], speed: Path | None = None
+) -> Results:
     """Read every result that params.yaml names.
 
     Args:
         metrics: Folder of ``<name>.json`` with numbers.
         details: Folder of ``<name>.json`` with settings, layers, provenance and samples.
         params: Content of params.yaml.
+        speed: The file of the stage ``speed``; may be absent.
 
     Raises:
         ArtifactError: A file is damaged; a missing one is a gap in the report, not an error.
@@ -155,7 +159,8 @@ def read_results(metrics: Path, details: Path, params: Mapping[str, Any]) -> Res
     if strangers:
         remarks.append(f"Left out, as params.yaml no longer names them: {', '.join(strangers)}.")
     found.sort(key=lambda result: KIND_ORDER.index(result.kind))
-    return Results(tuple(found), missing, tuple(remarks))
+    timed = _mapping(speed) if speed and speed.is_file() else {}
+    return Results(tuple(found), missing, tuple(remarks), timed)
 
 
 def summary_frame(results: Results) -> pd.DataFrame:
@@ -272,7 +277,6 @@ def _row(result: Result) -> dict[str, Any]:
     for section, columns in (
         ("size", SIZE_COLUMNS),
         ("cost", COST_COLUMNS),
-        ("speed", SPEED_COLUMNS),
     ):
         values = metrics.get(section) or {}
         row |= {column: values.get(column) for column in columns}
@@ -296,7 +300,7 @@ def _items(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[str]:
-    """Return all columns in the order of the table: what it is, size, quality, cost, speed."""
+    """Return all columns in the order of the table: what it is, size, quality, cost."""
     seen = list(dict.fromkeys(key for row in rows for key in row))
     quality = [
         column
@@ -311,5 +315,4 @@ def _columns(rows: list[dict[str, Any]]) -> list[str]:
         "mean_accuracy",
         "recovery",
         *COST_COLUMNS,
-        *SPEED_COLUMNS,
     ]
