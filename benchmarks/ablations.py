@@ -28,7 +28,7 @@ from llmpress.core.errors import ArtifactError
 from llmpress.core.params import build
 from llmpress.core.records import BlockRecord, read_records
 from llmpress.data.corpora import load_text, token_windows
-from llmpress.evaluation.likelihood import likelihood, running
+from llmpress.evaluation.reference import refer
 from llmpress.methods.base import Shape
 from llmpress.methods.cluscomp.budget import CodebookSize, true_bits
 from llmpress.methods.registry import build_method
@@ -267,10 +267,8 @@ def _measure_perplexity(ablation: Ablation, folder: Path, data: Path) -> Row:
     rows = [i * of_corpus + j for i in range(len(corpora)) for j in range(min(share, of_corpus))]
     model = load_model(folder)
     texts = {"seen": seen[rows], "test": test}
-    return {
-        name: likelihood(running(model, windows), None, windows, name).perplexity
-        for name, windows in texts.items()
-    }
+    results = refer(model, texts).likelihoods
+    return {name: result.perplexity for name, result in results.items()}
 
 
 Table = tuple[list[str], list[list[str]]]

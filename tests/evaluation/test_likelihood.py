@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from whole_models import running
 
 from llmpress.core.errors import ArtifactError, NumericalError
 from llmpress.evaluation import likelihood as module
-from llmpress.evaluation.likelihood import Likelihood, likelihood, running, score
+from llmpress.evaluation.likelihood import Likelihood, likelihood, score
 
 
 @torch.no_grad()

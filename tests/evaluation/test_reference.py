@@ -8,9 +8,10 @@ import torch
 from tiny_models import ARCHITECTURES
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from whole_models import running
 
 from llmpress.core.errors import ArtifactError
-from llmpress.evaluation.likelihood import last_states, likelihood, remembered, running
+from llmpress.evaluation.likelihood import last_states, likelihood, predictions
 from llmpress.evaluation.reference import Reference, make_reference, read_reference, run_original
 
 SMALL = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}
@@ -28,12 +29,13 @@ def test_predictions_follow_from_the_last_states(family: str) -> None:
     config = AutoConfig.for_model(family, **FAMILIES[family])
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
     windows = torch.randint(512, (3, 9))
-    expected = [running(model, windows)(index).clone() for index in range(3)]
+    part = slice(2, 7)
+    expected = [running(model, windows)(index, part).clone() for index in range(3)]
     with torch.inference_mode():
-        predict = remembered(model, last_states(model, windows, "text"))
+        predict = predictions(model, last_states(model, windows, "text"))
         for index in (2, 0, 1):
-            torch.testing.assert_close(predict(index), expected[index])
-        torch.testing.assert_close(running(model, windows)(1), expected[1])  # it still runs
+            torch.testing.assert_close(predict(index, part), expected[index])
+        torch.testing.assert_close(running(model, windows)(1, part), expected[1])  # it still runs
 
 
 def made(**changes: Any) -> Path:

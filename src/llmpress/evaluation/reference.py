@@ -23,8 +23,7 @@ from llmpress.evaluation.likelihood import (
     last_states,
     likelihood,
     own_likelihood,
-    remembered,
-    running,
+    predictions,
 )
 from llmpress.models.folders import model_folder
 from llmpress.models.loading import dequantized, load_model, load_tokenizer
@@ -57,14 +56,14 @@ class Reference:
             ArtifactError: It has a vocabulary of another size.
             NumericalError: It computes NaN or Inf.
         """
+        found = {}
         head = self.model.get_output_embeddings()
         with multiplying_in_blocks(model), multiplying_in_blocks(head):
-            return {
-                name: likelihood(
-                    running(model, tokens), remembered(self.model, self.states[name]), tokens, name
-                )
-                for name, tokens in self.windows.items()
-            }
+            for name, tokens in self.windows.items():
+                own = predictions(model, last_states(model, tokens, name))
+                original = predictions(self.model, self.states[name])
+                found[name] = likelihood(own, original, tokens, name)
+        return found
 
 
 @torch.inference_mode()
@@ -77,7 +76,7 @@ def refer(model: PreTrainedModel, windows: Mapping[str, Tensor]) -> Reference:
     with multiplying_in_blocks(model):
         states = {name: last_states(model, tokens, name) for name, tokens in windows.items()}
         own = {
-            name: likelihood(remembered(model, states[name]), None, tokens, name)
+            name: likelihood(predictions(model, states[name]), None, tokens, name)
             for name, tokens in windows.items()
         }
     return Reference(model, windows, states, own)
