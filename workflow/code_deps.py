@@ -3,7 +3,8 @@
 A stage depends on its script and on what the script imports of ``llmpress``, directly or through
 others, at the top of a file or inside a function, with the packages' data files. Imports for type
 checking alone do not count, nor do files that hold nothing but a docstring; a name of the package
-itself, imported when it is asked for, counts as the module it stands in. That closure is rounded up
+itself, imported when it is asked for, counts as the module it stands in, and the file that says
+which does not count: naming one more thing there changes no stage. That closure is rounded up
 to folders: a package of which a stage needs more than `FEW` parts counts whole. A stage that loads
 the method named in params.yaml depends on the folder ``methods/${item.method}`` and on what any of
 the methods imports.
@@ -64,7 +65,7 @@ def closure(script: Path, root: Path = Path()) -> set[str]:
         for f in (root / package).rglob("*")
         if f.is_file() and f.suffix not in NOT_DATA and _package_of(f) == root / package
     }
-    return {f.as_posix() for f in (seen | data) - {script}}
+    return {f.as_posix() for f in (seen | data) - {script, PACKAGE / "__init__.py"}}
 
 
 def rounded(files: set[Path], folder: Path = PACKAGE) -> set[Path]:
