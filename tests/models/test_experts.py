@@ -14,11 +14,8 @@ from llmpress.calibration.expert_statistics import (
     second_moments,
 )
 from llmpress.calibration.files import load_statistics, save_calibration
-from llmpress.compression.stage import compress_model
 from llmpress.core.artifacts import read_json
 from llmpress.core.errors import SourceError
-from llmpress.methods.rtn import RTN
-from llmpress.models.architectures import module_name, stored_name
 from llmpress.models.checkpoints.files import Checkpoint
 from llmpress.models.experts import expert_matrix, separate_experts
 from llmpress.models.loading import skeleton
@@ -177,38 +174,3 @@ def test_a_plain_model_stays_as_it_is(tiny_model_folder: Path) -> None:
     separate_experts(model)
     assert [type(m) for m in model.modules()] == [type(m) for m in before]
     assert all(isinstance(m, nn.Module) for m in before)
-
-
-@pytest.mark.parametrize("architecture", ["mixtral"], indirect=True)
-def test_a_file_with_fused_experts_is_refused(architecture_folder: Path, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(architecture_folder, dtype=torch.float32)
-    model.save_pretrained(tmp_path / "fused", save_original_format=False)
-    with pytest.raises(SourceError, match="experts"):
-        compress_model(
-            tmp_path / "fused",
-            method=RTN(num_bits=8, group_size=16),
-            seed=0,
-            device=torch.device("cpu"),
-            scratch=tmp_path / "scratch",
-            out=tmp_path / "out",
-        )
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("model_type", "stored", "name"),
-    [
-        (
-            "mixtral",
-            "m.0.block_sparse_moe.experts.3.w2.weight",
-            "m.0.mlp.experts.3.down_proj.weight",
-        ),
-        ("phimoe", "m.0.block_sparse_moe.gate.weight", "m.0.mlp.router.weight"),
-        ("gpt_neox", "embed_out.weight", "lm_head.weight"),
-        ("llama", "m.0.mlp.gate_proj.weight", "m.0.mlp.gate_proj.weight"),
-    ],
-)
-def test_names_in_the_file_and_in_the_model(model_type: str, stored: str, name: str) -> None:
-    assert module_name(model_type, stored) == name
-    assert module_name(model_type, name) == name  # an artifact of ours, opened again
-    assert stored_name(model_type, name) == stored

@@ -20,7 +20,6 @@ from llmpress.methods.base import Method, Shape
 from llmpress.methods.registry import check_statistics, choose_method, method_name
 from llmpress.models.checkpoints.compressed import is_compressed
 from llmpress.models.checkpoints.files import Checkpoint
-from llmpress.models.experts import expert_matrix
 from llmpress.models.folders import model_folder
 from llmpress.models.loading import skeleton
 
@@ -129,12 +128,6 @@ def _check_weights(checkpoint: Checkpoint, blocks: list[dict[str, Shape]]) -> No
         )
     stored = set(checkpoint.names())
     for name, shape in (item for block in blocks for item in block.items()):
-        if f"{name}.weight" not in stored and expert_matrix(name):
-            raise SourceError(
-                f"{checkpoint.folder}: its experts are not stored one tensor a matrix "
-                f"('{name}.weight'), and llmpress does not take such files apart; save the model "
-                "with transformers' save_pretrained(), which separates the experts of most"
-            )
         if f"{name}.weight" not in stored:
             raise ArtifactError(
                 f"{checkpoint.folder}: holds no tensor '{name}.weight'; fetch the model again"

@@ -7,7 +7,6 @@ import torch
 from llmpress.core.artifacts import artifact_folder, claim, write_json
 from llmpress.core.devices import pick_dtype
 from llmpress.core.progress import progress
-from llmpress.models.architectures import stored_name
 from llmpress.models.checkpoints.compressed import model_config
 from llmpress.models.checkpoints.delta_files import DeltaFolder
 from llmpress.models.checkpoints.dense_view import dense_checkpoint
@@ -58,10 +57,9 @@ def export_dense(
         if delta:
             dense = FinetunedCheckpoint(source, DeltaFolder(Path(delta), "compressed_delta"))
         writer = CheckpointWriter(folder)
-        for name in progress(dense.names(), "export"):
-            tensor = dense.tensor(name)
-            stored = stored_name(source.config.model_type, name)
-            writer.add(stored, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+        for name, unread in progress(sorted(dense.published().items()), "export"):
+            tensor = unread.read()
+            writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
         writer.close()
         write_json(folder / "config.json", model_config(dense, dtype))
         copy_companions(Path(tokenizer) if tokenizer else source.folder, folder)

@@ -6,7 +6,7 @@ blocks and stay as they are. Of a mixture of experts each matrix of each expert 
 `llmpress.models.experts`. What the rule does not know of an architecture stands in the tables here.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from typing import Any
 
@@ -19,35 +19,6 @@ ROUTERS = ("*.router", "*.router.layer", "*.mlp.gate", "*.shared_expert_gate")
 
 LEFT_MULTIPLIED = ("*.dt_proj",)
 """Linears whose module multiplies by their weight instead of calling them: Mamba's time steps."""
-
-_MIXTRAL = {
-    ".block_sparse_moe.": ".mlp.",
-    ".w1.": ".gate_proj.",
-    ".w3.": ".up_proj.",
-    ".w2.": ".down_proj.",
-}
-
-STORED_NAMES: Mapping[str, Mapping[str, str]] = {
-    "gpt_neox": {"embed_out.": "lm_head."},
-    "mixtral": _MIXTRAL,
-    "phimoe": {**_MIXTRAL, ".mlp.gate.": ".mlp.router."},
-}
-"""By model type, parts of names in published checkpoints and what they are called in the model,
-replaced in this order."""
-
-
-def module_name(model_type: str, stored: str) -> str:
-    """Return what a tensor of a published checkpoint is called in the model."""
-    for part, name in STORED_NAMES.get(model_type, {}).items():
-        stored = stored.replace(part, name)
-    return stored
-
-
-def stored_name(model_type: str, name: str) -> str:
-    """Return what a tensor of the model is called in a published checkpoint."""
-    for part, new in reversed(list(STORED_NAMES.get(model_type, {}).items())):
-        name = name.replace(new, part)
-    return name
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

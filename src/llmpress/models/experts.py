@@ -6,6 +6,7 @@ by one linear per matrix, under the names that published checkpoints use.
 """
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from llmpress.core.errors import SourceError
 from llmpress.models.architectures import replace_module
 
+MATRICES = ("gate_proj", "up_proj", "down_proj")
 _EXPERT = re.compile(r"^(?P<group>.+\.experts)\.(?P<number>\d+)\.(?P<matrix>[^.]+)$")
 
 
@@ -52,15 +54,9 @@ class SeparateExperts(nn.ModuleList):
                 Expert(hidden, intermediate, fused.act_fn)  # type: ignore[arg-type]  # any module
                 for _ in range(count)
             )
-        for number, expert in enumerate(experts):
-            parts = {
-                "gate_proj": gate_up[number, :intermediate],
-                "up_proj": gate_up[number, intermediate:],
-                "down_proj": down[number],
-            }
-            for name, weight in parts.items():
-                linear = expert.get_submodule(name)
-                linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        for name, weight in matrices(gate_up, down).items():
+            linear = experts.get_submodule(name)
+            linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
         return experts.train(fused.training)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -101,16 +97,51 @@ def expert_matrix(name: str) -> ExpertMatrix | None:
     return found and ExpertMatrix(found["group"], int(found["number"]), found["matrix"])
 
 
+def matrices(gate_up: Tensor, down: Tensor) -> dict[str, Tensor]:
+    """Return the matrix ``[out, in]`` of each linear of fused experts, by its name among them.
+
+    Args:
+        gate_up: ``[experts, 2 x inner, hidden]``.
+        down: ``[experts, hidden, inner]``.
+    """
+    inner = down.shape[2]
+    found = {}
+    for number in range(len(down)):
+        found[f"{number}.gate_proj"] = gate_up[number, :inner]
+        found[f"{number}.up_proj"] = gate_up[number, inner:]
+        found[f"{number}.down_proj"] = down[number]
+    return found
+
+
+def joined(matrices: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the fused tensors of all `matrices`."""
+    experts = [
+        [matrices[f"{number}.{m}"] for m in MATRICES] for number in range(len(matrices) // 3)
+    ]
+    gate_up = torch.stack([torch.cat([gate, up]) for gate, up, _ in experts])
+    return gate_up, torch.stack([down for *_, down in experts])
+
+
+def fused_experts(model: nn.Module) -> list[str]:
+    """Return the names of all fused modules of experts.
+
+    Raises:
+        SourceError: Experts that compute in another way than gated pairs of matrices.
+    """
+    found = {name: module for name, module in model.named_modules() if _is_fused(module)}
+    for name, module in found.items():
+        _check_form(name, module)
+    return list(found)
+
+
 def separate_experts(model: nn.Module) -> None:
     """Replace every fused module of experts, in place.
 
     Raises:
         SourceError: Experts that compute in another way than gated pairs of matrices.
     """
-    for name, module in list(model.named_modules()):
-        if _is_fused(module):
-            _check_form(name, module)
-            replace_module(model, name, SeparateExperts.from_fused(module))
+    for name in fused_experts(model):
+        replace_module(model, name, SeparateExperts.from_fused(model.get_submodule(name)))
 
 
 def _is_fused(module: nn.Module) -> bool:

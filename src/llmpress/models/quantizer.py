@@ -98,6 +98,14 @@ class LLMPressQuantizer(HfQuantizer):
         return True
 
 
+def own_quantization(config: Any) -> dict[str, Any] | None:
+    """Return what a model's configuration says of compression, None of a model not from here."""
+    found = getattr(config, "quantization_config", None) or {}
+    if not isinstance(found, dict):
+        found = found.to_dict()
+    return found if found.get("quant_method") == QUANT_METHOD else None
+
+
 def check_format(version: int) -> None:
     """Raise `ArtifactError` for an artifact of another format version."""
     if version != FORMAT_VERSION:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from llmpress.core.artifacts import fingerprint, read_json
 from llmpress.core.errors import ArtifactError, NumericalError, SourceError
 from llmpress.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
-from llmpress.models.architectures import module_name
+from llmpress.models.checkpoints.conversion import names_in_model
 from llmpress.models.checkpoints.dense_view import CheckpointView, dense_checkpoint
-from llmpress.models.checkpoints.files import Checkpoint
+from llmpress.models.checkpoints.files import Checkpoint, fused_model
 
 PREFIX = "base_model.model."
 FACTORS = (".lora_A.weight", ".lora_B.weight")
@@ -60,6 +60,7 @@ class AdapterCheckpoint(CheckpointView):
         self._head = _name_of(model, model.get_output_embeddings())
         self._factors: dict[str, dict[str, str]] = {}  # by weight: its side and the stored name
         self._whole: dict[str, str] = {}
+        self._published = names_in_model(fused_model(self.config))
         for stored in self._file.keys():  # noqa: SIM118 - no dictionary
             self._place(stored)
         self._check_shapes(model)
@@ -103,13 +104,13 @@ class AdapterCheckpoint(CheckpointView):
     def _place(self, stored: str) -> None:
         """Note which tensor of the model a stored one changes."""
         name = stored.removeprefix(PREFIX).replace(".base_layer.", ".")
-        name = module_name(self.config.model_type, name)
         for side in FACTORS:
             if name.endswith(side):
                 weight = f"{name.removesuffix(side)}.weight"
+                weight = self._published.get(weight, weight)
                 self._factors.setdefault(weight, {})[side] = stored
                 return
-        self._whole[name] = stored
+        self._whole[self._published.get(name, name)] = stored
 
     def _check_shapes(self, model: nn.Module) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -6,7 +6,12 @@ from typing import Any
 import torch
 
 from llmpress.models.checkpoints.files import Checkpoint
-from llmpress.models.quantizer import FORMAT_VERSION, QUANT_METHOD, LLMPressConfig, check_format
+from llmpress.models.quantizer import (
+    FORMAT_VERSION,
+    LLMPressConfig,
+    check_format,
+    own_quantization,
+)
 
 KEY = "quantization_config"
 REST_DTYPE = torch.bfloat16
@@ -24,10 +29,8 @@ def compressed_layers(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     Raises:
         ArtifactError: An artifact of another format version.
     """
-    quantization = getattr(checkpoint.config, KEY, None) or {}
-    if not isinstance(quantization, dict):
-        quantization = quantization.to_dict()
-    if quantization.get("quant_method") != QUANT_METHOD:
+    quantization = own_quantization(checkpoint.config)
+    if quantization is None:
         return {}
     check_format(quantization.get("format_version", 0))
     return dict(quantization["layers"])

@@ -1,7 +1,10 @@
 """Hugging Face checkpoint folders, read tensor by tensor and never loaded whole."""
 
 import json
+import logging
 import shutil
+from collections.abc import Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,33 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from llmpress.core.artifacts import WEIGHTS_INDEX, fingerprint, read_json, write_json
 from llmpress.core.errors import ArtifactError, SourceError
 from llmpress.core.shards import ShardWriter
-from llmpress.models.architectures import block_linears, module_name
+from llmpress.models.architectures import block_linears
+from llmpress.models.checkpoints.conversion import model_tensors, stored_tensors
+from llmpress.models.checkpoints.lazy import Index, LazyTensor
 from llmpress.models.experts import separate_experts
+from llmpress.models.quantizer import own_quantization
 
 __all__ = ["Checkpoint", "CheckpointWriter", "block_linears", "copy_companions", "stored_dtype"]
 
+logger = logging.getLogger(__name__)
+
 WEIGHTS = "model.safetensors"
 MODEL_SHARD_BYTES = 2 << 30
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""What safetensors calls dtypes; of others bytes are told."""
 
 
 class Checkpoint:
@@ -45,14 +68,11 @@ class Checkpoint:
         if not (self.folder / "config.json").is_file():
             raise ArtifactError(f"{self.folder}: no model here (config.json is missing)")
         self.config = _read_config(self.folder)
-        self._where: dict[str, tuple[Path, str]] = {}  # file, and name in it
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._stored: dict[str, LazyTensor] = {}
         for path in self._files():
             with self._open(path) as shard:
-                for stored in shard.keys():  # noqa: SIM118 - no dictionary
-                    name = module_name(self.config.model_type, stored)
-                    self._where[name] = path, stored
-                    self._shapes[name] = tuple(shard.get_slice(stored).get_shape())
+                for name in shard.keys():  # noqa: SIM118 - no dictionary
+                    self._stored[name] = self._lazy(path, name, shard.get_slice(name))
 
     def _files(self) -> list[Path]:
         if (self.folder / WEIGHTS_INDEX).is_file():
@@ -73,6 +93,37 @@ class Checkpoint:
         else:
             raise ArtifactError(f"{self.folder}: no weights here ({WEIGHTS} is missing)")
         return [self.folder / name for name in names]
+
+    def _lazy(self, path: Path, name: str, stored: Any) -> LazyTensor:
+        shape = stored.get_shape()
+
+        def read(index: Index) -> Tensor:
+            whole = all(part == slice(0, size) for part, size in zip(index, shape, strict=True))
+            with self._open(path) as shard:
+                found: Tensor = shard.get_tensor(name) if whole else shard.get_slice(name)[index]
+            return found
+
+        return LazyTensor(shape, DTYPES.get(stored.get_dtype(), torch.uint8), read)
+
+    @cached_property
+    def _tensors(self) -> Mapping[str, LazyTensor]:
+        """What the model has, by its names there."""
+        if own_quantization(self.config) is not None:
+            return self._stored  # our own names
+        try:
+            found, ignored = model_tensors(fused_model(self.config), self._stored)
+        except ValueError as error:
+            raise ArtifactError(f"{self.folder}: {error}; fetch the model again") from None
+        if ignored:
+            logger.warning(
+                "%s: %d tensors have no place in the model and are ignored, as transformers does: "
+                "%s%s",
+                self.folder,
+                len(ignored),
+                ignored[0],
+                ", ..." if ignored[1:] else "",
+            )
+        return found
 
     @staticmethod
     def _open(path: Path) -> Any:
@@ -99,20 +150,15 @@ class Checkpoint:
 
     def names(self) -> list[str]:
         """Return the names of all stored tensors, sorted."""
-        return sorted(self._where)
+        return sorted(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
-        self._check(name)
-        return self._shapes[name]
+        return tuple(self._tensor(name).shape)
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor."""
-        self._check(name)
-        path, stored = self._where[name]
-        with self._open(path) as shard:
-            tensor: Tensor = shard.get_tensor(stored)
-        return tensor
+        return self._tensor(name).read()
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Read all tensors whose name starts with ``prefix``, which is cut off."""
@@ -120,9 +166,10 @@ class Checkpoint:
             n.removeprefix(prefix): self.tensor(n) for n in self.names() if n.startswith(prefix)
         }
 
-    def _check(self, name: str) -> None:
-        if name not in self._where:
+    def _tensor(self, name: str) -> LazyTensor:
+        if name not in self._tensors:
             raise ArtifactError(f"{self.folder}: holds no tensor {name!r}")
+        return self._tensors[name]
 
     def skeleton(self) -> PreTrainedModel:
         """Build the model with parameters on the meta device and buffers in memory.
@@ -132,13 +179,28 @@ class Checkpoint:
         """
         return empty_model(self.config)
 
+    def published(self) -> dict[str, LazyTensor]:
+        """Return what transformers would save of the model, unread, by the names in its files."""
+
+        def read(name: str, index: Index) -> Tensor:
+            return self.tensor(name)[index]
+
+        own = {n: LazyTensor(self.shape(n), torch.float32, partial(read, n)) for n in self.names()}
+        return stored_tensors(fused_model(self.config), own)
+
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """Build a model of a configuration; see `Checkpoint.skeleton`."""
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model = fused_model(config)
     separate_experts(model)
     model.eval()
+    return model
+
+
+def fused_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Build the same with experts as transformers has them, fused."""
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model
 
 
