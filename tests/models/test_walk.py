@@ -3,13 +3,14 @@
 import weakref
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llmpress.calibration.files import load_statistics, load_windows, save_calibration
 from llmpress.core.errors import ArtifactError, NumericalError
@@ -37,6 +38,44 @@ def test_walking_block_by_block_gives_the_models_hidden_states(
     for index in range(len(walk) - 1):  # the last of transformers' states is already normalised
         hidden = walk.propagate(walk.load(index), index, hidden, batch_size=2)
         torch.testing.assert_close(hidden, expected[index + 1], rtol=1e-4, atol=1e-4)
+
+
+_OLD = {"vocab_size": 512, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}
+_NEO = {"vocab_size": 512, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "window_size": 32}
+
+_BAMBA = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+_BAMBA |= {"num_attention_heads": 4, "num_key_value_heads": 2, "mamba_n_heads": 8}
+_BAMBA |= {"attn_layer_indices": [1]}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [
+        ("gptj", _OLD),
+        ("codegen", _OLD),
+        ("gpt_neo", {**_NEO, "attention_types": [[["global", "local"], 1]]}),
+        ("bamba", {**_BAMBA, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}),
+    ],
+)
+def test_blocks_whose_output_is_read_as_a_tuple(
+    model_type: str, sizes: dict[str, Any], tiny_windows: Tensor, tmp_path: Path
+) -> None:
+    config = AutoConfig.for_model(model_type, **sizes, bos_token_id=0, eos_token_id=0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    walk = BlockWalk(checkpoint.skeleton(), checkpoint, device=CPU)
+    hidden = walk.embed(tiny_windows[:2])
+    for index in range(len(walk)):
+        hidden = walk.propagate(walk.load(index), index, hidden)
+    with torch.no_grad():
+        states = model(tiny_windows[:2], output_hidden_states=True).hidden_states
+        final = model.model.final_layernorm if model_type == "bamba" else model.transformer.ln_f
+        torch.testing.assert_close(final(hidden), states[-1], rtol=1e-4, atol=1e-4)
+    out = tmp_path / "calibration"
+    out.mkdir()
+    save_calibration(walk, tiny_windows[:3], tiny_windows[3:4], out, tiny_windows[:1])
+    assert all(known.output_importance is not None for known in load_statistics(out).values())
 
 
 def test_a_block_is_only_in_memory_while_it_is_used(walk: BlockWalk, tiny_windows: Tensor) -> None:

@@ -107,7 +107,7 @@ def _loss_gradient(walk: BlockWalk, hidden_states: Tensor, seed: int) -> Tensor:
     """Return the gradient of the loss by the last block's output, ``[windows, tokens, hidden]``."""
     model = copy.deepcopy(walk.skeleton)
     _, blocks = decoder_blocks(model)
-    stand_ins = [_Constant(block, gives_tuple=walk.gives_tuples) for block in blocks]
+    stand_ins = [_Constant(block, walk) for block in blocks]
     for index, stand_in in enumerate(stand_ins):
         blocks[index] = stand_in
     outside = {
@@ -141,11 +141,11 @@ def _gradient_of(states: Tensor) -> Tensor:
 class _Constant(nn.Module):
     """Stands in for a decoder block: passes hidden states on, or gives out what it was told."""
 
-    def __init__(self, block: nn.Module, *, gives_tuple: bool) -> None:
+    def __init__(self, block: nn.Module, walk: BlockWalk) -> None:
         super().__init__()
         self._attributes = {k: v for k, v in vars(block).items() if not k.startswith("_")}
         self.output: Tensor | None = None
-        self.gives_tuple = gives_tuple
+        self._walk = walk
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -153,6 +153,5 @@ class _Constant(nn.Module):
         except AttributeError:
             return self.__dict__["_attributes"][name]
 
-    def forward(self, hidden_states: Tensor, **_: object) -> Tensor | tuple[Tensor]:
-        states = hidden_states if self.output is None else self.output
-        return (states,) if self.gives_tuple else states
+    def forward(self, hidden_states: Tensor, **_: object) -> Any:
+        return self._walk.as_returned(hidden_states if self.output is None else self.output)

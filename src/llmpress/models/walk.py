@@ -19,6 +19,10 @@ PROPAGATE_WINDOWS, PROPAGATE_TOKENS = 8, 4096
 """What is computed at a time without gradients: activations of long windows stay small, too."""
 
 
+_MISUSED = (TypeError, ValueError, IndexError, RuntimeError)
+"""What a decoder raises whose blocks return something else than it reads."""
+
+
 class TensorSource(Protocol):
     """A checkpoint, read tensor by tensor."""
 
@@ -56,7 +60,7 @@ class BlockWalk:
         self.autocast = autocast
         self.prefix, self.blocks = decoder_blocks(skeleton)
         self.arguments: list[dict[str, Any]] = []
-        self.gives_tuples = False  # known after the first forward
+        self._returned: Any = None  # by the first block that ran, of the first window
 
     def __len__(self) -> int:
         """Return the number of decoder blocks."""
@@ -77,7 +81,7 @@ class BlockWalk:
         decoder = copy.deepcopy(self.skeleton.get_decoder())
         name = next(n for n, m in self.skeleton.named_modules() if m is self.skeleton.get_decoder())
         _, blocks = decoder_blocks(decoder)
-        recorders = [_Recorder(block) for block in blocks]
+        recorders = [_Recorder(block, self) for block in blocks]
         for index, recorder in enumerate(recorders):
             blocks[index] = recorder
         outside = {
@@ -90,19 +94,33 @@ class BlockWalk:
         hidden = torch.empty(0)
         with torch.no_grad():
             for row, window in enumerate(windows):
-                try:
-                    decoder(window.unsqueeze(0).to(self.device), use_cache=False)
-                except TypeError as error:
-                    raise SourceError(
-                        f"{type(self.skeleton).__name__} calls its decoder blocks in a way that "
-                        f"cannot be walked block by block ({error})"
-                    ) from None
+                self._call(decoder, window.unsqueeze(0).to(self.device), recorders[0])
                 states = recorders[0].hidden_states
                 if row == 0:
                     hidden = torch.empty(*windows.shape, states.shape[-1])
                 hidden[row] = states[0]
         self.arguments = [recorder.arguments for recorder in recorders]
         return hidden
+
+    def _call(self, decoder: nn.Module, window: Tensor, first: "_Recorder") -> None:
+        """Run a decoder of recorders; where it wants more of its blocks, the first shows what."""
+        try:
+            try:
+                decoder(window, use_cache=False)
+            except _MISUSED as error:
+                if self._returned is not None or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self.arguments = [first.arguments]
+                self.forward(self.load(0), 0, first.hidden_states)
+                decoder(window, use_cache=False)
+        except _MISUSED as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = str(error).partition("\n")[0]
+            raise SourceError(
+                f"{type(self.skeleton).__name__} calls its decoder blocks in a way that "
+                f"cannot be walked block by block ({reason})"
+            ) from None
 
     def load(self, index: int) -> nn.Module:
         """Return decoder block ``index`` with its weights, on the device.
@@ -138,9 +156,16 @@ class BlockWalk:
         """Run one batch ``[batch, tokens, hidden]`` through a loaded block; gradients are kept."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             output = block(hidden_states.to(self.device), **self.arguments[index])
-        self.gives_tuples = isinstance(output, tuple)
+        if self._returned is None:
+            self._returned = output
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result.float()
+
+    def as_returned(self, hidden_states: Tensor) -> Any:
+        """Return hidden states as the blocks do, of which one has run: alone, or in a tuple."""
+        if isinstance(self._returned, tuple):
+            return (hidden_states, *self._returned[1:])
+        return hidden_states
 
     @torch.no_grad()
     def propagate(
@@ -182,8 +207,9 @@ class BlockWalk:
 class _Recorder(nn.Module):
     """Stands in for a decoder block: passes hidden states on and keeps what it was called with."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, walk: BlockWalk) -> None:
         super().__init__()
+        self._walk = walk
         self._attributes = {k: v for k, v in vars(block).items() if not k.startswith("_")}
         self.hidden_states: Tensor = torch.empty(0)
         self.arguments: dict[str, Any] = {}
@@ -194,7 +220,7 @@ class _Recorder(nn.Module):
         except AttributeError:
             return self.__dict__["_attributes"][name]
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Any:
         self.hidden_states = hidden_states
         self.arguments = {k: v for k, v in arguments.items() if k != "past_key_values"}
-        return hidden_states
+        return self._walk.as_returned(hidden_states)
