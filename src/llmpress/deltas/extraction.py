@@ -150,12 +150,10 @@ def _placed(finetuned: Checkpoint, model: PreTrainedModel) -> set[str]:
     Raises:
         ArtifactError: Other tensors without a place or of another shape, or places without one.
     """
-    places = model.state_dict()
-    stored = set(finetuned.names())
-    ignored = {*(model._keys_to_ignore_on_load_unexpected or ()), *OLD_BUFFERS}
-    names = {n for n in stored if not any(re.search(pattern, n) for pattern in ignored)}
+    places, names = model.state_dict(), set(finetuned.names())
     where, kind = finetuned.folder, type(model).__name__
-    if extra := sorted(names - places.keys()):
+    extra = [n for n in finetuned.ignored if not any(re.search(p, n) for p in OLD_BUFFERS)]
+    if extra:
         raise ArtifactError(
             f"{where}: {kind} has no place for its tensor {extra[0]} ({len(extra)} such), so no "
             "delta can carry it; save the language model alone"

@@ -111,7 +111,7 @@ def _check_folder(opened: Opened, name: str) -> None:
             f"{name}: no model*.safetensors (pickled weights run code when they are read): name a "
             "revision that has them, or save_pretrained() it where you trust it and use `path:`"
         )
-    if WEIGHTS_INDEX in names:
+    if WEIGHTS_INDEX in names and "model.safetensors" not in names:  # else it is not read
         shards = set(read_json(opened.folder / WEIGHTS_INDEX)["weight_map"].values())
         if missing := sorted(shards - names):
             raise SourceError(

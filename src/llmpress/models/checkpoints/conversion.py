@@ -6,6 +6,7 @@ is read. Experts, which transformers keep fused, go by one tensor a matrix; see
 `llmpress.models.experts`.
 """
 
+import re
 from collections.abc import Mapping
 from copy import deepcopy
 from functools import partial
@@ -32,7 +33,8 @@ class Converted(NamedTuple):
 
     Attributes:
         tensors: By their names in the model with separate experts.
-        ignored: Stored names that the model has no place for, sorted.
+        ignored: Stored names that the model has no place for, without those that its class expects
+            in old files, sorted.
     """
 
     tensors: dict[str, LazyTensor]
@@ -79,7 +81,9 @@ def model_tensors(model: PreTrainedModel, stored: Mapping[str, LazyTensor]) -> C
         if parts[0] is not None and parts[1] is not None:
             separate = matrices(parts[0], parts[1])
             found |= {f"{group}.{name}.weight": tensor for name, tensor in separate.items()}
-    return Converted(found, sorted(ignored))
+    expected = model._keys_to_ignore_on_load_unexpected or ()
+    unplaced = [name for name in ignored if not any(re.search(p, name) for p in expected)]
+    return Converted(found, sorted(unplaced))
 
 
 def stored_tensors(

@@ -32,6 +32,11 @@ class CheckpointView(Checkpoint):
         self.folder = folder
         self.config = copy.deepcopy(base.config)
 
+    @property
+    def ignored(self) -> list[str]:
+        """Names in the base's files that the model has no place for."""
+        return self.base.ignored
+
     def names(self) -> list[str]:
         """Return the names of all tensors, sorted."""
         return self.base.names()

@@ -3,8 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Mapping
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from llmpress.core.artifacts import WEIGHTS_INDEX, fingerprint, read_json, write
 from llmpress.core.errors import ArtifactError, SourceError
 from llmpress.core.shards import ShardWriter
 from llmpress.models.architectures import block_linears
-from llmpress.models.checkpoints.conversion import model_tensors, stored_tensors
+from llmpress.models.checkpoints.conversion import Converted, model_tensors, stored_tensors
 from llmpress.models.checkpoints.lazy import Index, LazyTensor
 from llmpress.models.experts import separate_experts
 from llmpress.models.quantizer import own_quantization
@@ -29,6 +28,7 @@ __all__ = ["Checkpoint", "CheckpointWriter", "block_linears", "copy_companions",
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
 MODEL_SHARD_BYTES = 2 << 30
 DTYPES = {
     "F64": torch.float64,
@@ -75,23 +75,26 @@ class Checkpoint:
                     self._stored[name] = self._lazy(path, name, shard.get_slice(name))
 
     def _files(self) -> list[Path]:
-        if (self.folder / WEIGHTS_INDEX).is_file():
-            index = read_json(self.folder / WEIGHTS_INDEX)
+        """Return the files that transformers reads: one, whatever else is there, or shards."""
+        stated = getattr(self.config, "transformers_weights", None)
+        name = stated or (WEIGHTS if (self.folder / WEIGHTS).is_file() else WEIGHTS_INDEX)
+        names = [name]
+        if name.endswith(INDEX_SUFFIX) and (self.folder / name).is_file():
+            index = read_json(self.folder / name)
             where = index.get("weight_map") if isinstance(index, dict) else None
             if not isinstance(where, dict) or not all(isinstance(n, str) for n in where.values()):
-                raise ArtifactError(
-                    f"{self.folder / WEIGHTS_INDEX}: damaged; fetch the model again"
-                )
+                raise ArtifactError(f"{self.folder / name}: damaged; fetch the model again")
             names = sorted(set(where.values()))
-        elif (self.folder / WEIGHTS).is_file():
-            names = [WEIGHTS]
-        elif any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt")):
+        elif not (self.folder / name).is_file():
+            names = [p.name for pattern in ("*.bin", "*.pt") for p in self.folder.glob(pattern)]
+            if not names:
+                missing = stated or WEIGHTS
+                raise ArtifactError(f"{self.folder}: no weights here ({missing} is missing)")
+        if pickled := sorted(name for name in names if not name.endswith(".safetensors")):
             raise SourceError(
-                f"{self.folder}: only pickle weights, which are not opened; "
+                f"{self.folder}: {pickled[0]} holds weights as pickle, which is not opened; "
                 "save the model with safe_serialization=True first"
             )
-        else:
-            raise ArtifactError(f"{self.folder}: no weights here ({WEIGHTS} is missing)")
         return [self.folder / name for name in names]
 
     def _lazy(self, path: Path, name: str, stored: Any) -> LazyTensor:
@@ -106,24 +109,21 @@ class Checkpoint:
         return LazyTensor(shape, DTYPES.get(stored.get_dtype(), torch.uint8), read)
 
     @cached_property
-    def _tensors(self) -> Mapping[str, LazyTensor]:
-        """What the model has, by its names there."""
+    def _converted(self) -> Converted:
         if own_quantization(self.config) is not None:
-            return self._stored  # our own names
+            return Converted(self._stored, [])  # written by us, under the model's names
         try:
-            found, ignored = model_tensors(fused_model(self.config), self._stored)
+            converted = model_tensors(fused_model(self.config), self._stored)
         except ValueError as error:
             raise ArtifactError(f"{self.folder}: {error}; fetch the model again") from None
-        if ignored:
-            logger.warning(
-                "%s: %d tensors have no place in the model and are ignored, as transformers does: "
-                "%s%s",
-                self.folder,
-                len(ignored),
-                ignored[0],
-                ", ..." if ignored[1:] else "",
-            )
-        return found
+        if converted.ignored:
+            _say_ignored(self.folder, len(converted.ignored), converted.ignored[0])
+        return converted
+
+    @property
+    def ignored(self) -> list[str]:
+        """Names in the files that the model has no place for, sorted; transformers skips them."""
+        return self._converted.ignored
 
     @staticmethod
     def _open(path: Path) -> Any:
@@ -150,7 +150,7 @@ class Checkpoint:
 
     def names(self) -> list[str]:
         """Return the names of all stored tensors, sorted."""
-        return sorted(self._tensors)
+        return sorted(self._converted.tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
@@ -167,9 +167,9 @@ class Checkpoint:
         }
 
     def _tensor(self, name: str) -> LazyTensor:
-        if name not in self._tensors:
+        if name not in self._converted.tensors:
             raise ArtifactError(f"{self.folder}: holds no tensor {name!r}")
-        return self._tensors[name]
+        return self._converted.tensors[name]
 
     def skeleton(self) -> PreTrainedModel:
         """Build the model with parameters on the meta device and buffers in memory.
@@ -187,6 +187,17 @@ class Checkpoint:
 
         own = {n: LazyTensor(self.shape(n), torch.float32, partial(read, n)) for n in self.names()}
         return stored_tensors(fused_model(self.config), own)
+
+
+@cache
+def _say_ignored(folder: Path, count: int, first: str) -> None:
+    logger.warning(
+        "%s: %d tensors have no place in the model and are left out, as by transformers: %s%s",
+        folder,
+        count,
+        first,
+        ", ..." if count > 1 else "",
+    )
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
