@@ -49,9 +49,9 @@ def test_its_gradient_is_that_of_the_bias_added_to_it(
     model = load_model(architecture_folder)
     bias = model.get_submodule(DT_PROJ).bias
     logits = model(token).logits[0]
-    label = torch.multinomial(
-        logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(3)
-    )[:, 0]
+    reached = logits.detach().softmax(-1).cumsum(-1)
+    drawn = torch.rand(1, 1, generator=torch.Generator().manual_seed(3)) * reached[:, -1:]
+    label = torch.searchsorted(reached, drawn)[:, 0]
     torch.nn.functional.cross_entropy(logits, label, reduction="sum").backward()
     torch.testing.assert_close(found, bias.grad.square(), rtol=1e-3, atol=1e-12)
 

@@ -12,7 +12,12 @@ from llmpress.methods.base import InputStatistics, Shape, Term
 from llmpress.methods.lillama import Lillama
 from llmpress.methods.lillama.budget import candidate_ranks, num_stored
 from llmpress.numerics.linalg import relative_output_error
-from llmpress.numerics.low_rank import output_directions, output_factors, weight_factors
+from llmpress.numerics.low_rank import (
+    output_directions,
+    output_energy,
+    output_factors,
+    weight_factors,
+)
 
 EXAMPLES = [
     Example({"rank": 3}, needs_statistics=True),
@@ -79,6 +84,7 @@ def test_directions_are_orthonormal_and_hold_all_energy(
 ) -> None:
     weight, moment = torch.randn(shape), correlated(shape[1], directions)
     energy, vectors = output_directions(weight, moment)
+    torch.testing.assert_close(output_energy(weight, moment), energy, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(vectors.t() @ vectors, torch.eye(24).double())
     outputs = weight.double() @ moment.double() @ weight.double().t()
     assert float(energy.sum()) == pytest.approx(float(outputs.trace()))

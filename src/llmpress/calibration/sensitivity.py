@@ -125,8 +125,9 @@ def _loss_gradient(walk: BlockWalk, hidden_states: Tensor, seed: int) -> Tensor:
         stand_ins[-1].output = leaving
         tokens = torch.zeros(leaving.shape[:2], dtype=torch.int64, device=walk.device)
         logits = model(tokens, use_cache=False).logits[0].float()  # [tokens, vocabulary]
-        chances = logits.detach().softmax(dim=-1).cpu()
-        labels = torch.multinomial(chances, 1, generator=generator).squeeze(1)
+        reached = logits.detach().softmax(dim=-1).cumsum(dim=-1).cpu()  # torch.multinomial is slow
+        drawn = torch.rand(len(reached), 1, generator=generator) * reached[:, -1:]
+        labels = torch.searchsorted(reached, drawn).squeeze(1)
         functional.cross_entropy(logits, labels.to(walk.device), reduction="sum").backward()
         gradients.append(_gradient_of(leaving))
     return torch.cat(gradients)

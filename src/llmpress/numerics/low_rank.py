@@ -37,18 +37,36 @@ def output_directions(
         second_moment: ``H [in, in]``.
         importance: Diagonal of G, positive ``[out]``; ones if None.
     """
+    moment, outputs = _smaller_moment(weight, second_moment, importance)
+    energy, vectors = torch.linalg.eigh(moment)  # ascending
+    if outputs is None:
+        return OutputDirections(energy.flip(0).clamp(min=0), vectors.flip(1))
+    directions = torch.linalg.qr(outputs @ vectors.flip(1)).Q  # orthonormal where energy is 0, too
+    return OutputDirections(energy.flip(0).clamp(min=0), directions)
+
+
+def output_energy(
+    weight: Tensor, second_moment: Tensor, importance: Tensor | None = None
+) -> Tensor:
+    """Return the energy of `output_directions` alone, fp64 ``[min(out, in)]``, in half the time."""
+    moment, _ = _smaller_moment(weight, second_moment, importance)
+    energy: Tensor = torch.linalg.eigvalsh(moment)
+    return energy.flip(0).clamp(min=0)
+
+
+def _smaller_moment(
+    weight: Tensor, second_moment: Tensor, importance: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return ``G^½ W H Wᵀ G^½``, or ``FᵀF`` and ``F [out, in]`` with ``F Fᵀ`` equal to it."""
     W = weight.double()
     if importance is not None:
         W = W * importance.double().sqrt().unsqueeze(1)
     H = second_moment.double()
     if W.shape[0] <= W.shape[1]:
-        energy, vectors = torch.linalg.eigh(W @ H @ W.t())  # ascending
-        return OutputDirections(energy.flip(0).clamp(min=0), vectors.flip(1))
+        return W @ H @ W.t(), None
     values, basis = torch.linalg.eigh(H)
-    outputs = W @ (basis * values.clamp(min=0).sqrt())  # [out, in], their moment as that of G^½ y
-    energy, vectors = torch.linalg.eigh(outputs.t() @ outputs)
-    directions = torch.linalg.qr(outputs @ vectors.flip(1)).Q  # orthonormal where energy is 0, too
-    return OutputDirections(energy.flip(0).clamp(min=0), directions)
+    outputs = W @ (basis * values.clamp(min=0).sqrt())
+    return outputs.t() @ outputs, outputs
 
 
 def output_factors(

@@ -38,7 +38,7 @@ from llmpress.methods.lillama.budget import (
 )
 from llmpress.nn.layers.low_rank import LowRankLinear
 from llmpress.nn.layers.pivoted_low_rank import PivotedLowRankLinear
-from llmpress.numerics.low_rank import output_directions, output_factors, svd_cubes, weight_factors
+from llmpress.numerics.low_rank import output_energy, output_factors, svd_cubes, weight_factors
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Lillama(Method, Tunable):
         checked = checked_weight(weight)
         known = checked_statistics(statistics, checked)
         importance = known.output_importance
-        energy = output_directions(checked, known.second_moment, importance).energy
+        energy = output_energy(checked, known.second_moment, importance)
         lost = energy.sum() - energy.cumsum(0)
         if known.output_sensitivity is not None and importance is None:  # nothing is felt
             lost *= 0
