@@ -17,7 +17,7 @@ from llmpress.core.devices import pick_device
 from llmpress.core.errors import ArtifactError
 from llmpress.models.architectures import replace_module
 from llmpress.models.checkpoints.compressed import compressed_layers
-from llmpress.models.checkpoints.files import Checkpoint
+from llmpress.models.checkpoints.files import TOKENIZERS, Checkpoint
 from llmpress.models.folders import model_folder
 from llmpress.models.quantizer import insert_layers
 from llmpress.nn.layers import AdaptedLinear, CompressedLinear
@@ -81,7 +81,7 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     folder = Path(folder)
     if (folder / PROVENANCE).is_file():
         verify(folder)
-    if not any(folder.glob("tokenizer*")):
+    if not any(file.is_file() for pattern in TOKENIZERS for file in folder.glob(pattern)):
         model_folder(folder)  # which says what else is wrong
         raise ArtifactError(f"{folder}: no tokenizer here; fetch or compress the model again")
     try:

@@ -42,12 +42,14 @@ def model_config(
     """Return the content of config.json for what is made of a model.
 
     Args:
-        source: The model; how it is compressed itself is left out.
+        source: The model; how it is compressed itself is left out, and what code of its own it
+            names, which is never run and does not come along.
         dtype: What its plain tensors are stored in.
         layers: Entries as `compressed_layers` returns them; None for a plain model.
     """
     config = source.plain_config()
     config.pop(KEY, None)
+    config.pop("auto_map", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     return config if layers is None else config | quantization(layers)
 

@@ -30,6 +30,31 @@ logger = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 MODEL_SHARD_BYTES = 2 << 30
+TOKENIZERS = (
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "special_tokens*",
+    "added_tokens.json",
+    "*.model",  # sentencepiece
+    "*.tiktoken",
+    "tekken.json",
+    "*.bpe",
+    "bpe.codes",
+    "dict.txt",
+)
+"""Files of tokenizers, slow ones too, as transformers names them."""
+COMPANIONS = (
+    *TOKENIZERS,
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "chat_template.json",
+    "*processor_config.json",
+    "generation_config*",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+)
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -271,12 +296,14 @@ class CheckpointWriter:
 
 
 def companions(folder: Path) -> list[Path]:
-    """Return the tokenizer, generation and chat-template files of a model folder."""
-    patterns = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "*.jinja")
-    return [file for p in (*patterns, "generation_config*") for file in folder.glob(p)]
+    """Return what lies beside a model's weights: tokenizer, processor, templates, licence."""
+    found = {file for pattern in COMPANIONS for file in folder.glob(pattern) if file.is_file()}
+    return sorted(found)
 
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy the `companions` of one model folder to another."""
     for file in companions(source):
-        shutil.copyfile(file, target / file.name)
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)

@@ -1,0 +1,99 @@
+"""What lies beside a model's weights comes along: the same tokens from source and artifact."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+import llmpress
+from llmpress.models.checkpoints.files import copy_companions
+
+AWKWARD = (
+    "",
+    " ",
+    "\n\n\tdef f(x):\r\n",
+    "a <|call|> b<|call|>",
+    "naïve café “quotes” …",
+    "日本語 한국어 العربية",
+    "👩‍👩‍👧 \u200b\ufeff zero\u0000byte",
+    "1234567890 __init__ -> !=",
+)
+
+
+def as_it_is(folder: Path) -> None:
+    del folder
+
+
+def slow(folder: Path) -> None:
+    """Vocabulary and merges, and tokens that only added_tokens.json has."""
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    merges = "\n".join(m if isinstance(m, str) else " ".join(m) for m in model["merges"])
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")
+    named = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named), encoding="utf-8")
+    (folder / "added_tokens.json").write_text(json.dumps({"<|call|>": 511}), encoding="utf-8")
+
+
+def templates(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = {
+        "default": "D{{ messages[0]['content'] }}",
+        "tool_use": "T{{ messages[0]['content'] }}",
+    }
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", [as_it_is, slow, templates])
+def test_a_copy_gives_the_same_tokens(
+    kind: Callable[[Path], None], tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(tiny_model_folder, tmp_path / "source"))
+    kind(source)
+    (tmp_path / "copy").mkdir()
+    copy_companions(source, tmp_path / "copy")
+    shutil.copy(source / "config.json", tmp_path / "copy")
+    ours, theirs = (llmpress.load_tokenizer(folder) for folder in (tmp_path / "copy", source))
+    assert type(ours) is type(theirs)
+    assert len(ours) == len(theirs)
+    assert ours.chat_template == theirs.chat_template
+    for text in AWKWARD:
+        assert ours(text).input_ids == theirs(text).input_ids
+
+
+def test_no_code_is_named_that_does_not_come_along(tiny_model_folder: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny_model_folder, tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_mine.Mine"}
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    llmpress.compress_model(source, method="rtn", bits=8, out=tmp_path / "small")
+    llmpress.export_dense(tmp_path / "small", out=tmp_path / "dense")
+    for made in ("small", "dense"):
+        config = json.loads((tmp_path / made / "config.json").read_text(encoding="utf-8"))
+        assert "auto_map" not in config
+
+
+NAMES = (
+    *("added_tokens.json", "chat_template.json", "tekken.json", "processor_config.json"),
+    *("sentencepiece.bpe.model", "spiece.model", "qwen.tiktoken", "tiktoken.model", "bpe.codes"),
+    *("preprocessor_config.json", "dict.txt", "LICENSE", "NOTICE.txt", "chat_template.jinja"),
+    "additional_chat_templates/tool_use.jinja",
+)
+
+
+def test_files_of_every_kind_come_along_and_no_others(tmp_path: Path) -> None:
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    (source / "additional_chat_templates").mkdir(parents=True)
+    (source / "tokenizer").mkdir()  # a folder of that name is no tokenizer
+    (source / "tokenizer/x.json").touch()
+    for name in (*NAMES, "model.safetensors", "config.json", "README.md", "modeling_mine.py"):
+        (source / name).touch()
+    copy.mkdir()
+    copy_companions(source, copy)
+    found = {p.relative_to(copy).as_posix() for p in copy.rglob("*") if p.is_file()}
+    assert found == set(NAMES)
