@@ -66,16 +66,22 @@ def test_a_copy_gives_the_same_tokens(
         assert ours(text).input_ids == theirs(text).input_ids
 
 
+FILES_WITH_CODE = ("config.json", "tokenizer_config.json")
+
+
 def test_no_code_is_named_that_does_not_come_along(tiny_model_folder: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(tiny_model_folder, tmp_path / "source"))
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config["auto_map"] = {"AutoModelForCausalLM": "modeling_mine.Mine"}
-    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for name in FILES_WITH_CODE:
+        config = json.loads((source / name).read_text(encoding="utf-8"))
+        config["auto_map"] = {"AutoModelForCausalLM": "modeling_mine.Mine"}
+        (source / name).write_text(json.dumps(config), encoding="utf-8")
     llmpress.compress_model(source, method="rtn", bits=8, out=tmp_path / "small")
     llmpress.export_dense(tmp_path / "small", out=tmp_path / "dense")
     for made in ("small", "dense"):
-        config = json.loads((tmp_path / made / "config.json").read_text(encoding="utf-8"))
-        assert "auto_map" not in config
+        for name in FILES_WITH_CODE:
+            config = json.loads((tmp_path / made / name).read_text(encoding="utf-8"))
+            assert config
+            assert "auto_map" not in config
 
 
 NAMES = (

@@ -302,8 +302,10 @@ def companions(folder: Path) -> list[Path]:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy the `companions` of one model folder to another."""
+    """Copy the `companions` of one model folder to another, without naming code left behind."""
     for file in companions(source):
         copy = target / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copy)
+        if file.name.endswith("_config.json") and '"auto_map"' in file.read_text(encoding="utf-8"):
+            write_json(copy, {k: v for k, v in read_json(file).items() if k != "auto_map"})
