@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tiny_artifacts import content
 
 from llmpress.core.artifacts import artifact_folder, read_json, read_provenance, write_json
 from llmpress.core.errors import ArtifactError
@@ -245,23 +246,6 @@ def unfinished(finished: Path, tmp_path: Path, stage: str) -> Path:
     if stage == "compress":
         shutil.rmtree(project / "data/compressed")
     return project
-
-
-def content(folder: Path) -> dict[str, Any]:
-    """Every file of an artifact: bytes, and JSON without what differs between two runs."""
-    return {
-        path.name: without_times(json.loads(path.read_text(encoding="utf-8")))
-        if path.suffix == ".json"
-        else path.read_bytes()
-        for path in sorted(folder.iterdir())
-    }
-
-
-def without_times(value: Any) -> Any:
-    if isinstance(value, dict):
-        times = ("seconds", "created", "peak_memory_bytes", "fingerprint", "files")
-        return {k: without_times(v) for k, v in value.items() if k not in times}
-    return [without_times(v) for v in value] if isinstance(value, list) else value
 
 
 @pytest.mark.parametrize("finished", METHODS, indirect=True)

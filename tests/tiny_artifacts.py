@@ -1,7 +1,9 @@
 """Tiny artifacts of every kind, made once per test session through the library's front door."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,3 +114,20 @@ def compressed_delta(shared_folder: Path, tiny_delta: Path) -> Path:
             out=out,
         ),
     )
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """Every file of an artifact: bytes, and JSON without what differs between two runs."""
+    return {
+        path.name: without_times(json.loads(path.read_text(encoding="utf-8")))
+        if path.suffix == ".json"
+        else path.read_bytes()
+        for path in sorted(folder.iterdir())
+    }
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        times = ("seconds", "created", "peak_memory_bytes", "fingerprint", "files")
+        return {k: without_times(v) for k, v in value.items() if k not in times}
+    return [without_times(v) for v in value] if isinstance(value, list) else value

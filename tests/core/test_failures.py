@@ -1,6 +1,8 @@
 """What stands on the terminal when something goes wrong."""
 
 import errno
+import os
+import signal
 from collections.abc import Callable
 from typing import Never
 
@@ -18,6 +20,17 @@ def raising(error: BaseException) -> Callable[[], Never]:
     return action
 
 
+def ended() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def ended_in_compiled_code() -> None:
+    try:
+        ended()
+    except SystemExit:
+        raise ValueError("no shape") from None  # as safetensors does
+
+
 def too_much() -> None:
     torch.empty(10**15)  # torch's own error for a CPU without memory, whatever it is today
 
@@ -27,6 +40,8 @@ def no_package() -> None:
 
 
 CASES: dict[str, tuple[Callable[[], None], str, int]] = {
+    "signal": (ended, "error: ended by a signal", 143),
+    "signal somewhere": (ended_in_compiled_code, "error: ended by a signal", 143),
     "domain": (raising(SourceError("no such\n  model")), "error: no such model\n", 1),
     "value": (raising(ValueError("rank must be positive")), "error: rank must be positive\n", 1),
     "python's memory": (raising(MemoryError()), "error: out of memory: lower windows, length", 1),

@@ -17,9 +17,9 @@ from llmpress.data.documents import (
     CorpusSource,
     distinct,
     read_documents,
-    read_rows,
     stdlib_documents,
 )
+from llmpress.data.rows import read_rows
 
 ROWS = [{"passage": "one", "id": 1}, {"passage": "two", "id": 2}, {"passage": "one", "id": 3}]
 
@@ -72,7 +72,7 @@ def test_text_files_are_documents(tmp_path: Path) -> None:
 
 
 def test_text_must_be_utf8(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "a.txt").write_bytes(b"\xff")
     with pytest.raises(SourceError, match=r"a\.txt"):
         read_documents([tmp_path / "a.txt"], "text", None)
 

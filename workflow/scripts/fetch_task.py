@@ -8,7 +8,7 @@ from typing import Any
 from llmpress.core.artifacts import artifact_folder, write_json
 from llmpress.core.failures import script_errors
 from llmpress.core.params import build, read_params, section
-from llmpress.data.documents import read_rows
+from llmpress.data.rows import read_rows
 from llmpress.data.sources.source import opened
 from llmpress.data.tasks import arithmetic, calls, multiple_choice
 from llmpress.data.tasks.configs import choice_config

@@ -67,7 +67,8 @@ def calibrate_model(
         ValueError: Fewer than one window or two tokens.
     """
     out, model, place = Path(out), model_folder(model), pick_device(device)
-    texts, artifacts = read_texts(text), text_artifacts(text)
+    tokenizer = load_tokenizer(model)
+    texts, artifacts = read_texts(text, tokenizer), text_artifacts(text)
     tasks = tuple(name for name in texts if f"task {name}" in artifacts)
     if len(tasks) == len(texts):
         tasks = ()  # some text has to be a corpus there
@@ -90,7 +91,6 @@ def calibrate_model(
         claim(out, force=force, inputs=(model, delta, *text_paths(text))) as target,
         artifact_folder(target, stage="calibrate", settings=recorded, inputs=roles) as folder,
     ):
-        tokenizer = load_tokenizer(model)
         taken, validation = (
             torch.cat([token_windows(part, tokenizer, length, count) for part in parts])
             for parts, count in (

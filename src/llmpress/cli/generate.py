@@ -48,6 +48,8 @@ def generate(
     from llmpress.cli.options import quiet
     from llmpress.cli.output import print_json
     from llmpress.core.devices import pick_device, pick_dtype
+    from llmpress.core.errors import ConfigError
+    from llmpress.models.generation import plain_generation
 
     quiet()
     text = _prompt(prompt)
@@ -58,6 +60,9 @@ def generate(
     loaded: Any = load_model(folder, dtype=precision, device=str(place))
     if delta is not None:
         loaded = load_delta(loaded, delta)
+    plain_generation(loaded, "stop_strings")
+    if not ids:
+        raise ConfigError("generate: the prompt gives no token; say more")
     _check_length(loaded.config, len(ids), max_tokens)
     padding = tools.eos_token_id if tools.pad_token_id is None else tools.pad_token_id
     streamer: Any = TextStreamer(tools, skip_prompt=True, skip_special_tokens=True)
@@ -74,6 +79,7 @@ def generate(
             top_k=None,
             pad_token_id=padding,
             streamer=None if as_json else streamer,
+            tokenizer=tools,
         )
     seconds = time.perf_counter() - started
     new = output[0, len(ids) :]
@@ -104,7 +110,8 @@ def _prompt(prompt: str | None) -> str:
 def _encode(
     tokenizer: "PreTrainedTokenizerBase", text: str, chat: bool | None, system: str | None
 ) -> list[int]:
-    from llmpress.core.errors import ConfigError
+    from llmpress.core.errors import ConfigError, SourceError
+    from llmpress.data.chats import chat_text
 
     has_template = tokenizer.chat_template is not None
     if chat and not has_template:
@@ -119,7 +126,11 @@ def _encode(
     messages = [{"role": "user", "content": text}]
     if system:
         messages.insert(0, {"role": "system", "content": system})
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        rendered = chat_text(tokenizer, messages, answer=True)
+    except SourceError as error:
+        advice = "--system is more than it takes: leave it out, or use" if system else "use"
+        raise ConfigError(f"--chat: {error}; {advice} --no-chat") from None
     rendered_ids: list[int] = tokenizer(rendered, add_special_tokens=False)["input_ids"]
     return rendered_ids
 

@@ -81,6 +81,9 @@ def print_summary(description: Mapping[str, Any]) -> None:
         bits = f"{size['bits_per_weight']:.3f} over {size['compressed_weights']:,} of "
         bits += f"{size['model_weights']:,} weights"
         facts += [("bits per weight", bits), ("ratio to bf16", f"{size['ratio']:.2f}")]
+    if rest := description["left_out"]:
+        names = ", ".join(sorted(rest, key=lambda name: -rest[name]))
+        facts.append(("not compressed", f"{sum(rest.values()):,} weights in the blocks: {names}"))
     facts.append(
         ("verified", "yes" if description["verified"] else "no: it has no provenance.json")
     )

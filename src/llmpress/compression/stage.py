@@ -1,6 +1,8 @@
 """Compress a model on disk by one method into a folder that transformers opens."""
 
+import logging
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,13 @@ from llmpress.core.resume import BlockStore, scratch_folder
 from llmpress.data.corpora import Text, text_paths
 from llmpress.methods.base import Method, Shape
 from llmpress.methods.registry import check_statistics, choose_method, method_name
+from llmpress.models.architectures import WORTH_SAYING, left_out
 from llmpress.models.checkpoints.compressed import is_compressed
 from llmpress.models.checkpoints.files import Checkpoint
 from llmpress.models.folders import model_folder
 from llmpress.models.loading import skeleton
+
+logger = logging.getLogger(__name__)
 
 
 def compress_model(
@@ -102,8 +107,10 @@ def compress_model(
                 raise ArtifactError(f"{model}: is compressed already; compress its original")
             if known:
                 check_calibration(known, fingerprint(model), model.name)
-            blocks = model_shapes(skeleton(checkpoint))
+            plain = skeleton(checkpoint)
+            blocks = model_shapes(plain)
             _check_weights(checkpoint, blocks)
+            _warn_of_rest(blocks, left_out(plain))
             model_weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
             layers = compress_layers(
                 blocks,
@@ -117,6 +124,18 @@ def compress_model(
             )
             write_compressed_model(checkpoint, layers, model_weights, folder)
     return out
+
+
+def _warn_of_rest(blocks: list[dict[str, Shape]], rest: Mapping[str, int]) -> None:
+    """Say that a good part of the decoder blocks stays as it is."""
+    compressed = sum(math.prod(shape) for block in blocks for shape in block.values())
+    if (kept := sum(rest.values())) > WORTH_SAYING * (compressed + kept):
+        logger.warning(
+            "%.0f %% of the decoder blocks' weights are no linear layers and stay as they are: %s; "
+            "bits per weight are of the others",
+            100 * kept / (compressed + kept),
+            ", ".join(sorted(rest, key=lambda name: -rest[name])[:5]),
+        )
 
 
 def _check_weights(checkpoint: Checkpoint, blocks: list[dict[str, Shape]]) -> None:

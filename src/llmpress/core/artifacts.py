@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from llmpress.core.environment import hardware, packages, peak_memory_bytes
 from llmpress.core.errors import ArtifactError
-from llmpress.core.places import Place, claimed, holds, strangers
+from llmpress.core.places import Place, claimed, holds, strangers, write_whole
 
 PROVENANCE = "provenance.json"
 TRAINING = "training.json"
@@ -261,8 +261,8 @@ def save_tensors(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON; NaN and Inf are refused, as JSON has none."""
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    """Write ``value`` as indented JSON, whole; NaN and Inf are refused, as JSON has none."""
+    write_whole(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -5,7 +5,9 @@ llmpress keeps its traceback.
 """
 
 import errno
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,6 +31,8 @@ OUT_OF_MEMORY = (
 )
 MEMORY_SIGNS = ("out of memory", "can't allocate memory", "Cannot allocate memory")
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+ENDED = tuple(128 + number for number in SIGNALS)
 
 
 @contextmanager
@@ -36,7 +40,12 @@ def script_errors() -> Iterator[None]:
     """Turn what a user can act on into one line on stderr and exit code 1; let bugs through."""
     code = 1
     try:
-        yield
+        with _ended_by_signals():
+            yield
+    except SystemExit as end:
+        if end.code not in ENDED:
+            raise
+        message, code = "ended by a signal; the same command continues where it stopped", end.code
     except (LLMPressError, ValueError) as error:
         message = one_line(error)
     except MemoryError:
@@ -60,8 +69,47 @@ def script_errors() -> Iterator[None]:
         code = INTERRUPTED
     else:
         return
+    _end_bars()
     sys.stderr.write(f"error: {message}\n")
     raise SystemExit(code)
+
+
+def _end_bars() -> None:
+    """End the lines of progress bars, so that an error has one of its own."""
+    if (bars := sys.modules.get("tqdm.std")) is not None:
+        for bar in list(getattr(bars.tqdm, "_instances", ())):
+            bar.close()
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM, and SIGHUP where nobody ignores it, end a process as an error does.
+
+    What is half-written is removed then, what is kept for a rerun stays.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    ended: list[int] = []
+
+    def end(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # while it cleans up
+        ended.append(128 + number)
+        raise SystemExit(128 + number)
+
+    taken = [n for n in SIGNALS if signal.getsignal(n) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    except Exception:
+        if ended:  # compiled code made an error of its own of it
+            raise SystemExit(ended[0]) from None
+        raise
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def one_line(error: BaseException) -> str:

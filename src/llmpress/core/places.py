@@ -47,6 +47,17 @@ class Place:
             _remove(aside)
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file, UTF-8, that an older one makes way for when it is complete."""
+    temporary = file.with_name(f".{file.name}.writing")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def beside(out: Path) -> str:
     """Return how the names begin of what lies beside ``out`` only while that is written."""
     return f".{out.name}.writing-"

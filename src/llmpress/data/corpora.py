@@ -4,7 +4,6 @@ A corpus folder holds one UTF-8 text file per split. Documents are separated by 
 record separator character (U+001E), because blank lines occur inside documents.
 """
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmpress.core.errors import ArtifactError, ConfigError, SourceError
+from llmpress.data.rows import kind, plain_text, rows_if_table, table_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -158,7 +158,7 @@ def _bos(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return [bos] if bos is not None and bos in tokenizer("").input_ids else []
 
 
-def measured_texts(text: Text) -> dict[str, list[str]]:
+def measured_texts(text: Text, tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[str]]:
     """Return the documents to measure a model on: of a corpus its test text, else all there is.
 
     Raises:
@@ -168,7 +168,7 @@ def measured_texts(text: Text) -> dict[str, list[str]]:
         return {name: [*parts.statistics, *parts.validation] for name, parts in text.items()}
     return {
         name: load_text(place, "test") if isinstance(place, Path) and place.is_dir()
-        else documents_of(place)
+        else documents_of(place, tokenizer)
         for name, place in named_texts(text).items()
     }  # fmt: skip
 
@@ -180,20 +180,19 @@ def text_paths(text: Text | None) -> list[Path]:
 
 
 def named_texts(text: str | Path | Sequence[str | Path]) -> dict[str, Path | list[str]]:
-    """Return paths and documents by name.
+    """Return paths and documents by name: as much of a path's end as tells it from the others.
 
     Raises:
-        ConfigError: Nothing, or two of one name.
+        ConfigError: Nothing, or one place twice.
     """
     given = [text] if isinstance(text, str | Path) else list(text)
     if not given:
         raise ConfigError("text: name some: documents, or Paths of files, corpora or tasks")
+    places = text_paths(given)
     named: dict[str, Path | list[str]] = {}
     for item in given:
         if isinstance(item, Path):
-            if item.name in named:
-                raise ConfigError(f"text: two are called {item.name!r}; rename one of them")
-            named[item.name] = item
+            named[_name(item, places)] = item
             continue
         if len(item) < 1000 and "\n" not in item and Path(item).exists():
             raise ConfigError(f"text: {item!r} is a place, not a text: write Path({item!r})")
@@ -204,32 +203,48 @@ def named_texts(text: str | Path | Sequence[str | Path]) -> dict[str, Path | lis
     return named
 
 
-def documents_of(place: Path | list[str]) -> list[str]:
-    """Return documents as given, or those of a file, none of them changed.
+def _name(place: Path, places: Sequence[Path]) -> str:
+    others = [other.absolute().parts for other in places]
+    parts = place.absolute().parts
+    others.remove(parts)
+    if parts in others:
+        raise ConfigError(f"text: {place} is named twice; name it once")
+    size = 1
+    while any(other[-size:] == parts[-size:] for other in others):
+        size += 1
+    return place.name if size == 1 else "/".join(parts[-size:])
+
+
+def documents_of(
+    place: Path | list[str], tokenizer: "PreTrainedTokenizerBase | None" = None
+) -> list[str]:
+    """Return documents as given, or those of a file.
+
+    Args:
+        place: Documents; or a file: a table of rows with ``text``, ``messages``, or ``prompt`` and
+            ``completion`` (`llmpress.data.rows.TABLES`, ``.json``), else plain text, one document.
+        tokenizer: The model's, which writes messages as its chat template has them.
 
     Raises:
         ArtifactError: No such file.
-        SourceError: It holds no text.
+        SourceError: It holds no text, or a row that is none.
     """
     if isinstance(place, list):
         found, name = place, "text"
     else:
-        found, name = _read_documents(place), str(place)
+        found, name = _read_documents(place, tokenizer), str(place)
     if not any(document.strip() for document in found):
         raise SourceError(f"{name}: holds no text")
     return found
 
 
-def _read_documents(file: Path) -> list[str]:
-    try:
-        content = file.read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError):
-        raise ArtifactError(f"{file}: no such text file or corpus folder") from None
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{file}: is no UTF-8 text ({error.reason})") from None
-    if file.suffix != ".jsonl":
-        return [content]
-    try:
-        return [str(json.loads(line)["text"]) for line in content.split("\n") if line]
-    except (ValueError, KeyError, TypeError):
-        raise SourceError(f"{file}: not every line is a JSON object with `text`") from None
+def _read_documents(file: Path, tokenizer: "PreTrainedTokenizerBase | None") -> list[str]:
+    if not file.is_file():
+        raise ArtifactError(f"{file}: no such text file or corpus folder")
+    rows = rows_if_table(file)
+    if rows is None and kind(file) == ".json":
+        raise SourceError(
+            f"{file}: is neither a list of rows nor JSON lines; to calibrate on JSON itself name "
+            "the file .txt"
+        )
+    return [plain_text(file)] if rows is None else table_texts(file, rows, tokenizer)

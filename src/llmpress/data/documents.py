@@ -1,7 +1,6 @@
 """Where a corpus's documents come from: the standard library's sources, tables, text files."""
 
 import hashlib
-import json
 import platform
 import sysconfig
 from collections.abc import Iterable, Sequence
@@ -9,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmpress.core.errors import SourceError
 from llmpress.core.settings import Count
 from llmpress.data.corpora import SEPARATOR
+from llmpress.data.rows import plain_text, rows_if_table, table_texts
 from llmpress.data.sources.source import Source
 
 STDLIB_CHARACTERS = 4_000_000
@@ -19,7 +18,6 @@ STDLIB_EXCLUDED = frozenset(
     {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings"}
     | {"pydoc_data", "ensurepip", "__pycache__"}
 )
-TABLES = (".arrow", ".parquet", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class CorpusSource(Source):
     """One entry of ``corpora`` in params.yaml.
 
     Attributes:
-        files: Glob of the files inside the source: arrow, parquet, JSON lines or plain text.
+        files: Glob of the files inside the source: arrow, parquet, JSON, CSV or plain text.
         field: The column that holds the text; plain text files have none.
         python_stdlib: Take the running interpreter's own standard library sources instead.
         max_characters: Stop reading documents there; null reads all.
@@ -69,13 +67,13 @@ def read_documents(files: Sequence[Path], field: str, max_characters: int | None
     """Read the distinct documents of files of one or several formats.
 
     Args:
-        files: Arrow, parquet and ``.jsonl`` files have a text column; any other file is one UTF-8
-            document.
+        files: Tables (`llmpress.data.rows.TABLES`, and ``.json`` files that hold rows) have a text
+            column; any other file is one UTF-8 document.
         field: Name of the text column.
         max_characters: Stop before so many, or None.
 
     Raises:
-        SourceError: A missing column, or a file that is not what its name says.
+        SourceError: A row without the column, or a file that is not what its name says.
     """
     return distinct((text for file in files for text in _texts(file, field)), max_characters)
 
@@ -95,39 +93,6 @@ def distinct(documents: Iterable[str], max_characters: int | None) -> list[str]:
     return list(kept)
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Read the rows of an arrow, parquet or JSON-lines file.
-
-    Raises:
-        SourceError: The file is damaged, or of another format.
-    """
-    kind = file.suffix.lower()
-    try:
-        if kind == ".jsonl":
-            with file.open(encoding="utf-8") as lines:
-                return [json.loads(line) for line in lines if line.strip()]
-        if kind == ".arrow":
-            import datasets
-
-            return datasets.Dataset.from_file(str(file)).to_list()  # type: ignore[no-any-return]
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(file).to_pylist()  # type: ignore[no-any-return]
-    except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise SourceError(f"{file.name}: damaged, or no {kind} file ({reason})") from None
-
-
-def _texts(file: Path, field: str) -> Iterable[str]:
-    if file.suffix.lower() not in TABLES:
-        try:
-            return [file.read_text(encoding="utf-8")]
-        except UnicodeDecodeError as error:
-            raise SourceError(f"{file.name}: not UTF-8 text ({error.reason})") from None
-    rows = read_rows(file)
-    if rows and field not in rows[0]:
-        raise SourceError(
-            f"{file.name}: no column {field!r} (it has {', '.join(rows[0])}); correct `field:` "
-            "in params.yaml"
-        )
-    return [str(row[field]) for row in rows]
+def _texts(file: Path, field: str) -> list[str]:
+    rows = rows_if_table(file)
+    return [plain_text(file)] if rows is None else table_texts(file, rows, field=field)

@@ -11,7 +11,9 @@ from llmpress.core.records import entry, has_records, read_records
 from llmpress.data.tasks.files import TASK_FILE
 from llmpress.evaluation.reference import FILE as REFERENCE
 from llmpress.evaluation.sizes import compressed_size, delta_size, model_size
+from llmpress.models.architectures import left_out
 from llmpress.models.checkpoints.delta_files import HEADER
+from llmpress.models.checkpoints.files import Checkpoint
 
 SIZES = {
     "model": model_size,
@@ -32,8 +34,9 @@ def describe(folder: Path | str) -> dict[str, Any]:
     Returns:
         JSON-representable, always with these keys: ``folder``; ``kind``; ``verified``, false for a
         folder without provenance; ``bytes`` of all files; ``size``, as in the report's metrics, or
-        None; ``method``, or None, and its ``settings``; ``layers`` and ``blocks``, the records of
-        each; ``provenance``, or None.
+        None; ``left_out``, the matrices inside a compressed model's blocks that are no linear
+        layers, with their weights; ``method``, or None, and its ``settings``; ``layers`` and
+        ``blocks``, the records of each; ``provenance``, or None.
 
     Raises:
         ArtifactError: No such folder, nothing that llmpress knows, or damaged.
@@ -52,6 +55,7 @@ def describe(folder: Path | str) -> dict[str, Any]:
         "verified": has_provenance,
         "bytes": folder_bytes(folder, "*"),
         "size": SIZES[kind](folder).model_dump() if kind in SIZES else None,
+        "left_out": left_out(Checkpoint(folder).skeleton()) if kind == "compressed model" else {},
         "method": settings.pop("method", None),
         "settings": settings,
         "layers": [entry(layer) for layer in records.layers] if records else [],

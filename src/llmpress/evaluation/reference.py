@@ -106,7 +106,8 @@ def run_original(
         SourceError: A text is too short.
         NumericalError: The model computes NaN or Inf.
     """
-    cut = read_windows(measured_texts(text), load_tokenizer(Path(original)), length, windows)
+    tokenizer = load_tokenizer(Path(original))
+    cut = read_windows(measured_texts(text, tokenizer), tokenizer, length, windows)
     return refer(_opened(original, dtype, device), cut)
 
 

@@ -17,6 +17,7 @@ from llmpress.evaluation.sizes import origin
 from llmpress.models.adapters import is_adapter, load_adapted, merged
 from llmpress.models.checkpoints.delta_files import HEADER
 from llmpress.models.folders import model_folder
+from llmpress.models.generation import plain_generation
 from llmpress.models.loading import dequantized, load_model, load_tokenizer
 
 MODELS = Path("data/models")
@@ -54,9 +55,16 @@ class Subject:
     def load(self, dtype: torch.dtype, device: str) -> PreTrainedModel:
         """Load as it is stored: compressed layers and deltas stay packed.
 
+        What is generated is the most probable text, whatever generation_config.json asks for.
+
         Raises:
             ArtifactError: The artifact is missing or damaged.
         """
+        model = self._load(dtype, device)
+        plain_generation(model)
+        return model
+
+    def _load(self, dtype: torch.dtype, device: str) -> PreTrainedModel:
         if is_adapter(self.folder):
             return load_adapted(self.folder, self.original_folder, dtype=dtype, device=device)
         if self.base_folder is None:

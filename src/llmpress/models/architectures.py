@@ -6,6 +6,7 @@ blocks and stay as they are. Of a mixture of experts each matrix of each expert 
 `llmpress.models.experts`. What the rule does not know of an architecture stands in the tables here.
 """
 
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from typing import Any
@@ -19,6 +20,9 @@ ROUTERS = ("*.router", "*.router.layer", "*.mlp.gate", "*.shared_expert_gate")
 
 LEFT_MULTIPLIED = ("*.dt_proj",)
 """Linears whose module multiplies by their weight instead of calling them: Mamba's time steps."""
+
+WORTH_SAYING = 0.05
+"""Share of the blocks' weights that, when it is left out, is worth a warning."""
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -58,6 +62,26 @@ def compressible(block: nn.Module) -> dict[str, nn.Linear]:
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear) and not matches(name, ROUTERS)
     }
+
+
+def left_out(model: nn.Module) -> dict[str, int]:
+    """Return what the rule does not reach inside lists of blocks: matrices that are no linears.
+
+    Routers are left out on purpose, and are not among them.
+
+    Returns:
+        Number of weights by name, layers and experts taken together as ``*``.
+    """
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    reached = {name for block in block_linears(model) for name in block}
+    found: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        inside = any(name.startswith(f"{place}.") for place in lists)
+        if inside and parameter.ndim > 1 and owner not in reached and not matches(owner, ROUTERS):
+            kind = re.sub(r"\.\d+(?=\.)", ".*", name)
+            found[kind] = found.get(kind, 0) + parameter.numel()
+    return found
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

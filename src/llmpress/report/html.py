@@ -10,8 +10,6 @@ import functools
 import gzip
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from llmpress.core.places import write_whole
 from llmpress.report import charts, context
 from llmpress.report.canvas import TEMPLATE
 from llmpress.report.gaps import Gap, find_gaps
@@ -130,15 +129,7 @@ def render(
 def write_text(path: Path, text: str) -> None:
     """Write a file so that readers see the old or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(path, text)
 
 
 def _table(summary: pd.DataFrame) -> dict[str, Any]:

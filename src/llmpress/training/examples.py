@@ -32,12 +32,17 @@ def encode(
     """Tokenize records with a ``query`` and a ``target``; a line end marks the answer's end.
 
     Raises:
-        SourceError: A record lacks one of the two.
+        SourceError: A record lacks one of the two, or it is no text.
     """
     examples = []
-    for record in records:
-        if "query" not in record or "target" not in record:
-            raise SourceError("training items need `query` and `target`: use a generated task")
+    for number, record in enumerate(records, start=1):
+        if not (
+            isinstance(record, Mapping)
+            and all(isinstance(record.get(key), str) for key in ("query", "target"))
+        ):
+            raise SourceError(
+                f"training item {number} needs texts `query` and `target`: use a generated task"
+            )
         query = tokenizer(record["query"]).input_ids
         target = tokenizer(record["target"] + "\n", add_special_tokens=False).input_ids
         examples.append(Example(query + target, len(query)))

@@ -128,7 +128,7 @@ def train_model(
     if trains != "delta":
         model_folder(start)
     original = start if original is None else model_folder(original)
-    names, inputs, data = _data(text, items, how, seed)
+    names, inputs, data = _data(text, items, how, seed, original)
     _train(
         start,
         original,
@@ -148,11 +148,15 @@ def train_model(
 
 
 def _data(
-    text: Text | None, items: Items | None, settings: FinetuningSettings, seed: int
+    text: Text | None,
+    items: Items | None,
+    settings: FinetuningSettings,
+    seed: int,
+    original: Path,
 ) -> tuple[list[str], dict[str, Path], Data]:
     """Return the names of the data, those that are artifacts by role, and what makes examples."""
     if items is None:
-        texts = read_texts(text or ())
+        texts = read_texts(text or (), load_tokenizer(original))
         inputs = text_artifacts(text or ())
         return list(texts), inputs, lambda tokenizer: text_data(texts, tokenizer, settings, seed)
     if isinstance(items, Path | str):

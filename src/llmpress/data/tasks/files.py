@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from llmpress.core.errors import ArtifactError
+from llmpress.core.errors import ArtifactError, SourceError
+from llmpress.data.rows import read_rows
 
 TASK_FILE = "task.yaml"
 TEST_FILE = "test.jsonl"
@@ -27,13 +28,11 @@ def read_items(file: Path) -> list[dict[str, Any]]:
         ArtifactError: Missing, or damaged.
     """
     try:
-        # not splitlines(): it also splits at the line separators of other scripts
-        lines = file.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines if line]
+        return read_rows(file)
     except FileNotFoundError:
         raise ArtifactError(f"{file}: no such file; fetch a task that has this part") from None
-    except ValueError as error:
-        raise ArtifactError(f"{file}: damaged, no JSON lines ({error}); fetch it again") from None
+    except SourceError as error:
+        raise ArtifactError(f"{error}; fetch it again") from None
 
 
 def write_task(

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,13 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmpress.core.artifacts import WEIGHTS_INDEX, fingerprint, read_json, write_json
@@ -135,6 +142,13 @@ class Checkpoint:
 
     @cached_property
     def _converted(self) -> Converted:
+        found = self._found()
+        if self.config.tie_word_embeddings:
+            model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
+            _forget_copies(found.tensors, model_class._tied_weights_keys or {})
+        return found
+
+    def _found(self) -> Converted:
         if own_quantization(self.config) is not None:
             return Converted(self._stored, [])  # written by us, under the model's names
         try:
@@ -244,6 +258,18 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """Return the dtype of the checkpoint's largest tensor."""
     largest = max(checkpoint.names(), key=lambda n: torch.Size(checkpoint.shape(n)).numel())
     return checkpoint.tensor(largest).dtype
+
+
+def _forget_copies(tensors: dict[str, LazyTensor], ties: Mapping[str, str]) -> None:
+    """Leave out a tied head that is stored beside the embeddings it shares, in place.
+
+    transformers ties what is equal, and keeps a head of its own where the two differ.
+    """
+    for head, embeddings in dict(ties).items():
+        if head in tensors and embeddings in tensors:
+            one, other = tensors[head], tensors[embeddings]
+            if one.shape == other.shape and bool((one.read() == other.read()).all()):
+                del tensors[head]
 
 
 def _read_config(folder: Path) -> PretrainedConfig:
