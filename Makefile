@@ -4,6 +4,8 @@ PYTHON ?= python3.11
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# Without compiled modules beside them every job compiles torch and transformers again: 3 seconds each.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help report quick test test-gpu gpu-session bench quality removal deltas peers check docs lock clean
 

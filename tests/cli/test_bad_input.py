@@ -24,6 +24,9 @@ from tiny_artifacts import Make
 from transformers import AutoModelForCausalLM, BertConfig, T5Config
 
 
+ROOT = Path(__file__).parents[2]
+
+
 @dataclass(frozen=True)
 class World:
     """A folder of the test's own, holding what a case needs."""
@@ -441,11 +444,11 @@ def test_a_mistake_in_params(case: str, tmp_path: Path, monkeypatch: pytest.Monk
     params = {
         "params": ("runs: [", "params.yaml"),
         "method": ("seed: 0\nruns: {a: {model: m, methd: rtn}}", "'methd'.* 'method'"),
-        "run": ("seed: 0\nruns: {abc: {model: m, method: rtn}}", "'abd'.* 'abc'"),
+        "run": ((ROOT / "params.yaml").read_text(), "'rtn-3bi'.* 'rtn-3bit'"),
     }
     content, message = params[case]
     Path("params.yaml").write_text(content)
-    key = {"method": "a", "run": "abd"}.get(case, "x")
+    key = {"method": "a", "run": "rtn-3bi"}.get(case, "x")
     done = llmpress("plan", key)
     assert re.search(message, done.error), done.error
 
