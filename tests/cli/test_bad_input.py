@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from tiny_artifacts import Make
 from transformers import AutoModelForCausalLM, BertConfig, T5Config
 
-
 ROOT = Path(__file__).parents[2]
 
 
