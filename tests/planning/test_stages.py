@@ -62,10 +62,9 @@ DEFAULT_RUN: dict[tuple[str, str], tuple[int, int]] = {
     ("finetune", "cluscomp"): (1_516_933_120, 90_333_000),
     ("finetune", "lillama"): (1_962_704_896, 225_779_584),
     ("evaluate", ""): (1_678_823_424, 0),
-    ("evaluate", "rtn"): (2_026_123_264, 0),
-    ("evaluate", "cluscomp"): (1_973_764_096, 0),
-    ("evaluate", "lillama"): (1_880_137_728, 0),
-    ("evaluate", "delta-come"): (2_655_928_320, 0),
+    ("evaluate", "rtn"): (2_445_950_976, 0),  # of 2026-11-28, as the next two
+    ("evaluate", "gptq"): (2_371_887_104, 0),
+    ("reference", ""): (1_637_810_176, 3_545_088),
     ("lora", ""): (2_732_773_376, 9_824_056),
     ("qlora", ""): (2_543_034_368, 9_824_056 + 111_879_761),
     ("compressed", "codebooks"): (2_549_395_456, 113_832_664),
@@ -80,6 +79,8 @@ def need(model: ModelShapes, stage: str, run: str = "") -> Need:
         return stages.extract_delta(model)
     if stage == "calibrate":
         return stages.calibrate(model, CALIBRATION)
+    if stage == "reference":
+        return stages.reference(model, EVALUATION)
     if stage == "evaluate":
         kind = "delta" if run.startswith("delta") else "compressed" if run else "model"
         return stages.evaluate(model, EVALUATION, TEXTS, kind, method)
@@ -189,17 +190,16 @@ def test_larger_batches_and_more_epochs(smollm2: ModelShapes) -> None:
     assert tuned(epochs=6).work > 1.5 * tuned().work
 
 
-def test_evaluation_grows_with_windows_in_work_and_with_length_in_memory(
-    smollm2: ModelShapes,
-) -> None:
-    longer, more, plain = (
-        stages.evaluate(smollm2, replace(EVALUATION, **changes), TEXTS)
-        for changes in ({"length": 4096}, {"windows": 30}, {})
+def test_evaluation_grows_with_windows_in_work_and_not_in_memory(smollm2: ModelShapes) -> None:
+    method = build_method("rtn", {"num_bits": 3})
+    more, plain, itself = (
+        stages.evaluate(smollm2, replace(EVALUATION, **changes), TEXTS, kind, method)
+        for changes, kind in (({"windows": 30}, "compressed"), ({}, "compressed"), ({}, "model"))
     )
 
-    assert longer.device_bytes > plain.device_bytes
-    assert more.device_bytes == plain.device_bytes
+    assert more.device_bytes == plain.device_bytes > itself.device_bytes
     assert more.work > 1.5 * plain.work
+    assert plain.work > itself.work  # whose predictions are its reference
 
 
 def test_methods_without_training_are_refused(smollm2: ModelShapes) -> None:

@@ -46,7 +46,7 @@ STEP_TOKENS = 10
 """Tokens at once that take as long as a single one, which reads all weights too."""
 SCORED_REQUESTS = 16
 """Of one batch of lm-eval."""
-LOGIT_CHUNK = 128
+LOGIT_CHUNK = 32  # positions that are scored at once
 """Positions whose distributions are in memory at once, at most."""
 
 
@@ -261,15 +261,15 @@ def extract_delta(
 
 
 def reference(model: ModelShapes, settings: EvaluationSettings) -> Need:
-    """The original whole and the logits of one window; its last hidden states stay."""
+    """The original whole, its linears and its head once more in blocks; its last states stay."""
     item = getattr(torch, settings.dtype).itemsize
     tokens = len(settings.corpora) * settings.windows * settings.length
     states = tokens * item * model.hidden
-    logits = settings.length * item + 8 * LOGIT_CHUNK
+    held = item * (model.num_weights + model.linear_weights + model.vocabulary * model.hidden)
     return Need(
         work=2.0 * model.num_weights * tokens,
         artifact_bytes=states + 4 * tokens,
-        device_bytes=item * model.num_weights + logits * model.vocabulary,
+        device_bytes=held + 8 * LOGIT_CHUNK * model.vocabulary,
         host_bytes=PACKAGES_BYTES + 2 * states,
     )
 
@@ -281,7 +281,7 @@ def evaluate(
     kind: KindName = "model",
     method: Method | None = None,
 ) -> Need:
-    """The model and the original whole, the logits of one window; tasks in their own dtype.
+    """The model and the original whole, linears and head in blocks; tasks in their own dtype.
 
     Args:
         model: The original.
@@ -291,17 +291,16 @@ def evaluate(
         method: Of its compressed layers, if it has any.
     """
     item, task_item = (getattr(torch, d).itemsize for d in (settings.dtype, settings.task_dtype))
-    models, chunks = (1, 2) if kind == "model" else (2, 6)
     layers = planned_layers(model, method) if method else {}
-    held = models * item * model.num_weights
+    held, tokens = item * model.num_weights, STEP_TOKENS * float(settings.sample_tokens)
+    if kind != "model":  # what a model predicts is its reference
+        held += item * (model.num_weights + model.linear_weights + model.vocabulary * model.hidden)
+        tokens += len(settings.corpora) * settings.windows * settings.length
     held += sum(_layer_bytes(own.layer) for own in layers.values())
     if kind == "delta":  # a dense layer replaces base and delta one by one; the base stays mapped
         held += item * model.linear_weights
-    logits = models * settings.length * item + 4 * LOGIT_CHUNK * chunks
     longest = max((texts[name].longest for name in settings.tasks), default=0.0)
     scores = int(SCORED_REQUESTS * longest * (task_item + 8))
-    tokens = float(models * len(settings.corpora) * settings.windows * settings.length)
-    tokens += STEP_TOKENS * settings.sample_tokens
     for name, limit in settings.tasks.items():
         text = texts[name]
         items = text.items if limit is None else min(limit, text.items)
@@ -310,7 +309,7 @@ def evaluate(
         work=2.0 * model.num_weights * tokens,
         artifact_bytes=0,
         device_bytes=max(
-            held + logits * model.vocabulary,
+            held + 24 * LOGIT_CHUNK * model.vocabulary,
             (item + task_item) * model.num_weights,  # while it is converted
             task_item * model.num_weights + scores * model.vocabulary,
         ),
