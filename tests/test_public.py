@@ -299,7 +299,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "workflow/scripts": (*FRONT, "llmpress.report", "llmpress.data"),
 }
 # Scripts that make something of several parts instead of calling one function.
-OWN_PARTS = {"train_task": "llmpress.training"}
+OWN_PARTS = {"train_task": "llmpress.training", "speed": "llmpress.evaluation"}
 
 
 @pytest.mark.parametrize("folder", ALLOWED)
