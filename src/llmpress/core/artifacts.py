@@ -135,6 +135,8 @@ def artifact_folder(
         return
     started = time.perf_counter()
     fingerprints = {role: fingerprint(folder) for role, folder in inputs.items()}
+    found = {role: _quantized_by(folder) for role, folder in inputs.items()}
+    dequantized = {role: method for role, method in found.items() if method}
     folder = out.folder
     yield folder
     (folder / PROVENANCE).unlink(missing_ok=True)  # copied along from an input
@@ -146,6 +148,7 @@ def artifact_folder(
         "stage": stage,
         "fingerprint": _fingerprint(files),
         "inputs": fingerprints,
+        **({"dequantized": dequantized} if dequantized else {}),
         "settings": dict(settings),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds() if seconds else time.perf_counter() - started, 3),
@@ -156,6 +159,16 @@ def artifact_folder(
     }
     write_json(folder / PROVENANCE, provenance)
     out.put()
+
+
+def _quantized_by(folder: Path) -> str | None:
+    """Return how somebody else quantized a model, None for anything else."""
+    if not (folder / "config.json").is_file():
+        return None
+    config = read_json(folder / "config.json")
+    settings = config.get("quantization_config") if isinstance(config, dict) else None
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    return None if method in (None, "llmpress") else str(method)
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

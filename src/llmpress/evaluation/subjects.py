@@ -15,6 +15,7 @@ from llmpress.core.records import has_records
 from llmpress.deltas.applying import load_finetuned
 from llmpress.evaluation.sizes import origin
 from llmpress.models.adapters import is_adapter, load_adapted, merged
+from llmpress.models.checkpoints.adapter_settings import AdapterSettings
 from llmpress.models.checkpoints.delta_files import HEADER
 from llmpress.models.folders import model_folder
 from llmpress.models.generation import plain_generation
@@ -59,6 +60,7 @@ class Subject:
 
         Raises:
             ArtifactError: The artifact is missing or damaged.
+            SourceError: An adapter of a kind that is not known here.
         """
         model = self._load(dtype, device)
         plain_generation(model)
@@ -66,6 +68,7 @@ class Subject:
 
     def _load(self, dtype: torch.dtype, device: str) -> PreTrainedModel:
         if is_adapter(self.folder):
+            AdapterSettings(self.folder)  # peft opens some that are not the model they were
             return load_adapted(self.folder, self.original_folder, dtype=dtype, device=device)
         if self.base_folder is None:
             return load_model(self.folder, dtype=dtype, device=device)

@@ -5,6 +5,7 @@ them. QLoRA's also holds ``base/``, the model with its linears in NF4 as bitsand
 double quantization included. peft and bitsandbytes are needed for these alone and imported late.
 """
 
+import copy
 import importlib
 import logging
 import math
@@ -71,7 +72,14 @@ def load_adapted(
     else:
         model = load_model(original, dtype=dtype, device=device)
     with calm():
-        wrapped = peft.PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
+        try:
+            wrapped = peft.PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ArtifactError(
+                f"{folder}: peft cannot put it on {original} ({reason}); name its own base, or "
+                "extract the adapter's delta"
+            ) from None
     for parameter in wrapped.parameters():
         if parameter.is_floating_point():  # NF4 is stored as integers
             parameter.data = parameter.data.to(dtype)
@@ -82,13 +90,24 @@ def load_adapted(
 
 @torch.no_grad()
 def merged(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Replace every adapted linear, in place, by one dense layer with the sum of both."""
+    """Replace every adapted layer, in place, by a dense one of what both compute."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
             adapted: Any = module
             base: Any = module.get_base_layer()
+            if isinstance(base, nn.Embedding):  # a head may share its weight
+                (adapter,) = adapted.lora_embedding_A
+                weight = base.weight.float() + adapted.get_delta_weight(adapter).float()
+                alone = copy.copy(base)
+                alone._parameters = {"weight": nn.Parameter(weight.to(dtype), requires_grad=False)}
+                replace_module(model, name, alone)
+                continue
+            if adapted.lora_variant:  # DoRA and the like: peft knows what they compute
+                adapted.merge()
+                replace_module(model, name, base)
+                continue
             (adapter,) = adapted.lora_A
             A = adapted.lora_A[adapter].weight.float()  # [rank, in]
             B = adapted.lora_B[adapter].weight.float()  # [out, rank]

@@ -48,9 +48,16 @@ def load_model(
     place, folder = pick_device(device), model_folder(folder)
     if (folder / PROVENANCE).is_file():
         verify(folder)
-    Checkpoint(folder)  # names what is missing or damaged before transformers does
-    opened: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
+    checkpoint = Checkpoint(folder)  # names what is missing or damaged before transformers does
+    opens: Any = AutoModelForCausalLM
+    source: dict[str, Any] = {"pretrained_model_name_or_path": folder}
+    if checkpoint.quantization:  # by somebody else: transformers is given the weights
+        opens = type(checkpoint.skeleton())
+        tensors = {name: checkpoint.tensor(name) for name in checkpoint.names()}
+        source = {"pretrained_model_name_or_path": None, "state_dict": tensors}
+        source["config"] = checkpoint.config
+    opened: Any = opens.from_pretrained(
+        **source,
         dtype=dtype,
         trust_remote_code=False,
         local_files_only=True,
@@ -67,6 +74,7 @@ def load_model(
     if loaded["missing_keys"]:
         name = min(loaded["missing_keys"])
         raise ArtifactError(f"{folder}: holds no tensor {name!r}; fetch the model again")
+    model.name_or_path = str(folder)
     model.to(place)  # type: ignore[arg-type]  # a decorator hides the signature
     model.eval()
     return model

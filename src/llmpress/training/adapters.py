@@ -20,7 +20,7 @@ from llmpress.models.adapters import (
 )
 from llmpress.models.architectures import block_linears
 from llmpress.models.checkpoints.compressed import is_compressed
-from llmpress.models.checkpoints.files import Checkpoint, copy_companions
+from llmpress.models.checkpoints.files import Checkpoint, copy_companions, refuse_quantized
 from llmpress.models.loading import load_model
 
 STORED_DTYPE = torch.bfloat16
@@ -38,6 +38,7 @@ def open_base(model: Path, *, quantize: bool, device: torch.device) -> PreTraine
         raise ConfigError(f"{model}: is compressed; adapters are trained on its original")
     if not quantize:
         return load_model(model, device=str(device))
+    refuse_quantized(model)
     required("bitsandbytes")
     from transformers import BitsAndBytesConfig
 

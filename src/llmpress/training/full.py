@@ -19,6 +19,7 @@ from llmpress.core.artifacts import TRAINING, write_json
 from llmpress.core.errors import ConfigError
 from llmpress.core.resume import SCRATCH, BlockStore
 from llmpress.models.architectures import block_linears
+from llmpress.models.checkpoints.files import refuse_quantized
 from llmpress.training.data import TrainingData, draw
 from llmpress.training.examples import Example
 from llmpress.training.loop import train
@@ -68,6 +69,7 @@ def train_all_weights(
         device=device,
         scratch=scratch,
     ) as made:
+        refuse_quantized(base)
         tokenizer = AutoTokenizer.from_pretrained(base)
         # for answers this short, plain matrix products beat the fused attention's backward
         attention = "eager" if settings.task else "sdpa"

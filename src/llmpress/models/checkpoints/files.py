@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
@@ -27,6 +28,7 @@ from llmpress.core.shards import ShardWriter
 from llmpress.models.architectures import block_linears
 from llmpress.models.checkpoints.conversion import Converted, model_tensors, stored_tensors
 from llmpress.models.checkpoints.lazy import Index, LazyTensor
+from llmpress.models.checkpoints.quantized_source import check_codes, quantization_of, weights_of
 from llmpress.models.experts import separate_experts
 from llmpress.models.quantizer import own_quantization
 
@@ -62,6 +64,8 @@ COMPANIONS = (
     "LICENCE*",
     "NOTICE*",
 )
+UNBUILDABLE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What transformers raises where a configuration contradicts itself."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -84,15 +88,17 @@ class Checkpoint:
 
     A tensor is read when it is asked for and has a file mapping of its own, so that its pages are
     let go with it: a walk over all tensors never holds more than those in use. Tensors go by the
-    names they have in the model, which for some architectures are not those in the file.
+    names they have in the model, which for some architectures are not those in the file. Of a
+    model that somebody else quantized the weights are read, in fp32, never their codes.
 
     Attributes:
         folder: Where it lies.
         config: The model's configuration.
+        quantization: How somebody else quantized it, nothing of other models.
 
     Raises:
         ArtifactError: No checkpoint in this folder, or a shard missing or truncated.
-        SourceError: Only pickle weights, which are never opened.
+        SourceError: Only pickle weights, which are never opened, or codes that are not dequantized.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -101,10 +107,18 @@ class Checkpoint:
             raise ArtifactError(f"{self.folder}: no model here (config.json is missing)")
         self.config = _read_config(self.folder)
         self._stored: dict[str, LazyTensor] = {}
+        dtypes: dict[str, str] = {}
         for path in self._files():
             with self._open(path) as shard:
                 for name in shard.keys():  # noqa: SIM118 - no dictionary
                     self._stored[name] = self._lazy(path, name, shard.get_slice(name))
+                    dtypes[name] = shard.get_slice(name).get_dtype()
+        self.quantization = quantization_of(self.config, self.folder)
+        if own_quantization(self.config) is None:
+            check_codes(self.folder, dtypes, self.quantization.get("quant_method"))
+        if self.quantization:
+            del self.config.quantization_config
+            self._stored = weights_of(self.folder, self._stored, self.quantization)
 
     def _files(self) -> list[Path]:
         """Return the files that transformers reads: one, whatever else is there, or shards."""
@@ -153,8 +167,9 @@ class Checkpoint:
             return Converted(self._stored, [])  # written by us, under the model's names
         try:
             converted = model_tensors(fused_model(self.config), self._stored)
-        except ValueError as error:
-            raise ArtifactError(f"{self.folder}: {error}; fetch the model again") from None
+        except UNBUILDABLE as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ArtifactError(f"{self.folder}: {reason}; fetch the model again") from None
         if converted.ignored:
             _say_ignored(self.folder, len(converted.ignored), converted.ignored[0])
         return converted
@@ -214,9 +229,17 @@ class Checkpoint:
         """Build the model with parameters on the meta device and buffers in memory.
 
         Raises:
-            SourceError: A mixture of experts of another form than those llmpress takes apart.
+            SourceError: A mixture of experts of another form than those llmpress takes apart, or a
+                configuration that transformers makes no model of.
         """
-        return empty_model(self.config)
+        try:
+            return empty_model(self.config)
+        except UNBUILDABLE as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise SourceError(
+                f"{self.folder}: transformers makes no model of its config.json ({reason[:200]}); "
+                "fetch the model again"
+            ) from None
 
     def published(self) -> dict[str, LazyTensor]:
         """Return what transformers would save of the model, unread, by the names in its files."""
@@ -254,6 +277,19 @@ def fused_model(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
+def refuse_quantized(folder: Path) -> None:
+    """Refuse a model that somebody else quantized, where transformers would open it by itself.
+
+    Raises:
+        SourceError: It is one.
+    """
+    if found := Checkpoint(folder).quantization.get("quant_method"):
+        raise SourceError(
+            f"{folder}: is quantized ({found}), which is not trained; write it dense first, with "
+            "`llmpress export --dense`"
+        )
+
+
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """Return the dtype of the checkpoint's largest tensor."""
     largest = max(checkpoint.names(), key=lambda n: torch.Size(checkpoint.shape(n)).numel())
@@ -278,8 +314,8 @@ def _read_config(folder: Path) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise SourceError(
             f"{folder}: transformers cannot read its config.json, and code that comes with a model "
             f"is never run ({reason})"

@@ -27,7 +27,9 @@ class FinetunedCheckpoint(CheckpointView):
         super().__init__(base, delta.folder)
         self.delta = delta
         check_base(delta, base)
-        self._linears = {f"{name}.weight" for name in delta.layers or delta.header["linears"]}
+        self._linears = {
+            f"{name}.weight" for name in delta.layers or delta.header.get("linears", {})
+        }
         self._exact = set(delta.exact_names())
         self._in_base = set(base.names())
         self._names = set(self._in_base)
