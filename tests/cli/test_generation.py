@@ -11,7 +11,7 @@ from command_line import llmpress
 from transformers import AutoTokenizer
 
 from llmpress.evaluation.samples import sample_texts
-from llmpress.evaluation.speed import measure_speed
+from llmpress.evaluation.speed import time_generation
 from llmpress.evaluation.subjects import folder_subject
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -78,7 +78,7 @@ def test_evaluation_measures_the_most_probable_text(
     for folder in (tiny_model_folder, model):
         loaded = folder_subject(folder).load(torch.float32, "cpu")
         texts.append(sample_texts(loaded, tokenizer, 8))
-        assert measure_speed(loaded, torch.arange(5), 2).decode_tokens_per_second > 0
+        assert time_generation(loaded, torch.arange(5), 2).decode_seconds > 0
     assert texts[0] == texts[1]
 
 
