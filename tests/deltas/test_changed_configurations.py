@@ -269,12 +269,17 @@ def one_block_less(tensors: dict[str, Tensor]) -> None:
         del tensors[name]
 
 
+def no_embeddings(tensors: dict[str, Tensor]) -> None:
+    del tensors["model.embed_tokens.weight"]
+
+
 @pytest.mark.parametrize(
     ("edit", "changes", "named"),
     [
         (value_head, {}, "v_head.summary.weight"),
         (projector, {}, "model.mm_projector.weight"),
         (biases, {}, "self_attn.k_proj.bias"),
+        (no_embeddings, {}, "model.embed_tokens.weight"),
         (one_block_less, {"num_hidden_layers": 2}, "model.layers.2"),
         (nothing, {"attention_bias": True}, "self_attn.k_proj.bias"),
         (nothing, {"num_hidden_layers": 4}, "model.layers.3"),

@@ -215,8 +215,11 @@ def an_adapter(base: Path, folder: Path, chance: random.Random) -> Tensor | None
         wanted = logits(wrapped)
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, NotImplementedError):
         return None
-    if not (folder / "adapter_model.safetensors").is_file():
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
         return None
+    if grow and all(len(tensor) != wanted.shape[-1] for tensor in load_file(weights).values()):
+        return None  # of embeddings that go by another name peft saves no added tokens
     return wanted
 
 

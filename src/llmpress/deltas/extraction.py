@@ -158,9 +158,9 @@ def _placed(finetuned: Checkpoint, model: PreTrainedModel) -> set[str]:
             f"{where}: {kind} has no place for its tensor {extra[0]} ({len(extra)} such), so no "
             "delta can carry it; save the language model alone"
         )
-    tied = vocabulary_names(model) if model.config.tie_word_embeddings else ()
+    shared = vocabulary_names(model)[1] if model.config.tie_word_embeddings else ""
     for name, place in sorted(places.items()):
-        if name not in names and name not in tied:
+        if name not in names and name != shared:
             raise ArtifactError(f"{where}: holds no tensor {name!r}; fetch the model again")
         if name in names and finetuned.shape(name) != tuple(place.shape):
             raise ArtifactError(

@@ -229,6 +229,13 @@ def test_adapters_that_took_from_the_base_untold_are_refused(
     refuse(base, written(tmp_path / "adapter", init_lora_weights=start), "init_lora_weights")
 
 
+def test_embeddings_that_start_unusually_are_refused(base: Path, tmp_path: Path) -> None:
+    targets = ["q_proj", "embed_tokens"]
+    trained(base, tmp_path / "adapter", init_lora_weights="mica", target_modules=targets)
+    with pytest.raises(ArtifactError, match="embed_tokens"):
+        AdapterCheckpoint(Checkpoint(base), tmp_path / "adapter")
+
+
 SETTINGS = {field.name for field in dataclasses.fields(peft.LoraConfig)} - KNOWN
 
 

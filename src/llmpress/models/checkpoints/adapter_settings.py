@@ -39,6 +39,7 @@ class AdapterSettings:
     Attributes:
         start: ``pissa`` or ``olora`` where the adapter's first values were taken from the base,
             which then lacks them; None otherwise.
+        starts_as_usual: Whether they were zeros and random numbers.
         uses_dora: Whether each output has a magnitude of its own.
         ties: Whether head and embeddings of a tied model are adapted as one.
         trains_tokens: Whether single rows of a layer are trained.
@@ -73,6 +74,7 @@ class AdapterSettings:
             )
         self._settings = settings
         self.start = start if start in ("pissa", "olora") else None
+        self.starts_as_usual = start in (True, False, None, "gaussian")
         self.uses_dora = bool(settings.get("use_dora"))
         self.ties = bool(settings.get("ensure_weight_tying"))
         self.trains_tokens = bool(settings.get("trainable_token_indices"))

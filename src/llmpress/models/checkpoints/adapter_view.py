@@ -223,7 +223,7 @@ class AdapterCheckpoint(CheckpointView):
                 wanted |= {MAGNITUDE: (rows,)} if self._settings.uses_dora else {}
             else:
                 wanted = dict(zip(EMBEDDING_FACTORS, ((rank, rows), (columns, rank)), strict=True))
-                if self._settings.uses_dora or self._settings.start:
+                if self._settings.uses_dora or not self._settings.starts_as_usual:
                     self._refuse(first, "adapts embeddings in a way that is not merged here")
             if sides.keys() != wanted.keys():
                 self._refuse(first, f"comes with {sorted(sides)}, needed are {sorted(wanted)}")
