@@ -125,7 +125,7 @@ check: $(INSTALLED)
 	snakefmt --check Snakefile workflow/rules tests/workflow/toy/Snakefile
 	snakemake --lint
 	python workflow/code_deps.py --check
-	python workflow/check_lock.py
+	python workflow/check_lock.py --strict
 	python workflow/params_schema.py --check
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
