@@ -1,16 +1,22 @@
 """What stands on the terminal when something goes wrong."""
 
+import contextlib
 import errno
+import gc
+import io
 import os
 import signal
+import sys
 from collections.abc import Callable
-from typing import Never
+from types import FrameType
+from typing import Any, Never
 
 import pytest
 import torch
 
 from llmpress.core.errors import SourceError
 from llmpress.core.failures import script_errors
+from llmpress.core.progress import progress
 
 
 def raising(error: BaseException) -> Callable[[], Never]:
@@ -77,8 +83,9 @@ def test_a_line_and_an_exit_code(case: str, capsys: pytest.CaptureFixture[str]) 
         action()
     assert caught.value.code == code
     captured = capsys.readouterr()
-    assert captured.err.startswith(line)
-    assert captured.err.count("\n") == 1
+    said = captured.err.removeprefix("\n")  # the end of a bar's line, where there may be one
+    assert said.startswith(line)
+    assert said.count("\n") == 1
     assert captured.out == ""
 
 
@@ -100,3 +107,36 @@ def test_success_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     with script_errors():
         pass
     assert capsys.readouterr() == ("", "")
+
+
+def test_ended_at_any_line_of_a_progress_bar() -> None:
+    """A bar that is made, drawn or closed just then does not share its line with the error."""
+    for last in range(1, 2000):
+        said = io.StringIO()
+        lines = 0
+
+        def trace(frame: FrameType, event: str, _: object, last: int = last) -> Any:
+            nonlocal lines
+            if "tqdm" not in frame.f_code.co_filename or frame.f_code.co_name == "__del__":
+                return None  # Python drops what is raised in __del__
+            lines += event == "line"
+            if event == "line" and lines == last:
+                sys.settrace(None)
+                ended()
+            return trace
+
+        before = sys.gettrace()
+        try:
+            with contextlib.redirect_stderr(said), script_errors():
+                sys.settrace(trace)
+                for _ in progress(range(3), "steps"):
+                    pass
+            break
+        except SystemExit:
+            pass
+        finally:
+            sys.settrace(before)
+        gc.collect(0)
+        assert "Traceback" not in said.getvalue()
+        assert said.getvalue().splitlines()[-1].startswith("error: "), (last, said.getvalue())
+    assert last > 100

@@ -69,16 +69,25 @@ def script_errors() -> Iterator[None]:
         code = INTERRUPTED
     else:
         return
-    _end_bars()
+    _end_bars(at_once=code != 1)
     sys.stderr.write(f"error: {message}\n")
     raise SystemExit(code)
 
 
-def _end_bars() -> None:
-    """End the lines of progress bars, so that an error has one of its own."""
-    if (bars := sys.modules.get("tqdm.std")) is not None:
-        for bar in list(getattr(bars.tqdm, "_instances", ())):
+def _end_bars(at_once: bool) -> None:
+    """End the lines of progress bars, so that an error has one of its own.
+
+    A signal may have come while a bar was made, drawn or closed: such a one cannot be closed.
+    """
+    if (bars := sys.modules.get("tqdm.std")) is None:
+        return
+    for bar in list(getattr(bars.tqdm, "_instances", ())):
+        if at_once:
+            bar.disable = True
+        else:
             bar.close()
+    if at_once:
+        sys.stderr.write("\n")
 
 
 @contextmanager
