@@ -13,6 +13,7 @@ from whole_models import running
 from llmpress.core.errors import ArtifactError
 from llmpress.evaluation.likelihood import last_states, likelihood, predictions
 from llmpress.evaluation.reference import Reference, make_reference, read_reference, run_original
+from llmpress.evaluation.stage import evaluate_model
 
 SMALL = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
@@ -74,3 +75,14 @@ def test_a_reference_is_refused_for_another_model_or_precision() -> None:
     (kept / "reference.safetensors").write_bytes(b"")
     with pytest.raises(ArtifactError, match="kept"):
         read_reference(kept, Path("data/models/tiny"), device="cpu")
+
+
+@pytest.mark.usefixtures("project")
+def test_settings_are_chosen_on_validation_text() -> None:
+    original, kept = Path("data/models/tiny"), made(split="validation")
+    read = read_reference(kept, original, device="cpu")
+    test = run_original(original, text=Path("data/corpora/code"), **TEXT)
+    assert read.split == "validation"
+    assert (read.windows["code"] != test.windows["code"]).any()
+    _, details = evaluate_model("data/models/tuned", original=original, reference=kept)
+    assert details.evaluation.split == "validation"

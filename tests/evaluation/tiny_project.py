@@ -39,6 +39,7 @@ PARAMS: dict[str, Any] = {
         "dtype": "float32",
         "tasks": {"choice": None, "write": 4},
         "task_dtype": "bfloat16",
+        "split": "test",
         "sample_tokens": 4,
     },
 }
@@ -129,6 +130,7 @@ def write_project(base: Path, finetuned: Path) -> None:
     text = Path(json.__file__).read_text(encoding="utf-8")
     with artifact_folder(corpus, stage="fetch_corpus", settings={}, inputs={}) as folder:
         (folder / "test.txt").write_text(text, encoding="utf-8")
+        (folder / "validation.txt").write_text(text[::-1], encoding="utf-8")
     write_task(data / "tasks/choice", CHOICE_TASK, choice_rows())
     rows = [{"query": query, "answer": "x"} for query in QUERIES]
     write_task(data / "tasks/write", WRITE_TASK, rows)

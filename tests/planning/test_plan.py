@@ -66,6 +66,7 @@ evaluation:
   tasks: {sums: 4}
   own_tasks: {}
   task_dtype: bfloat16
+  split: test
   sample_tokens: 4
 """)
 STAGES = (

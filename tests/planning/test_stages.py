@@ -23,6 +23,7 @@ EVALUATION = EvaluationSettings(
     dtype="float32",
     tasks={"arc-easy": 32, "piqa": 32, "arithmetic": 24},
     task_dtype="bfloat16",
+    split="test",
     sample_tokens=24,
 )
 SUMS = TaskText(45, 60, 0, 4000)

@@ -202,6 +202,7 @@ def make_details(
         "original": original,
         "base": base,
         "evaluation": {
+            "split": "test",
             "windows": 8,
             "length": 512,
             "tokens_scored": dict.fromkeys(CORPORA, 8 * 511),

@@ -383,7 +383,7 @@ def test_size_with_thirty_blocks_and_many_runs(tmp_path: Path) -> None:
 def test_low_bit_source_and_conditions_are_told(whole: tuple[Project, str]) -> None:
     page = whole[1]
     assert "The source of smollm2 was a 4-bit GGUF file" in page
-    assert "8 windows of 512 tokens per corpus, in float32" in page
+    assert "8 windows of 512 tokens of each corpus" in page
     assert "64 items of arc-easy" in page
     assert "2026-11-22 10:03:11 UTC" in page
     assert "Intel(R) Xeon(R) Processor, 2 cores, 1 thread, no GPU" in page

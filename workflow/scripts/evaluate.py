@@ -37,7 +37,7 @@ def main(
         subject = find_subject(config, key)
         tasks = settings.tasks_of(subject.original)
         given = asdict(settings)
-        for name in ("corpora", "windows", "length", "tasks", "own_tasks"):
+        for name in ("corpora", "split", "windows", "length", "tasks", "own_tasks"):
             del given[name]
         metrics, details = evaluate_model(
             subject.folder,

@@ -1,4 +1,4 @@
-"""Run an original on the test text once, for all that is compared with it."""
+"""Run an original on the text of the evaluation once, for all that is compared with it."""
 
 from pathlib import Path
 
@@ -21,6 +21,7 @@ def main(
             data / "models" / key,
             text=[data / "corpora" / name for name in settings.corpora],
             out=data / "references" / key,
+            split=settings.split,
             windows=settings.windows,
             length=settings.length,
             dtype=settings.dtype,

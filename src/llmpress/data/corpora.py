@@ -158,8 +158,10 @@ def _bos(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return [bos] if bos is not None and bos in tokenizer("").input_ids else []
 
 
-def measured_texts(text: Text, tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[str]]:
-    """Return the documents to measure a model on: of a corpus its test text, else all there is.
+def measured_texts(
+    text: Text, tokenizer: "PreTrainedTokenizerBase", split: str = "test"
+) -> dict[str, list[str]]:
+    """Return the documents to measure a model on: a split of a corpus, else all there is.
 
     Raises:
         ConfigError, ArtifactError, SourceError: As `llmpress.calibration.texts.read_texts`.
@@ -167,7 +169,7 @@ def measured_texts(text: Text, tokenizer: "PreTrainedTokenizerBase") -> dict[str
     if isinstance(text, Mapping):
         return {name: [*parts.statistics, *parts.validation] for name, parts in text.items()}
     return {
-        name: load_text(place, "test") if isinstance(place, Path) and place.is_dir()
+        name: load_text(place, split) if isinstance(place, Path) and place.is_dir()
         else documents_of(place, tokenizer)
         for name, place in named_texts(text).items()
     }  # fmt: skip

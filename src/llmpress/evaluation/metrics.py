@@ -41,7 +41,7 @@ class Quality(Record):
     """How good the predictions are, and how close to the original's."""
 
     perplexity: dict[str, PositiveFloat] = Field(
-        description="By corpus: exp of the mean negative log-likelihood per token of test windows. "
+        description="By corpus: exp of the mean negative log-likelihood per token of the windows. "
         "It depends on the window's length (see details): never compare across lengths."
     )
     kl_divergence_nats: dict[str, float] = Field(
@@ -130,7 +130,8 @@ class Sample(Record):
 class EvaluationRecord(Record):
     """How the numbers were measured; the same for all results that are compared."""
 
-    windows: int = Field(description="Token windows per corpus, from the start of the test text.")
+    split: str = Field(description="The part of each corpus that was read: test or validation.")
+    windows: int = Field(description="Token windows per corpus, from the start of that part.")
     length: int = Field(description="Tokens per window; the first of them is not predicted.")
     tokens_scored: dict[str, int] = Field(description="By corpus: tokens predicted.")
     dtype: str = Field(description="Precision of perplexity, divergence and agreement.")

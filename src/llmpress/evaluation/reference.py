@@ -41,12 +41,14 @@ class Reference:
         windows: Token ids by text, int64 ``[W, T]``.
         states: Its last hidden states by text, ``[W, T - 1, D]``.
         likelihoods: Its own, by text.
+        split: The part of corpora that they are of.
     """
 
     model: PreTrainedModel
     windows: Mapping[str, Tensor]
     states: Mapping[str, Tensor]
     likelihoods: Mapping[str, Likelihood]
+    split: str
 
     @torch.inference_mode()
     def compare(self, model: PreTrainedModel) -> dict[str, Likelihood]:
@@ -67,8 +69,8 @@ class Reference:
 
 
 @torch.inference_mode()
-def refer(model: PreTrainedModel, windows: Mapping[str, Tensor]) -> Reference:
-    """Run an original on token windows.
+def refer(model: PreTrainedModel, windows: Mapping[str, Tensor], split: str = "test") -> Reference:
+    """Run an original on token windows of a split.
 
     Raises:
         NumericalError: It computes NaN or Inf.
@@ -79,13 +81,14 @@ def refer(model: PreTrainedModel, windows: Mapping[str, Tensor]) -> Reference:
             name: likelihood(predictions(model, states[name]), None, tokens, name)
             for name, tokens in windows.items()
         }
-    return Reference(model, windows, states, own)
+    return Reference(model, windows, states, own, split)
 
 
 def run_original(
     original: Path | str,
     *,
     text: Text,
+    split: str = "test",
     windows: int = 8,
     length: int = 512,
     dtype: str = "float32",
@@ -95,7 +98,8 @@ def run_original(
 
     Args:
         original: A model, compressed or not.
-        text: What it reads; of a corpus its test text. See `measured_texts`.
+        text: What it reads. See `measured_texts`.
+        split: The part of a corpus: ``test`` or ``validation``.
         windows: Token windows of each text.
         length: Tokens of a window.
         dtype: Precision of all models.
@@ -107,8 +111,8 @@ def run_original(
         NumericalError: The model computes NaN or Inf.
     """
     tokenizer = load_tokenizer(Path(original))
-    cut = read_windows(measured_texts(text, tokenizer), tokenizer, length, windows)
-    return refer(_opened(original, dtype, device), cut)
+    cut = read_windows(measured_texts(text, tokenizer, split), tokenizer, length, windows)
+    return refer(_opened(original, dtype, device), cut, split)
 
 
 def make_reference(
@@ -116,6 +120,7 @@ def make_reference(
     *,
     text: str | Path | Sequence[str | Path],
     out: Path | str,
+    split: str = "test",
     windows: int = 8,
     length: int = 512,
     dtype: str = "float32",
@@ -126,8 +131,9 @@ def make_reference(
 
     Args:
         original: A model, compressed or not.
-        text: What it reads; of a corpus its test text. See `measured_texts`.
+        text: What it reads. See `measured_texts`.
         out: Folder to write.
+        split: The part of a corpus: ``test`` or ``validation``.
         windows: Token windows of each text.
         length: Tokens of a window.
         dtype: Precision of all models.
@@ -141,7 +147,8 @@ def make_reference(
         ArtifactError: ``out`` exists; else as `run_original`.
     """
     out, original = Path(out), model_folder(original)
-    settings: dict[str, Any] = {"windows": windows, "length": length, "dtype": dtype}
+    settings: dict[str, Any] = {"split": split, "windows": windows}
+    settings |= {"length": length, "dtype": dtype}
     places = {f"corpus {name}": place for name, place in named_texts(text).items()}
     corpora = {role: p for role, p in places.items() if isinstance(p, Path) and p.is_dir()}
     inputs = {"original": original, **corpora}
@@ -187,7 +194,8 @@ def read_reference(
     )
     windows = {name: tokens.long() for name, tokens in windows.items()}
     own = {name: own_likelihood(losses[name], windows[name].shape[1] - 1) for name in names}
-    return Reference(_opened(original, dtype, device), windows, states, own)
+    opened = _opened(original, dtype, device)
+    return Reference(opened, windows, states, own, made["settings"]["split"])
 
 
 def read_windows(

@@ -18,8 +18,9 @@ class EvaluationSettings(Settings):
     """The same for every model and run, so that their numbers can be compared.
 
     Attributes:
-        corpora: Names of the corpora on whose test text likelihood is measured.
-        windows: Token windows per corpus, the first ones of the test text.
+        corpora: Names of the corpora on whose text likelihood is measured.
+        split: Which part of them: ``validation`` while settings are chosen, ``test`` for a table.
+        windows: Token windows per corpus, the first ones of that part.
         length: Tokens per window.
         dtype: Precision of likelihood and divergence. bfloat16 alone moves the predictions by some
             1.5e-3 nats per token, more than a good compressed delta does.
@@ -31,6 +32,7 @@ class EvaluationSettings(Settings):
     """
 
     corpora: Corpora
+    split: Literal["validation", "test"]
     windows: Count
     length: Tokens
     dtype: DType

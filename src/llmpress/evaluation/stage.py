@@ -52,6 +52,7 @@ def evaluate_model(
     original: Path | str | None = None,
     base: Path | str | None = None,
     tasks: Tasks = (),
+    split: str = "test",
     windows: int = 8,
     length: int = 512,
     dtype: str = "float32",
@@ -63,11 +64,13 @@ def evaluate_model(
 
     Args:
         model: A model, compressed or not, an adapter, or a compressed delta.
-        text: What likelihood is measured on; of a corpus its test text. See `measured_texts`.
-        reference: A folder of `make_reference`, in place of ``text``, ``windows`` and ``length``.
+        text: What likelihood is measured on. See `measured_texts`.
+        reference: A folder of `make_reference`, in place of ``text``, ``split``, ``windows`` and
+            ``length``.
         original: What it is compared with; a plain model by default with itself.
         base: Of a delta: the model it is put on.
         tasks: Folders of tasks, or items (None: all) by folder.
+        split: The part of a corpus: ``test`` or ``validation``.
         windows: Token windows of each text.
         length: Tokens of a window.
         dtype: Precision of likelihood and divergence.
@@ -103,6 +106,7 @@ def evaluate_model(
             compared = run_original(
                 subject.original_folder,
                 text=text,
+                split=split,
                 windows=windows,
                 length=length,
                 dtype=dtype,
@@ -118,7 +122,7 @@ def evaluate_model(
         else:
             loaded = subject.load_dense(precision, place)
             likelihoods = compared.compare(loaded)
-    read = next(iter(compared.windows.values()))
+    read, split = next(iter(compared.windows.values())), compared.split
     del compared
     loaded = loaded.to(task_precision)  # type: ignore[arg-type]  # a decorator hides the signature
     with timed(seconds, "tasks"):
@@ -133,6 +137,7 @@ def evaluate_model(
         cost=made_in,
     )
     evaluation = metrics.EvaluationRecord(
+        split=split,
         windows=read.shape[0],
         length=read.shape[1],
         tokens_scored={name: result.num_tokens for name, result in likelihoods.items()},

@@ -94,7 +94,8 @@ def measured(results: Results) -> list[str]:
             items = ", ".join(f"{n} items of {task}" for task, n in record["task_items"].items())
             text = (
                 f"Perplexity, divergence and agreement: {record['windows']} windows of "
-                f"{record['length']} tokens per corpus, in {record['dtype']}. "
+                f"{record['length']} tokens of each corpus's {record['split']} text, "
+                f"in {record['dtype']}. "
                 f"Tasks: {items or 'none'}, in {record['task_dtype']}. "
                 "±: one standard error, over windows or items."
             )
