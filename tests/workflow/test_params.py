@@ -6,12 +6,14 @@ import re
 import shutil
 import sys
 from inspect import signature
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
+from dvc.repo import Repo
 from toy_project import Project
 
 import llmpress
@@ -68,17 +70,20 @@ MISTAKES = {  # what is changed, and where the line says it is
     "start": ("trainings.lora-arithmetic.start", "compressed/rtn-3bit", "lora-arithmetic.start"),
     "name-twice": ("runs.delta-come", {"model": "smollm2", "method": "rtn"}, "'delta-come'"),
 }
-# What each section needs to be left out: nothing names what stood there.
+# What may be left out, and what goes with it: nothing names what stood there.
 NEEDED_BY = {
-    "tasks": ("finetuned_models", "deltas", "delta_runs", "trainings"),
-    "finetuned_models": ("deltas", "delta_runs", "trainings"),
+    "tasks": ("finetuned_models", "deltas", "delta_runs", "trainings", "evaluation.own_tasks"),
+    "finetuned_models": ("deltas", "delta_runs", "trainings", "evaluation.own_tasks"),
     "deltas": ("delta_runs", "trainings"),
-    "calibrations": ("runs", "finetunes", "trainings", "deltas", "delta_runs"),
-    "runs": ("finetunes", "trainings", "deltas", "delta_runs"),
+    "calibrations": ("runs", "finetunes", "trainings", "deltas", "delta_runs", "speed"),
+    "runs": ("finetunes", "trainings", "deltas", "delta_runs", "speed"),
     "delta_runs": ("trainings",),
     "finetunes": (),
     "trainings": (),
+    "speed": (),
+    "evaluation.own_tasks": (),
 }
+ABSENT = {name: (name, *others) for name, others in NEEDED_BY.items()} | {"all": (*NEEDED_BY,)}
 
 
 def changed(place: str, value: Any) -> dict[str, Any]:
@@ -94,17 +99,15 @@ def changed(place: str, value: Any) -> dict[str, Any]:
     return params
 
 
-def without(section: str) -> dict[str, Any]:
-    """Return params.yaml without a section and all that needs it."""
+def without(name: str) -> dict[str, Any]:
+    """Return params.yaml without what may be left out: one place and what needs it, or all."""
     params = copy.deepcopy(PARAMS)
-    for name in (section, *NEEDED_BY[section]):
-        params.pop(name, None)
-    params["speed"] = {"runs": []}
-    if section in ("tasks", "finetuned_models", "calibrations"):
-        params["evaluation"] |= {"models": ["smollm2"], "own_tasks": {}}
-        params["evaluation"]["tasks"] = {} if section == "tasks" else {"piqa": 2}
-    if section in ("tasks", "finetuned_models"):
-        del params["calibrations"]["smollm2-arithmetic"], params["calibrations"]["smollm2-calls"]
+    if name in ("tasks", "finetuned_models", "calibrations", "all"):
+        params["calibrations"] = {"smollm2": params["calibrations"]["smollm2"]}
+        params["evaluation"] |= {"models": ["smollm2"], "tasks": {}}
+    for place in ABSENT[name]:
+        parent, _, last = place.rpartition(".")
+        del (params[parent] if parent else params)[last]
     return params
 
 
@@ -143,7 +146,10 @@ def resolved_stages() -> dict[str, dict[str, Any]]:
                 kind: [resolve(text, key, item) for text in texts]
                 for kind, texts in (
                     ("deps", template["deps"]),
-                    ("params", [text for text in template["params"] if isinstance(text, str)]),
+                    (
+                        "params",
+                        [text for text in template.get("params", ()) if isinstance(text, str)],
+                    ),
                     ("outs", outs),
                 )
             }
@@ -196,12 +202,21 @@ def test_a_mistake_is_one_line_that_names_the_key(
     assert len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize("section", NEEDED_BY)
-def test_a_section_may_be_absent(section: str) -> None:
-    params = without(section)
-    assert section not in params
-    check_params(params)
+@pytest.mark.parametrize("name", ABSENT)
+def test_what_may_be_empty_may_be_absent(name: str) -> None:
+    params = without(name)
     assert refusals(params) == []
+    checked = check_params(params)
+    assert all(not attrgetter(place)(checked) for place in ABSENT[name] if place != "speed")
+    assert "speed" in params or not checked.speed.runs
+
+
+@pytest.mark.parametrize("place", NEEDED_BY)
+def test_null_for_what_may_be_absent_is_one_line(place: str, tmp_path: Path) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump(changed(place, None)), encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"^{place}[^\n]*None[^\n]*$"):
+        check_params(read_params(file))
 
 
 @pytest.fixture(scope="module")
@@ -225,19 +240,44 @@ def write_params(project: Project, params: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("section", ["trainings", "tasks", "calibrations"])
-def test_both_engines_do_without_a_section(checkout: Project, section: str) -> None:
-    write_params(checkout, without(section))
+@pytest.mark.parametrize("name", ABSENT)
+def test_both_engines_do_without(checkout: Project, name: str) -> None:
+    params = without(name)
+    write_params(checkout, params)
     (checkout.folder / "data/tasks").mkdir(parents=True, exist_ok=True)
     planned = checkout.snakemake("-n", "results/report.html", **OURS)
-    assert "fetch_model" in planned
-    assert "report" in planned
+    jobs = {line.split()[0] for line in planned.splitlines() if re.match(r"\w+ +\d+$", line)}
     stages = checkout.dvc("stage", "list", "--name-only").split()
-    groups = {stage.partition("@")[0] for stage in stages}
-    assert {"fetch_model", "evaluate_model", "report"} <= groups
-    assert section != "trainings" or not groups & {"train", "evaluate_trained"}
-    assert "report" in checkout.dvc("status")
+    expected = {"fetch_model", "evaluate_model", "speed", "report"}
+    for group, definition in STAGES.items():
+        section = definition.get("foreach", "").strip("${}")
+        expected |= {group} if section in params or "." in section else set()
+    assert {stage.partition("@")[0] for stage in stages} == expected
+    assert (
+        {"evaluate_model", "speed", "report"} <= jobs <= {*expected, "all", "total", "fetch_corpus"}
+    )
     assert "fetch_model.py" in checkout.dvc("repro", "--dry", "fetch_model@smollm2")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "group"),
+    [
+        ("evaluation.own_tasks", {"smollm2-calls": {"calls": 7}}, "evaluate"),
+        ("speed.rounds", 7, "speed"),
+    ],
+)
+def test_what_dvc_cannot_track_as_a_parameter_is_told_by_the_command(
+    place: str, value: Any, group: str, checkout: Project
+) -> None:
+    commands = []
+    for params in (PARAMS, changed(place, value), without(place.removesuffix(".rounds"))):
+        write_params(checkout, params)
+        stages = Repo(str(checkout.folder)).index.stages
+        commands.append({stage.name: stage.cmd for stage in stages})
+    for name, command in commands[0].items():
+        told = name.startswith(group)
+        assert told == (command != commands[1][name]) == (command != commands[2][name])
+        assert commands[2][name].endswith("# ") or not told
 
 
 @pytest.mark.slow
@@ -272,7 +312,9 @@ def test_the_table_of_kinds_is_what_the_stages_do(kind: Kind) -> None:
 
 @pytest.mark.parametrize("group", [name for name in STAGES if name.startswith("evaluate")])
 def test_evaluations_depend_on_all_settings_but_the_list_of_models(group: str) -> None:
-    tracked = {p.partition(".")[2] for p in STAGES[group]["do"]["params"]}
+    stage = STAGES[group]["do"]
+    tracked = {p.partition(".")[2] for p in stage["params"]}
+    tracked |= {*re.findall(r"\${evaluation\.(\w+)}", stage["cmd"])}
     known = {p.partition(".")[2] for p in STAGES["reference"]["do"]["params"]}
     assert tracked | known == {field.name for field in dataclasses.fields(EvaluationSettings)}
     assert tracked & known == {"dtype"}

@@ -99,18 +99,17 @@ def _check_sections(params: Mapping[str, Any]) -> None:
     for name, entries in params.items():
         if name not in SECTIONS:
             raise ConfigError(f"params.yaml has no section {name!r}{suggestion(name, SECTIONS)}")
-        if name in ("seed", "evaluation", "speed"):
+        if name == "seed":
             continue
         if not isinstance(entries, dict):
             raise ConfigError(
-                f"{name} in params.yaml must map names to settings, not {entries!r}: leave it out "
-                "when it is empty"
+                f"{name} in params.yaml must be a mapping, not {entries!r}: leave it out when it "
+                "is empty"
             )
-        for key, settings in entries.items():
+        for key, settings in {} if name in ("evaluation", "speed") else entries.items():
             if not isinstance(settings, dict):
                 raise ConfigError(f"{name}.{key} must be a mapping of settings, not {settings!r}")
-    evaluation = params.get("evaluation") or {}
-    models = evaluation.get("models") or [] if isinstance(evaluation, dict) else None
+    models = params.get("evaluation", {}).get("models") or []
     if not isinstance(models, list) or not all(isinstance(name, str) for name in models):
         raise ConfigError("evaluation.models in params.yaml must be a list of names")
 

@@ -46,7 +46,7 @@ class EvaluationSettings(Settings):
         return {**self.tasks, **self.own_tasks.get(model, {})}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation(EvaluationSettings):
     """The section ``evaluation``.
 
@@ -54,7 +54,6 @@ class Evaluation(EvaluationSettings):
         models: The uncompressed models to measure as well.
     """
 
-    own_tasks: Mapping[Model, Tasks]  # DVC tracks it, so it has to be there
     models: Annotated[tuple[Model, ...], Field(min_length=1)]
 
 

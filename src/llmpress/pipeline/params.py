@@ -31,7 +31,6 @@ class Params(Settings):
         models: Models to open, by name; each has exactly one of package, hub and path.
         corpora: Texts, each cut into calibration, validation and test parts that never overlap.
         evaluation: How everything is measured; the same for every model and run.
-        speed: Which runs are timed, and how.
         tasks: lm-eval tasks, published multiple-choice sets or generated ones.
         finetuned_models: Models that the pipeline fine-tunes itself, by the name the result gets.
         deltas: Deltas to extract, by name.
@@ -41,13 +40,13 @@ class Params(Settings):
         finetunes: Block-wise finetunings of a compressed model, by name.
         trainings: End-to-end finetunings of a compressed model or delta, or of adapters beside a
             dense one, by name.
+        speed: Which runs are timed, and how.
     """
 
     seed: Natural
     models: Mapping[Name, ModelSource]
     corpora: Mapping[Name, CorpusSource]
     evaluation: Evaluation
-    speed: SpeedSettings
     tasks: Mapping[Name, TaskSource] = field(default_factory=dict)
     finetuned_models: Mapping[Name, TrainingSettings] = field(default_factory=dict)
     deltas: Mapping[Name, DeltaSource] = field(default_factory=dict)
@@ -56,6 +55,7 @@ class Params(Settings):
     delta_runs: Mapping[Name, DeltaRun] = field(default_factory=dict)
     finetunes: Mapping[Name, Finetune] = field(default_factory=dict)
     trainings: Mapping[Name, Training] = field(default_factory=dict)
+    speed: SpeedSettings = field(default_factory=SpeedSettings)
 
 
 def check_params(params: Mapping[str, Any]) -> Params:
