@@ -1,14 +1,18 @@
 """What the loss feels of each output: block by block as in one backward pass."""
 
+import gc
+from contextlib import AbstractContextManager
 from pathlib import Path
+from weakref import ref
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from llmpress.calibration.files import load_statistics, save_calibration
+from llmpress.calibration.linear_calls import Listener, linear_calls
 from llmpress.calibration.sensitivity import output_sensitivity
 from llmpress.calibration.settings import CalibrationSettings
 from llmpress.calibration.stage import calibrate_model
@@ -55,6 +59,22 @@ def test_it_is_the_squared_gradient_of_one_backward_pass(
     assert set(found) == set(linears)
     for name, total in sums.items():
         torch.testing.assert_close(found[name], total / windows.numel(), rtol=2e-3, atol=1e-9)
+
+
+def test_what_a_block_computes_goes_with_it(
+    tiny_model_folder: Path, tiny_windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs that their own hooks hold stay, block after block."""
+    outputs: list[ref[Tensor]] = []
+
+    def watched(block: nn.Module, listener: Listener) -> AbstractContextManager[None]:
+        return linear_calls(block, lambda call: (outputs.append(ref(call.y)), listener(call))[1])
+
+    monkeypatch.setattr("llmpress.calibration.sensitivity.linear_calls", watched)
+    output_sensitivity(walk_of(tiny_model_folder), tiny_windows[:2])
+    gc.collect()
+    assert outputs
+    assert not any(output() is not None for output in outputs)
 
 
 def test_calibration_stores_it_and_statistics_hold_it(

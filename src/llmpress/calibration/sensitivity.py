@@ -94,11 +94,12 @@ class _SquaredGradients:
 
     def listen(self, call: LinearCall) -> None:
         """Add the gradients of one use of a linear, when they are there."""
+        name, axis = call.name, call.axis
 
-        def add(gradient: Tensor) -> None:
-            flat = rows(gradient.float(), call.axis)
-            self.totals[call.name] += flat.square().sum(dim=0)
-            self.tokens[call.name] += len(flat)
+        def add(gradient: Tensor) -> None:  # holds no output: a hook that does keeps it for ever
+            flat = rows(gradient.float(), axis)
+            self.totals[name] += flat.square().sum(dim=0)
+            self.tokens[name] += len(flat)
 
         call.y.register_hook(add)
 
