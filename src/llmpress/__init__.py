@@ -10,15 +10,15 @@ Folders come first, all else by keyword. What writes a folder takes ``out=`` and
 nothing is replaced without ``force=True``, and nothing is left half-written.
 
 Importing this costs nothing: the format is registered when transformers is used, and the names
-below are imported when they are first asked for. Every stage of the pipeline imports this file, so
-it stays small and names its parts as text; see docs/decisions/0006-import-llmpress.md.
+below are imported when they are first asked for. Every Python where llmpress is installed imports
+this file, so it is small and names its parts as text; see docs/decisions/0006-import-llmpress.md.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
 
 from llmpress.core.registration import register
 
+TYPE_CHECKING = False  # `typing` would be imported at the start of every Python; see llmpress.pth
 if TYPE_CHECKING:
     from llmpress.calibration.stage import calibrate_model
     from llmpress.compression.stage import compress_model
@@ -107,7 +107,9 @@ __all__ = [
 register()
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
+    import importlib
+
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_WHERE[name]), name)

@@ -15,7 +15,7 @@ from llmpress.core.records import DENSE, LayerRecord
 from llmpress.core.resume import NOT_A_BLOCK, BlockStore
 from llmpress.methods.base import InputStatistics, Method, Shape
 from llmpress.models.architectures import block_linears
-from llmpress.models.checkpoints.compressed import REST_DTYPE
+from llmpress.models.checkpoints.compressed import kept_dtype
 from llmpress.models.walk import TensorSource
 from llmpress.nn.layers import CompressedLinear, build_layer, layer_entry
 from llmpress.numerics.linalg import relative_output_error, relative_weight_error
@@ -177,7 +177,8 @@ def _measured(
         weight_error = relative_weight_error(weight, approximation)
         if moment is not None:
             output_error = relative_output_error(weight, approximation, moment)
-    bits = 8 * REST_DTYPE.itemsize * weight.numel() if layer is None else layer.stored_bits()
+    kept = 8 * kept_dtype(weight, linear=True).itemsize * weight.numel()
+    bits = kept if layer is None else layer.stored_bits()
     return LayerRecord(
         name=name,
         kind=DENSE if layer is None else layer.kind,

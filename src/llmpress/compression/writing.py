@@ -6,7 +6,7 @@ from typing import Any
 
 from llmpress.core.artifacts import write_json
 from llmpress.core.records import LayerRecord, Records, total_size, write_records
-from llmpress.models.checkpoints.compressed import REST_DTYPE, model_config
+from llmpress.models.checkpoints.compressed import kept_dtype, model_config
 from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter, copy_companions
 from llmpress.nn.layers import CompressedLinear, layer_entry
 
@@ -35,11 +35,12 @@ def write_compressed_model(
             for key, tensor in layer.tensors().items():
                 writer.add(f"{name}.{key}", tensor)
     replaced = {f"{name}.weight" for name in entries}
+    linears = {f"{record.name}.weight" for record in records}
     for name in source.names():
         if name not in replaced:
             tensor = source.tensor(name)
-            writer.add(name, tensor.to(REST_DTYPE) if tensor.is_floating_point() else tensor)
-    writer.close()
-    write_json(folder / "config.json", model_config(source, REST_DTYPE, entries))
+            writer.add(name, tensor.to(kept_dtype(tensor, linear=name in linears)))
+    writer.close(entries)
+    write_json(folder / "config.json", model_config(source, None, entries))
     copy_companions(source.folder, folder)
     write_records(folder, Records(tuple(records), total_size(records, model_weights)))

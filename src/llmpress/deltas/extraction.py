@@ -42,10 +42,9 @@ def write_delta(
     dtype first). Every other tensor that changed, or exists in the fine-tuned model only, is kept
     as it is, at its own dtype: norms, biases, changed embeddings and heads. Of a matrix of which
     fewer than half of the rows differ, such as embeddings of a grown vocabulary, these rows are
-    kept. Tensors without any change are left out and listed; where the two models have different
-    float dtypes, a tensor is unchanged when it is the same after rounding to the narrower one, a
-    linear weight only when the fine-tuned is the narrower: small steps in fp32 count. What differs
-    of the configuration comes along.
+    kept. Tensors without any change are left out and listed; a tensor is unchanged when rounding
+    the base's to the fine-tuned model's dtype gives it: small steps in fp32 count. What differs of
+    the configuration comes along.
 
     Args:
         base: The model that was fine-tuned.
@@ -73,7 +72,7 @@ def write_delta(
         new = finetuned.tensor(name)
         old = base.tensor(name) if name in in_base else None
         is_linear = position < len(linears)
-        if old is not None and _is_same(old, new, is_linear=is_linear):
+        if old is not None and _is_same(old, new):
             unchanged.append(name)
         elif old is not None and is_linear:
             delta = new.float() - old.float()
@@ -199,20 +198,17 @@ def _check_layout(
         raise ArtifactError(f"{where}: no linear layer of a decoder block is in both")
 
 
-def _is_same(old: Tensor, new: Tensor, *, is_linear: bool) -> bool:
-    if old.shape != new.shape:
-        return False
-    if is_linear and old.dtype.itemsize < new.dtype.itemsize:
-        old = old.to(new.dtype)
-    return not bool(_differing(old, new).any())
+def _is_same(old: Tensor, new: Tensor) -> bool:
+    return old.shape == new.shape and not bool(_differing(old, new).any())
 
 
 def _differing(old: Tensor, new: Tensor) -> Tensor:
-    """Return where two tensors of one shape differ, after rounding to the narrower float dtype.
+    """Return where a tensor differs from the base's of one shape, in the dtype of the former.
 
-    A NaN counts as different.
+    Of different dtypes of one width, or where one is no float, the values count. A NaN counts as
+    different.
     """
-    common = min(old.dtype, new.dtype, key=lambda dtype: dtype.itemsize)
+    common = new.dtype
     both_float = old.is_floating_point() and new.is_floating_point()
     if old.dtype != new.dtype and not (both_float and old.dtype.itemsize != new.dtype.itemsize):
         common = torch.float32

@@ -33,7 +33,7 @@ def export_dense(
         model: A model folder, compressed or plain.
         out: Folder to write: config.json without a trace of compression, safetensors, tokenizer.
         delta: A compressed delta that was made on ``model``.
-        dtype: What floats are stored in.
+        dtype: What linears of the decoder blocks are stored in; all else keeps its dtype.
         tokenizer: Folder to take tokenizer files from; by default ``model``. A delta with added
             tokens needs the fine-tuned model's.
         force: Replace ``out`` where it exists.
@@ -57,9 +57,8 @@ def export_dense(
         if delta:
             dense = FinetunedCheckpoint(source, DeltaFolder(Path(delta), "compressed_delta"))
         writer = CheckpointWriter(folder)
-        for name, unread in progress(sorted(dense.published().items()), "export"):
-            tensor = unread.read()
-            writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+        for name, tensor in progress(sorted(dense.published(dtype).items()), "export"):
+            writer.add(name, tensor.read())
         writer.close()
         write_json(folder / "config.json", model_config(dense, dtype))
         copy_companions(Path(tokenizer) if tokenizer else source.folder, folder)

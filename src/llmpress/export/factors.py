@@ -14,7 +14,12 @@ from llmpress.core.progress import progress
 from llmpress.models.architectures import LEFT_MULTIPLIED, compressed_linear, matches
 from llmpress.models.checkpoints.compressed import compressed_layers, model_config
 from llmpress.models.checkpoints.dense_view import stored_layer
-from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter, copy_companions
+from llmpress.models.checkpoints.files import (
+    Checkpoint,
+    CheckpointWriter,
+    block_linears,
+    copy_companions,
+)
 from llmpress.models.folders import model_folder
 from llmpress.nn.layers import layer_class
 
@@ -36,7 +41,7 @@ def export_factors(
     Args:
         model: A model compressed to layers of low rank, as by ``lillama`` or ``svd``.
         out: Folder to write: config.json without a trace of compression, safetensors, tokenizer.
-        dtype: What floats are stored in.
+        dtype: What linears of the decoder blocks are stored in; all else keeps its dtype.
         force: Replace ``out`` where it exists.
 
     Returns:
@@ -59,32 +64,34 @@ def export_factors(
                 f"{source.folder}: holds no low-rank layer; --dense writes any compressed model"
             )
         writer = CheckpointWriter(folder)
-        for name, tensor in _factored_tensors(source):
-            writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+        for name, tensor in _factored_tensors(source, dtype):
+            writer.add(name, tensor)
         writer.close()
         write_json(folder / "config.json", model_config(source, dtype))
         copy_companions(source.folder, folder)
     return out
 
 
-def _factored_tensors(source: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+def _factored_tensors(source: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     entries = compressed_layers(source)
     skeleton = source.skeleton()
+    linears = {f"{name}.weight" for block in block_linears(skeleton) for name in block}
     for name, entry in progress(sorted(entries.items()), "export"):
         layer = stored_layer(name, entry, compressed_linear(name, skeleton), source)
         last = name
         if _has_factors(name, entry):
             left, right = layer.factors()
             last = f"{name}.1"
-            yield f"{name}.0.weight", right
-            yield f"{last}.weight", left
+            yield f"{name}.0.weight", right.to(dtype)
+            yield f"{last}.weight", left.to(dtype)
         else:
-            yield f"{name}.weight", layer.dequantize()
+            yield f"{name}.weight", layer.dequantize().to(dtype)
         if layer.bias is not None:
             yield f"{last}.bias", layer.bias
     for name in source.names():
         if name.rpartition(".")[0] not in entries:
-            yield name, source.tensor(name)
+            tensor = source.tensor(name)
+            yield name, tensor.to(dtype) if name in linears else tensor
 
 
 def _has_factors(name: str, entry: Mapping[str, Any]) -> bool:

@@ -6,10 +6,12 @@ here may need more of transformers than its registry.
 """
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -76,6 +78,9 @@ class LLMPressQuantizer(HfQuantizer):
         separate_experts(model)
         insert_layers(model, self.quantization_config.layers)
         _forbid_initialisation(model, self.quantization_config.layers)
+        known = model._keys_to_ignore_on_load_unexpected or ()
+        guard = re.escape(guard_name(self.quantization_config.layers))
+        model._keys_to_ignore_on_load_unexpected = {*known, f"^{guard}$"}
 
     def _process_model_after_weight_loading(
         self, model: "PreTrainedModel", **_: Any
@@ -87,6 +92,11 @@ class LLMPressQuantizer(HfQuantizer):
         """Tensors have the names of the model's parameters: nothing is renamed or fused."""
         del weight_conversions, model
         return []
+
+    def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[Any, dict[str, Any]]:
+        """Return what is saved: the model's tensors and the `guard_name`."""
+        guard = {guard_name(self.quantization_config.layers): torch.empty(0, dtype=torch.uint8)}
+        return {**model.state_dict(), **guard}, {}
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """Compressed models can be saved again."""
@@ -104,6 +114,20 @@ def own_quantization(config: Any) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         found = found.to_dict()
     return found if found.get("quant_method") == QUANT_METHOD else None
+
+
+def guard_name(layers: Iterable[str]) -> str:
+    """Return the name of a tensor without values that only llmpress passes over.
+
+    To whoever knows nothing of compressed layers it is a weight of another shape: loading fails,
+    where transformers would otherwise warn and go on with random weights.
+
+    Args:
+        layers: Full names of the compressed layers.
+    """
+    first = min(layers, key=lambda name: (".experts." in name, name))
+    group, inside, _ = first.partition(".experts.")
+    return f"{group}.experts.down_proj" if inside else f"{first}.weight"  # as transformers fuses
 
 
 def check_format(version: int) -> None:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from llmpress.methods.base import Method
-from llmpress.models.checkpoints.compressed import REST_DTYPE
+from llmpress.models.checkpoints.compressed import DENSE_DTYPE, kept_dtype
 from llmpress.models.checkpoints.delta_files import DELTA_SHARD_BYTES
 from llmpress.models.checkpoints.files import MODEL_SHARD_BYTES
+from llmpress.models.quantizer import guard_name
 from llmpress.nn.layers import CompressedLinear
 from llmpress.planning.shapes import ModelShapes
 
@@ -88,11 +89,12 @@ def model_bytes(model: ModelShapes, method: Method) -> int:
     """Return the bytes of a compressed model; raises as `planned_layers` does."""
     layers = planned_layers(model, method)
     rest = {
-        name: t.to(REST_DTYPE) if t.is_floating_point() else t
+        name: t.to(kept_dtype(t, linear=name.removesuffix(".weight") in model.linears))
         for name, t in sorted(model.tensors.items())
         if name.removesuffix(".weight") not in layers
     }
-    return files_bytes([_packed(layers) | rest], MODEL_SHARD_BYTES)
+    guard = {guard_name(layers): empty(0, dtype=torch.uint8)} if layers else {}
+    return files_bytes([_packed(layers) | rest | guard], MODEL_SHARD_BYTES)
 
 
 def delta_bytes(
@@ -126,7 +128,7 @@ def _packed(layers: Mapping[str, Planned]) -> dict[str, Tensor]:
 def adapter_bytes(model: ModelShapes, rank: int, *, quantized: bool) -> int:
     """Return the bytes of LoRA's factors; ``quantized``: and those of the model in NF4, about."""
     factors = {
-        f"base_model.model.{name}.lora_{key}.weight": empty(*sides, dtype=REST_DTYPE)
+        f"base_model.model.{name}.lora_{key}.weight": empty(*sides, dtype=DENSE_DTYPE)
         for name, (out_features, in_features) in model.linears.items()
         for key, sides in (("A", (rank, in_features)), ("B", (out_features, rank)))
     }

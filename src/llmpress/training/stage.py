@@ -22,7 +22,7 @@ from llmpress.core.resume import scratch_folder
 from llmpress.data.corpora import Text, text_paths
 from llmpress.data.tasks.files import TRAIN_FILE, read_items
 from llmpress.deltas.applying import load_finetuned
-from llmpress.models.checkpoints.compressed import is_compressed
+from llmpress.models.checkpoints.compressed import compressed_layers, is_compressed
 from llmpress.models.checkpoints.delta_files import DeltaFolder, DeltaWriter
 from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter, copy_companions
 from llmpress.models.folders import model_folder
@@ -276,7 +276,7 @@ def _begin_compressed(start: Path, settings: FinetuningSettings, device: torch.d
         writer = CheckpointWriter(folder)
         for name in checkpoint.names():
             writer.add(name, best[name] if name in best else checkpoint.tensor(name))
-        writer.close()
+        writer.close(compressed_layers(checkpoint))
         shutil.copyfile(start / "config.json", folder / "config.json")
         copy_companions(start, folder)
         write_records(folder, records)

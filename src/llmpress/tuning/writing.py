@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from llmpress.core.records import BlockRecord, read_records, write_records
+from llmpress.models.checkpoints.compressed import compressed_layers
 from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter, copy_companions
 
 
@@ -32,7 +33,7 @@ def rewrite_model(
     for name in compressed.names():
         if name not in trained:
             writer.add(name, compressed.tensor(name))
-    writer.close()
+    writer.close(compressed_layers(compressed))
     shutil.copyfile(compressed.folder / "config.json", folder / "config.json")
     copy_companions(compressed.folder, folder)
     write_records(folder, read_records(compressed.folder).finetuned(block_records))

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from llmpress.models.checkpoints.files import Checkpoint
+from llmpress.models.checkpoints.files import Checkpoint, stored_dtype
 from llmpress.models.quantizer import (
     FORMAT_VERSION,
     LLMPressConfig,
@@ -14,8 +14,8 @@ from llmpress.models.quantizer import (
 )
 
 KEY = "quantization_config"
-REST_DTYPE = torch.bfloat16
-"""What the tensors that no method compresses (embeddings, norms, dense layers) are stored in."""
+DENSE_DTYPE = torch.bfloat16
+"""What a linear is stored in that a method leaves dense, where the original's takes more bits."""
 
 
 def is_compressed(checkpoint: Checkpoint) -> bool:
@@ -36,21 +36,32 @@ def compressed_layers(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     return dict(quantization["layers"])
 
 
+def kept_dtype(tensor: torch.Tensor, *, linear: bool) -> torch.dtype:
+    """Return what a tensor that is not compressed is stored in: what the original has it in.
+
+    A ``linear`` of a decoder block that a method leaves dense takes 16 bits a weight at most.
+    """
+    return DENSE_DTYPE if linear and tensor.dtype.itemsize > DENSE_DTYPE.itemsize else tensor.dtype
+
+
 def model_config(
-    source: Checkpoint, dtype: torch.dtype, layers: Mapping[str, Mapping[str, Any]] | None = None
+    source: Checkpoint,
+    dtype: torch.dtype | None,
+    layers: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Return the content of config.json for what is made of a model.
 
     Args:
         source: The model; how it is compressed itself is left out, and what code of its own it
             names, which is never run and does not come along.
-        dtype: What its plain tensors are stored in.
+        dtype: What transformers loads its plain tensors in; None for what it loads the model in.
         layers: Entries as `compressed_layers` returns them; None for a plain model.
     """
     config = source.plain_config()
     config.pop(KEY, None)
     config.pop("auto_map", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
+    own = config.get("dtype") or stored_dtype(source)
+    config["dtype"] = str(dtype or own).removeprefix("torch.")
     return config if layers is None else config | quantization(layers)
 
 

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from llmpress.models.checkpoints.conversion import Converted, model_tensors, sto
 from llmpress.models.checkpoints.lazy import Index, LazyTensor
 from llmpress.models.checkpoints.quantized_source import check_codes, quantization_of, weights_of
 from llmpress.models.experts import separate_experts
-from llmpress.models.quantizer import own_quantization
+from llmpress.models.quantizer import guard_name, own_quantization
 
 __all__ = ["Checkpoint", "CheckpointWriter", "block_linears", "copy_companions", "stored_dtype"]
 
@@ -163,8 +163,9 @@ class Checkpoint:
         return found
 
     def _found(self) -> Converted:
-        if own_quantization(self.config) is not None:
-            return Converted(self._stored, [])  # written by us, under the model's names
+        if (own := own_quantization(self.config)) is not None:  # under the model's names
+            guard = guard_name(own.get("layers") or [""])
+            return Converted({n: t for n, t in self._stored.items() if n != guard}, [])
         try:
             converted = model_tensors(fused_model(self.config), self._stored)
         except UNBUILDABLE as error:
@@ -241,11 +242,17 @@ class Checkpoint:
                 "fetch the model again"
             ) from None
 
-    def published(self) -> dict[str, LazyTensor]:
-        """Return what transformers would save of the model, unread, by the names in its files."""
+    def published(self, dtype: torch.dtype | None = None) -> dict[str, LazyTensor]:
+        """Return what transformers would save of the model, unread, by the names in its files.
+
+        Args:
+            dtype: Of the weights of linears in decoder blocks; None for their own, as of the rest.
+        """
+        linears = {f"{n}.weight" for block in block_linears(self.skeleton()) for n in block}
 
         def read(name: str, index: Index) -> Tensor:
-            return self.tensor(name)[index]
+            tensor = self.tensor(name)[index]
+            return tensor.to(dtype) if dtype and name in linears else tensor
 
         own = {n: LazyTensor(self.shape(n), torch.float32, partial(read, n)) for n in self.names()}
         return stored_tensors(fused_model(self.config), own)
@@ -347,8 +354,14 @@ class CheckpointWriter:
         """Add one tensor; it is written when its shard is full."""
         self._shards.add(name, tensor)
 
-    def close(self) -> None:
-        """Write what is left, name the shards, and write the index if there are several."""
+    def close(self, compressed: Collection[str] = ()) -> None:
+        """Write what is left, name the shards, and write the index if there are several.
+
+        Args:
+            compressed: Names of compressed layers, which only llmpress is to open.
+        """
+        if compressed:
+            self.add(guard_name(compressed), torch.empty(0, dtype=torch.uint8))
         files = self._shards.close()
         if len(files) > 1:
             weight_map = {name: file for file, names in files.items() for name in names}

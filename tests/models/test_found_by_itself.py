@@ -1,0 +1,174 @@
+"""Installed, llmpress is found without being imported; not installed, nothing opens its models."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny_artifacts import Make
+from transformers import AutoModelForCausalLM
+
+import llmpress
+from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter
+
+ROOT = Path(__file__).parents[2]
+HEADS = ("AutoModelForCausalLM", "AutoModel", "AutoModelForSequenceClassification")
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+SERVER = ("fastapi", "uvicorn", "openai")
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Run:
+    """Run Python where llmpress is installed as by pip: its .pth is read at the start."""
+    place = tmp_path / "installed"
+    place.mkdir()
+    shutil.copy(ROOT / "llmpress.pth", place)
+    start = f"import site; site.addsitedir({str(place)!r})\n"
+    (place / "sitecustomize.py").write_text(start)
+    paths = [str(place), str(ROOT / "src")]
+
+    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+        environment = {**os.environ, **offline, "PYTHONPATH": os.pathsep.join(paths)}
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+def test_the_start_of_python_imports_next_to_nothing(fresh: Run) -> None:
+    code = "import sys; print(*(m for m in sys.modules if m.startswith({})))"
+    own = fresh("-c", code.format("'llmpress'")).stdout.split()
+    assert sorted(own) == ["llmpress", "llmpress.core", "llmpress.core.registration"]
+    heavy = "('torch', 'transformers', 'typing', 'importlib.util', 'numpy')"
+    with_it = fresh("-c", code.format(heavy)).stdout.split()
+    assert with_it == fresh("-S", "-c", code.format(heavy)).stdout.split() == []
+
+
+def test_what_cannot_be_registered_hinders_nobody(fresh: Run) -> None:
+    code = "import sys; sys.modules['llmpress.nn'] = None; import transformers.quantizers.auto"
+    done = fresh("-c", code)
+    assert done.returncode == 0
+    assert done.stderr.count("llmpress cannot be imported") == 1
+
+
+@pytest.mark.slow
+def test_a_pipeline_generates(fresh: Run, compressed: Make) -> None:
+    folder = compressed("rtn")
+    code = (
+        "from transformers import pipeline\n"
+        f"made = pipeline('text-generation', model={str(folder)!r}, device='cpu', dtype='auto')\n"
+        "text = made('import os', max_new_tokens=4, do_sample=False)[0]['generated_text']\n"
+        "print(type(made.model.model.layers[0].mlp.up_proj).__name__, repr(text))"
+    )
+    done = fresh("-c", code)
+    model, tokenizer = llmpress.load_model(folder, dtype="auto"), llmpress.load_tokenizer(folder)
+    ids = tokenizer("import os", return_tensors="pt").input_ids
+    text = tokenizer.decode(model.generate(ids, max_new_tokens=4, do_sample=False)[0])
+    assert done.stdout == f"QuantizedLinear {text!r}\n", done.stderr
+
+
+@pytest.mark.slow
+def test_lm_eval_measures_the_compressed_model(
+    fresh: Run, compressed: Make, tmp_path: Path
+) -> None:
+    items = [{"q": "import", "c": [" os", " sys", "=="], "l": n % 3} for n in range(6)]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, items)))
+    (tmp_path / "t.yaml").write_text(
+        "task: tiny_choice\ndataset_path: json\noutput_type: multiple_choice\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path}/d.jsonl}}}}\ntest_split: test\n"
+        "doc_to_text: '{{q}}'\ndoc_to_choice: '{{c}}'\ndoc_to_target: l\n"
+    )
+    dense = llmpress.export_dense(compressed("rtn"), out=tmp_path / "dense", dtype="float32")
+    scores = []
+    for folder in (compressed("rtn"), dense):
+        done = fresh(
+            *("-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={folder},dtype=auto"),
+            *("--tasks", "tiny_choice", "--include_path", str(tmp_path), "--device", "cpu"),
+            *("--output_path", str(tmp_path / folder.name), "--log_samples"),
+        )
+        assert done.returncode == 0, done.stderr
+        (samples,) = (tmp_path / folder.name).rglob("samples_*.jsonl")
+        rows = map(json.loads, samples.read_text().splitlines())
+        scores.append([float(one[0][0]) for row in rows for one in row["resps"]])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+    assert len(scores[0]) == 18
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, SERVER)),
+    reason=f"`transformers serve` needs {', '.join(SERVER)}",
+)
+def test_transformers_serves_it(fresh: Run, compressed: Make) -> None:
+    code = (
+        "from transformers.cli.serving.model_manager import ModelManager\n"
+        f"model = ModelManager().load_model_and_processor({str(compressed('rtn'))!r})[0]\n"
+        "print(type(model.model.layers[0].mlp.up_proj).__name__)"
+    )
+    done = fresh("-c", code)
+    assert done.stdout.endswith("QuantizedLinear\n"), done.stderr
+
+
+@pytest.mark.slow
+def test_without_llmpress_nothing_opens_it(compressed: Make, tuned: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(compressed("rtn"), dtype="auto")
+    model.save_pretrained(tmp_path / "again")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
+    folders = [compressed("cluscomp"), tuned, tmp_path / "again", tmp_path / "shards"]
+    code = (
+        "import sys; sys.modules['llmpress'] = None\n"
+        "import transformers\n"
+        f"for head in {HEADS}:\n"
+        f"    for folder in {list(map(str, folders))}:\n"
+        "        try: getattr(transformers, head).from_pretrained(folder)\n"
+        "        except RuntimeError as error: print('refused')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["refused"] * len(HEADS) * len(folders), done.stderr
+    assert "got llmpress" in done.stderr
+
+
+@pytest.fixture
+def tuned(compressed: Make, tiny_model_folder: Path, calibration: Path, tmp_path: Path) -> Path:
+    return llmpress.finetune_model(
+        compressed("cluscomp"), original=tiny_model_folder, calibration=calibration, epochs=1,
+        learning_rate=1e-3, batch_size=2, out=tmp_path / "tuned",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ["mixtral"], indirect=True)
+def test_a_mixture_with_nothing_but_experts_compressed_is_guarded_too(
+    architecture_folder: Path, tmp_path: Path
+) -> None:
+    writer = CheckpointWriter(tmp_path)
+    writer.close([f"model.layers.0.mlp.experts.{n}.down_proj" for n in range(4)])
+    (name,) = load_file(tmp_path / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(architecture_folder)
+    assert name in model.state_dict()
+    assert name not in Checkpoint(architecture_folder).names()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_the_start_file_is_installed(kind: str, tmp_path: Path) -> None:
+    names = ("pyproject.toml", "setup.py", "MANIFEST.in", "llmpress.pth", "README.md", "LICENSE")
+    for name in names:
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "src/llmpress/core", tmp_path / "src/llmpress/core")
+    shutil.copy(ROOT / "src/llmpress/__init__.py", tmp_path / "src/llmpress")
+    code = f"from setuptools import build_meta; build_meta.build_{kind}('out')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "out").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.read("llmpress.pth").decode().startswith("import ")
