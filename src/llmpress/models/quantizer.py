@@ -76,11 +76,18 @@ class LLMPressQuantizer(HfQuantizer):
         if checkpoint_files:
             _verify_before_reading(model, [Path(file) for file in checkpoint_files])
         separate_experts(model)
-        insert_layers(model, self.quantization_config.layers)
-        _forbid_initialisation(model, self.quantization_config.layers)
+        layers = self._layers_in(model)
+        insert_layers(model, layers)
+        _forbid_initialisation(model, layers)
         known = model._keys_to_ignore_on_load_unexpected or ()
-        guard = re.escape(guard_name(self.quantization_config.layers))
-        model._keys_to_ignore_on_load_unexpected = {*known, f"^{guard}$"}
+        guard = re.escape(guard_name(layers))
+        model._keys_to_ignore_on_load_unexpected = {*known, rf"(^|\.){guard}$"}
+
+    def _layers_in(self, model: "PreTrainedModel") -> dict[str, Mapping[str, Any]]:
+        """Return the layers by their names in a model, which one without a head cuts short."""
+        cut = f"{model.base_model_prefix}." if model.base_model is model else ""
+        layers = self.quantization_config.layers
+        return {name.removeprefix(cut): entry for name, entry in layers.items()}
 
     def _process_model_after_weight_loading(
         self, model: "PreTrainedModel", **_: Any
@@ -95,7 +102,7 @@ class LLMPressQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[Any, dict[str, Any]]:
         """Return what is saved: the model's tensors and the `guard_name`."""
-        guard = {guard_name(self.quantization_config.layers): torch.empty(0, dtype=torch.uint8)}
+        guard = {guard_name(self._layers_in(model)): torch.empty(0, dtype=torch.uint8)}
         return {**model.state_dict(), **guard}, {}
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:

@@ -107,9 +107,9 @@ class DenseStore:
         """Forget what is kept of a layer."""
         self._kept.pop(layer, None)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "DenseStore":
-        """Return an empty store of the same limit: for a copy of the model."""
-        return DenseStore(self._limit)
+    def __reduce__(self) -> tuple[type["DenseStore"], tuple[int | None]]:
+        """Make of a copy, in memory, in a file or in another process, an empty one."""
+        return DenseStore, (self._limit,)
 
 
 class State:
