@@ -1,6 +1,9 @@
 """The tree: which packages there are, what may import what, and what lies where."""
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -154,6 +157,33 @@ def test_heavy_packages_stay_outside(file: Path) -> None:
     assert not packages & NEVER
     if room(module_name(file)) in TENSORS_ONLY:
         assert not packages & NOT_OF_TENSORS
+
+
+def at_the_top(node: ast.AST) -> Iterator[str]:
+    """Yield the packages that a module imports when it is imported itself."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            yield (child.module or "").split(".")[0]
+        elif not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and not (
+            isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+        ):
+            yield from at_the_top(child)
+
+
+@pytest.mark.parametrize("file", MODULES.values(), ids=MODULES)
+def test_what_a_module_needs_is_declared(file: Path) -> None:
+    """Opening an artifact works where only the declared packages are."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    declared = list(project["dependencies"])
+    declared += extras["workflow"] if room(module_name(file)) == "report" else []
+    declared += extras["gpu"] if room(module_name(file)) == "nn" else []
+    names = {re.split(r"[<>=!;\[ ]", entry)[0].replace("-", "_").lower() for entry in declared}
+    names |= {"yaml", "pydantic_core", "markupsafe", "llmpress", *sys.stdlib_module_names}
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    assert set(at_the_top(tree)) <= names
 
 
 @pytest.mark.parametrize("name", OWNERS)

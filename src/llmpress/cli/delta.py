@@ -136,17 +136,26 @@ def export(
         str | None,
         typer.Option(help="What adapter_config.json calls the base; by default as the delta does."),
     ] = None,
+    max_rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="The largest rank the reader takes (vLLM: 512); what it costs is said."
+        ),
+    ] = None,
     dtype: DtypeOption = Dtype.bfloat16,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the low-rank part of a delta (svd, delta_come) as a LoRA adapter that peft loads.
 
-    Tensors that the delta keeps exactly have no place in an adapter; a warning names them.
+    All layers get the rank of the largest, which peft, vLLM and llama.cpp read alike. Tensors that
+    the delta keeps exactly have no place in an adapter; a warning names them.
     """
     from llmpress import export_adapter
     from llmpress.cli.options import quiet
 
     quiet()
-    export_adapter(delta, out=out, base_name=base_name, dtype=dtype.value, force=force)
+    export_adapter(
+        delta, out=out, base_name=base_name, max_rank=max_rank, dtype=dtype.value, force=force
+    )
     print_exported(out, dtype, as_json=as_json)

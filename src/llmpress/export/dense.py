@@ -7,6 +7,7 @@ import torch
 from llmpress.core.artifacts import artifact_folder, claim, write_json
 from llmpress.core.devices import pick_dtype
 from llmpress.core.progress import progress
+from llmpress.export.older import name_older_tokenizer, with_older_names
 from llmpress.models.checkpoints.compressed import model_config
 from llmpress.models.checkpoints.delta_files import DeltaFolder
 from llmpress.models.checkpoints.dense_view import dense_checkpoint
@@ -60,6 +61,7 @@ def export_dense(
         for name, tensor in progress(sorted(dense.published(dtype).items()), "export"):
             writer.add(name, tensor.read())
         writer.close()
-        write_json(folder / "config.json", model_config(dense, dtype))
+        write_json(folder / "config.json", with_older_names(model_config(dense, dtype)))
         copy_companions(Path(tokenizer) if tokenizer else source.folder, folder)
+        name_older_tokenizer(folder)
     return out

@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmpress.core.artifacts import artifact_folder, read_json, read_provenance, write_json
-from llmpress.core.errors import ArtifactError, NumericalError, SourceError
+from llmpress.core.errors import ArtifactError, ConfigError, NumericalError, SourceError
 from llmpress.deltas.applying import load_delta
 from llmpress.deltas.compression import compress_delta
 from llmpress.deltas.extraction import extract_delta
 from llmpress.export.adapter import export_adapter
 from llmpress.methods.registry import build_method
-from llmpress.models.checkpoints.adapter_view import AdapterCheckpoint
+from llmpress.models.checkpoints.adapter_view import FACTORS, PREFIX, AdapterCheckpoint
 from llmpress.models.checkpoints.delta_files import DeltaFolder, DeltaWriter
 from llmpress.models.checkpoints.dense_view import delta_layer
 from llmpress.models.checkpoints.files import Checkpoint
@@ -152,7 +152,6 @@ def test_an_adapter_with_provenance_is_an_input(base: Path, tmp_path: Path) -> N
     assert DeltaFolder(tmp_path / "delta", "delta").header["finetuned"]["fingerprint"] == made
 
 
-PREFIX = "base_model.model."
 A, B = (f"{PREFIX}{QUERY}.lora_{side}.weight" for side in "AB")
 Break = Callable[[dict[str, Any], dict[str, Tensor]], object]
 
@@ -271,7 +270,7 @@ def test_peft_opens_an_exported_delta(
         assert (change - wanted).norm() < tolerance * wanted.norm()
 
 
-def test_every_layer_has_its_own_rank_and_empty_ones_none(base: Path, tmp_path: Path) -> None:
+def test_all_layers_have_one_rank_and_empty_ones_none(base: Path, tmp_path: Path) -> None:
     layers = {
         QUERY: LowRankLinear.from_factors(torch.randn(32, 5), torch.randn(5, 32), "float32"),
         "model.layers.0.self_attn.q_proj": LowRankLinear.from_factors(
@@ -283,7 +282,9 @@ def test_every_layer_has_its_own_rank_and_empty_ones_none(base: Path, tmp_path: 
     export_adapter(tmp_path / "small", out=tmp_path / "adapter", dtype=torch.float32)
     config = read_json(tmp_path / "adapter/adapter_config.json")
     assert config["r"] == config["lora_alpha"] == 5
-    assert config["rank_pattern"] == {"model.layers.0.self_attn.q_proj": 2}
+    assert not {"rank_pattern", "alpha_pattern"} & set(config)
+    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert {min(tensor.shape) for tensor in tensors.values()} == {5}
     assert config["target_modules"] == ["model.layers.0.self_attn.q_proj", QUERY]
     wrapped = peft.PeftModel.from_pretrained(load_model(base), tmp_path / "adapter")
     merged = wrapped.merge_and_unload().state_dict()
@@ -292,6 +293,41 @@ def test_every_layer_has_its_own_rank_and_empty_ones_none(base: Path, tmp_path: 
         if name != DOWN:
             expected = expected + layer.dequantize()
         torch.testing.assert_close(merged[f"{name}.weight"], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_a_largest_rank_keeps_the_best_and_says_what_it_loses(
+    rank: int, base: Path, tmp_path: Path
+) -> None:
+    layers = {
+        QUERY: LowRankLinear.from_factors(torch.randn(32, 5), torch.randn(5, 32), "float32"),
+        DOWN: LowRankLinear.from_factors(torch.randn(48, 2), torch.randn(2, 32), "float32"),
+    }
+    write_delta(tmp_path / "small", base, layers)
+    out = export_adapter(
+        tmp_path / "small", out=tmp_path / "adapter", dtype=torch.float32, max_rank=rank
+    )
+    tensors = load_file(out / "adapter_model.safetensors")
+    lost = whole = 0.0
+    for name, layer in layers.items():
+        right, left = (tensors[f"{PREFIX}{name}{side}"] for side in FACTORS)
+        assert len(right) == left.shape[1] == rank
+        weight = layer.dequantize().double()
+        best = torch.linalg.svdvals(weight)[rank:].square().sum()
+        error = (left.double() @ right.double() - weight).square().sum()
+        torch.testing.assert_close(error, best, rtol=1e-4, atol=1e-8)
+        lost, whole = lost + float(best), whole + float(weight.square().sum())
+    said = read_provenance(out)["settings"]
+    assert said["rank"] == rank
+    assert said["relative_error"] == pytest.approx((lost / whole) ** 0.5, rel=1e-3, abs=1e-5)
+
+
+def test_a_largest_rank_of_none_is_refused(base: Path, tmp_path: Path) -> None:
+    write_delta(
+        tmp_path / "small", base, {QUERY: MixedLowRankLinear(32, 32, groups=[], group_size=16)}
+    )
+    with pytest.raises(ConfigError, match="max_rank"):
+        export_adapter(tmp_path / "small", out=tmp_path / "adapter", max_rank=0)
 
 
 def write_delta(out: Path, base: Path, layers: dict[str, Any]) -> None:
