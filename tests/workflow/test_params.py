@@ -312,10 +312,11 @@ def test_the_table_of_kinds_is_what_the_stages_do(kind: Kind) -> None:
 
 @pytest.mark.parametrize("group", [name for name in STAGES if name.startswith("evaluate")])
 def test_evaluations_depend_on_all_settings_but_the_list_of_models(group: str) -> None:
-    stage = STAGES[group]["do"]
-    tracked = {p.partition(".")[2] for p in stage["params"]}
-    tracked |= {*re.findall(r"\${evaluation\.(\w+)}", stage["cmd"])}
-    known = {p.partition(".")[2] for p in STAGES["reference"]["do"]["params"]}
+    def followed(stage: dict[str, Any]) -> set[str]:
+        named = {*re.findall(r"\${evaluation\.(\w+)}", stage["cmd"])}
+        return named | {p.partition(".")[2] for p in stage["params"]}
+
+    tracked, known = followed(STAGES[group]["do"]), followed(STAGES["reference"]["do"])
     assert tracked | known == {field.name for field in dataclasses.fields(EvaluationSettings)}
     assert tracked & known == {"dtype"}
 
