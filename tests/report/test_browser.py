@@ -23,7 +23,7 @@ pytestmark = [
     ),
 ]
 WEIGHTS = {*WEIGHT_RUNS, "cluscomp-3bit-tuned"}
-CHARTS = 10
+CHARTS = 5
 CONTRASTS = Path(__file__).with_name("contrast.js").read_text(encoding="utf-8")
 
 
@@ -36,7 +36,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 def report(project: Project) -> Path:
     results = read_results(project.metrics, project.details, project.params)
     path = project.root.parent / "report.html"
-    write_report(results, project.params, path, path.with_name("summary.csv"))
+    write_report(results, project.params, path, path.with_name("report.csv"))
     return path
 
 
@@ -47,7 +47,7 @@ def page() -> Iterator[Page]:
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280, 1920])
+@pytest.mark.parametrize("width", [390, 1400, 1920])
 def test_fits_the_window_draws_every_chart_and_loads_nothing(
     report: Path, page: Page, width: int, dark: bool
 ) -> None:
@@ -67,26 +67,31 @@ def test_fits_the_window_draws_every_chart_and_loads_nothing(
 def test_as_many_points_are_drawn_as_there_are_runs(report: Path, page: Page) -> None:
     page.open(report, width=1280)
     points = "document.querySelectorAll('#{} .scatterlayer path.point').length"
-    assert page.evaluate(points.format("quality-0")) == len(WEIGHTS)
-    assert page.evaluate(points.format("quality-1")) == len(DELTA_RUNS)
-    rows = page.evaluate("document.querySelectorAll('.runs tbody tr').length")
-    assert rows == len(WEIGHTS) + len(DELTA_RUNS) + 2
-    bars = page.evaluate("document.querySelectorAll('#cost-seconds .bars path').length")
-    assert bars == 2 * (rows - 2)  # compressing and finetuning, of all but the two models
+    assert page.evaluate(points.format("quality-weights-0")) == len(WEIGHTS)
+    assert page.evaluate(points.format("quality-deltas-1")) == len(DELTA_RUNS)
+    rows = page.evaluate("document.querySelectorAll('.runs .sorted tr').length")
+    assert rows == len(WEIGHTS) + len(DELTA_RUNS)
+    models = page.evaluate("document.querySelectorAll('.runs .references tr').length")
+    assert models == 3  # the original of the weights, that of the deltas and their base
 
 
 def test_the_front_stands_in_the_legend(report: Path, page: Page) -> None:
     page.open(report, width=1280)
-    legend = "[...document.querySelectorAll('#quality-0 .legendtext')].map(t => t.textContent)"
+    legend = (
+        "[...document.querySelectorAll('#quality-weights-0 .legendtext')].map(t => t.textContent)"
+    )
     assert "Pareto front" in page.evaluate(legend)
-    labels = "[...document.querySelectorAll('#quality-0 .annotation')].map(t => t.textContent)"
-    assert page.evaluate(labels) == ["smollm2", "smollm2-arithmetic"]
+    choose(page, "#quality-weights-0 select", "perplexity_code")
+    labels = (
+        "[...document.querySelectorAll('#quality-weights-0 .annotation')].map(t => t.textContent)"
+    )
+    assert page.evaluate(labels) == ["smollm2"]
 
 
 def test_pointing_at_a_run_tells_its_numbers(report: Path, page: Page) -> None:
     page.open(report, width=1280)
     place = page.evaluate(
-        "(() => { const point = document.querySelector('#quality-0 path.point');"
+        "(() => { const point = document.querySelector('#quality-weights-0 path.point');"
         "point.scrollIntoView({block: 'center', behavior: 'instant'});"
         "const box = point.getBoundingClientRect();"
         "return {x: box.x + box.width / 2, y: box.y + box.height / 2} })()"
@@ -94,18 +99,27 @@ def test_pointing_at_a_run_tells_its_numbers(report: Path, page: Page) -> None:
     page.call("Input.dispatchMouseEvent", type="mouseMoved", **place)
     hover = page.evaluate(
         "new Promise(done => { const look = () => {"
-        "const text = document.querySelector('#quality-0 .hoverlayer text.nums');"
+        "const text = document.querySelector('#quality-weights-0 .hoverlayer text.nums');"
         "text ? done(text.textContent) : setTimeout(look, 20) }; look() })"
     )
-    assert re.search(r"cluscomp-3bit.*bits per weight.*Perplexity: wikipedia", hover)
+    assert re.search(r"cluscomp-3bit.*MB on disk.*KL divergence, nats: mean", hover)
     assert "Pareto front" in hover or "not as good as" in hover
 
 
-NAMES = "[...document.querySelectorAll('.runs tbody tr:not([hidden]) th')].map(t => t.textContent)"
+NAMES = (
+    "[...document.querySelectorAll('.runs .sorted tr:not([hidden]) th')].map(t => t.textContent)"
+)
 STATUS = "document.querySelector('.filters [role=status]').textContent"
 CLICK = (
-    "[...document.querySelectorAll('.runs thead button')].find(b => b.textContent == {!r}).click()"
+    "[...document.querySelectorAll('.runs')].forEach(table => "
+    "[...table.querySelectorAll('thead button')].find(b => b.textContent == {!r}).click())"
 )
+
+
+def texts(page: Page, selector: str) -> list[str]:
+    return page.evaluate(
+        f"[...document.querySelectorAll({selector!r})].map(t => t.textContent.trim())"
+    )
 
 
 def choose(page: Page, selector: str, value: str) -> None:
@@ -116,84 +130,126 @@ def choose(page: Page, selector: str, value: str) -> None:
     )
 
 
-def test_headings_sort(report: Path, page: Page) -> None:
-    page.open(report, width=1280)
+def test_the_first_screen_tells_which_run_to_take(report: Path, page: Page) -> None:
+    page.open(report, width=1400)
+    bottom = "document.querySelector('{}').getBoundingClientRect().{}"
+    assert page.evaluate(bottom.format(".advice", "bottom")) < 650
+    assert page.evaluate(bottom.format("#quality-weights-0 .plot", "top")) < 750
+    assert page.evaluate(bottom.format(".advice table", "right")) <= 1400
+    taken = (
+        "[...document.querySelectorAll('.advice tr:not(.reference) .take')].map(t => t.textContent)"
+    )
+    assert "delta-come-1bit" in page.evaluate(taken)
+
+
+def test_headings_sort_runs_and_leave_the_originals_on_top(report: Path, page: Page) -> None:
+    page.open(report, width=1400)
     page.evaluate(CLICK.format("bits per weight"))
-    assert page.evaluate(NAMES)[0] == "delta-svd"
+    weights, deltas = len(WEIGHTS), len(DELTA_RUNS)
+    names = page.evaluate(NAMES)
+    assert (names[0], names[weights], len(names)) == (
+        "cluscomp-3bit",
+        "delta-svd",
+        weights + deltas,
+    )
     page.evaluate(CLICK.format("bits per weight"))
-    assert page.evaluate(NAMES)[0] == "smollm2"
-    assert page.evaluate("document.querySelectorAll('[aria-sort]').length") == 1
+    assert page.evaluate(NAMES)[weights] == "magnitude"
+    assert page.evaluate("document.querySelectorAll('[aria-sort]').length") == 2
     page.evaluate(CLICK.format("Name"))
-    assert page.evaluate(NAMES)[0] == "bitdelta"
-    page.evaluate(CLICK.format("recovery"))  # models have none: last, whatever the direction
-    last = "[...document.querySelectorAll('.runs tbody tr')].slice(-2).map(r => r.className)"
-    assert page.evaluate(last) == ["model", "model"]
-    page.evaluate(CLICK.format("recovery"))
-    assert page.evaluate(last) == ["model", "model"]
+    assert page.evaluate(NAMES)[weights] == "bitdelta"
+    assert texts(page, ".runs .references tr:first-child th") == ["smollm2", "smollm2-arithmetic"]
 
 
-def test_filters_and_sorting_keep_what_the_other_did(report: Path, page: Page) -> None:
-    page.open(report, width=1280)
-    assert page.evaluate(STATUS) == "12 of 12 rows shown"
+def test_the_filter_and_sorting_keep_what_the_other_did(report: Path, page: Page) -> None:
+    page.open(report, width=1400)
+    assert page.evaluate(STATUS) == "10 of 10 runs shown"
     choose(page, ".filters input", "SVD")
     assert set(page.evaluate(NAMES)) == {"svd-20pct", "delta-svd"}
-    assert page.evaluate(STATUS) == "2 of 12 rows shown"
+    assert page.evaluate(STATUS) == "2 of 10 runs shown"
     page.evaluate(CLICK.format("Name"))
-    assert page.evaluate(NAMES) == ["delta-svd", "svd-20pct"]
-    choose(page, ".filters select[data-column='1']", "delta")
-    assert page.evaluate(NAMES) == ["delta-svd"]
-    page.evaluate("document.querySelector('.filters button').click()")
-    assert page.evaluate(NAMES) == sorted(page.evaluate(NAMES))
-    assert page.evaluate(STATUS) == "12 of 12 rows shown"
-    assert page.evaluate("document.querySelector('.filters button').disabled")
-    choose(page, ".filters select[data-column='2']", "cluscomp")
-    assert page.evaluate(NAMES) == ["cluscomp-3bit", "cluscomp-3bit-tuned"]
+    assert page.evaluate(NAMES) == ["svd-20pct", "delta-svd"]
+    choose(page, ".filters input", "cluscomp finetuned")
+    assert page.evaluate(NAMES) == ["cluscomp-3bit-tuned"]
     choose(page, ".filters input", "no such run")
-    assert page.evaluate(STATUS) == "0 of 12 rows shown"
+    assert page.evaluate(STATUS) == "0 of 10 runs shown"
 
 
 def test_the_table_works_by_keyboard(report: Path, page: Page) -> None:
-    page.open(report, width=1280)
+    page.open(report, width=1400)
     page.evaluate("document.querySelector('.filters input').focus()")
     page.call("Input.insertText", text="tuned")
     assert page.evaluate(NAMES) == ["cluscomp-3bit-tuned"]
-    focused = []
-    for _ in range(5):
-        page.press("Tab")
-        focused.append(page.evaluate("document.activeElement.tagName"))
-    assert focused == ["SELECT", "SELECT", "BUTTON", "INPUT", "INPUT"]
+    page.press("Tab")
+    page.press("Tab")
     page.press(" ", " ")  # the second group of columns
-    assert page.evaluate("document.activeElement.labels[0].textContent.trim()") == "Perplexity"
+    label = page.evaluate("document.activeElement.labels[0].textContent.trim()")
+    assert label == "KL divergence, nats"
     assert not page.evaluate("document.activeElement.checked")
     page.evaluate("document.querySelector('.runs thead button').focus()")
     page.press("Enter", "\r")
     assert page.evaluate("document.querySelector('[aria-sort]').textContent") == "Name"
 
 
-def test_groups_of_columns_can_be_hidden(report: Path, page: Page) -> None:
-    page.open(report, width=1280)
-    page.evaluate("document.querySelectorAll('.columns input')[1].click()")
+def test_groups_of_columns_can_be_hidden_and_shown(report: Path, page: Page) -> None:
+    page.open(report, width=1400)
     shown = (
-        "[...document.querySelectorAll('.runs tbody tr:first-child [data-column]')]"
+        "[...document.querySelectorAll('.runs .sorted tr:first-child [data-column]')]"
         ".filter(c => c.checkVisibility()).map(c => c.dataset.column)"
     )
+    toggle = "document.querySelector('.filters [value=\"{}\"]').click()"
+    assert {"mean_kl", "perplexity_code"} <= set(page.evaluate(shown))
+    assert "kl_code" not in page.evaluate(shown)
+    page.evaluate(toggle.format("Perplexity"))
+    page.evaluate(toggle.format("KL divergence by corpus"))
     columns = page.evaluate(shown)
-    assert "bits_per_weight" in columns
     assert "kl_code" in columns
     assert not [column for column in columns if column.startswith("perplexity_")]
     headings = "[...document.querySelectorAll('.runs thead th')].filter(c => c.checkVisibility())"
     assert "Perplexity" not in page.evaluate(f"{headings}.map(c => c.textContent)")
-    page.evaluate(CLICK.format("code"))  # the first visible heading of that name, or a hidden one
+    page.evaluate(CLICK.format("bits per weight"))
     assert page.evaluate(shown) == columns
-    page.evaluate("document.querySelectorAll('.columns input')[1].click()")
-    assert "perplexity_code" in page.evaluate(shown)
+
+
+def test_a_link_opens_the_part_of_its_run(report: Path, page: Page) -> None:
+    page.open(report, width=1400)
+    page.evaluate("document.querySelector('.runs a[href=\"#run-gptq-3bit\"]').click()")
+    page.evaluate("new Promise(done => setTimeout(done, 50))")
+    part = "document.getElementById('run-gptq-3bit')"
+    assert page.evaluate(f"{part}.open")
+    text = page.evaluate(f"{part}.innerText")
+    for said in ("compressed by gptq", "Difference from smollm2", "mlp.down_proj",
+                 "a continuation by smollm2", "a continuation by gptq-3bit"):  # fmt: skip
+        assert said in text
+    page.screenshot("report-run")
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_many_long_names_and_a_failed_run(page: Page, tmp_path: Path, width: int) -> None:
+    project = make_project(tmp_path / "results")
+    for copy in range(90):
+        name = f"gptq-with-a-name-that-says-every-setting-of-the-model-and-more-{copy}"
+        project.params["runs"][name] = project.params["runs"]["gptq-3bit"]
+        for folder in (project.metrics, project.details):
+            (folder / f"{name}.json").write_bytes((folder / "gptq-3bit.json").read_bytes())
+    project.params["runs"]["failed"] = project.params["runs"]["gptq-3bit"]
+    results = read_results(project.metrics, project.details, project.params)
+    write_report(results, project.params, tmp_path / "r.html", tmp_path / "r.csv")
+    page.open(tmp_path / "r.html", width=width)
+    page.screenshot(f"report-many-{width}")
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert "1 of 103 are missing: failed" in page.evaluate(
+        "document.querySelector('header').innerText"
+    )
+    assert page.complaints() == []
 
 
 def test_choices_change_the_chart(report: Path, page: Page) -> None:
     page.open(report, width=1280)
-    choose(page, "#quality-0 select", "kl_code")
-    label = page.evaluate("document.querySelector('#quality-0 .plot').getAttribute('aria-label')")
-    start = "Scatter plot of 6 runs: KL divergence, nats: code against bits per weight; on the"
+    choose(page, "#quality-weights-0 select", "kl_code")
+    label = page.evaluate(
+        "document.querySelector('#quality-weights-0 .plot').getAttribute('aria-label')"
+    )
+    start = "Scatter plot of 6 runs: KL divergence, nats: code against MB on disk; on the"
     assert label.startswith(f"{start} Pareto front: ")
 
 
@@ -226,26 +282,21 @@ def test_every_chart_gives_its_numbers_as_a_table(
     report: Path, page: Page, project: Project
 ) -> None:
     page.open(report, width=1280)
-    head, *rows = numbers(page, "quality-0")
-    assert head == ["run", "bits per weight", "Perplexity: wikipedia", "compared"]
+    head, *rows = numbers(page, "quality-weights-0")
+    assert head == ["run", "MB on disk", "KL divergence, nats: mean", "place"]
     shown = {row[0]: row[1:3] for row in rows}
     for name in WEIGHTS:
         metrics = project.read("metrics", name)
-        assert float(shown[name][0]) == pytest.approx(metrics["size"]["bits_per_weight"], rel=1e-3)
-        perplexity = metrics["quality"]["perplexity"]["wikipedia"]
-        assert float(shown[name][1]) == pytest.approx(perplexity, rel=1e-3)
-    assert "smollm2" in shown
+        assert float(shown[name][0]) == pytest.approx(
+            metrics["size"]["model_bytes"] / 1e6, rel=1e-3
+        )
+        divergence = metrics["quality"]["kl_divergence_nats"].values()
+        assert float(shown[name][1]) == pytest.approx(sum(divergence) / 2, rel=1e-3)
     head, *rows = numbers(page, "layers-run")
     assert head == ["layer", "block 0", "block 1", "block 2", "block 3"]
     assert [row[0] for row in rows][-1] == "mlp.down_proj"
-    head, *rows = numbers(page, "cost-seconds")
-    assert head == ["run", "compress, seconds", "finetune, seconds"]
-    assert rows[0][0] == "rtn-4bit"
-    head, *rows = numbers(page, "layers-groups")
-    assert head == ["decoder block", "8 bits", "2 bits"]
-    assert rows[1] == ["1", "5", "20"]
-    choose(page, "#quality-0 select", "kl_code")
-    caption = "document.querySelector('#quality-0 .numbers caption').textContent"
+    choose(page, "#quality-weights-0 select", "kl_code")
+    caption = "document.querySelector('#quality-weights-0 .numbers caption').textContent"
     assert "KL divergence, nats: code" in page.evaluate(caption)
 
 
@@ -306,7 +357,7 @@ def test_paper_holds_everything_but_the_controls(report: Path, page: Page) -> No
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.evaluate(closed) == 0
     visible = "[...document.querySelectorAll('{}')].filter(e => e.checkVisibility()).length"
-    assert page.evaluate(visible.format(".filters input, .columns, nav, .modebar, .numbers")) == 0
+    assert page.evaluate(visible.format(".filters, nav, .modebar, .numbers")) == 0
     assert page.evaluate(visible.format(".runs tbody tr, .pairs tr")) > 100
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.evaluate(closed) == before
@@ -320,5 +371,5 @@ def test_a_browser_that_cannot_unpack_says_so(report: Path, page: Page, tmp_path
     broken.write_text(text[:start] + "AAAA" + text[text.index("<", start) :], encoding="utf-8")
     with pytest.raises(RuntimeError):
         page.open(broken, width=1280)
-    note = page.evaluate("document.querySelector('#quality-0 .note').textContent")
+    note = page.evaluate("document.querySelector('#quality-weights-0 .note').textContent")
     assert note.startswith("The chart cannot be drawn: ")

@@ -4,7 +4,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmpress.report.labels import Box, positions
 from llmpress.report.pareto import dominated_by, front_corners
 
 RUNS = [(2.0, 60.0), (2.0, 50.0), (3.0, 40.0), (3.0, 65.0), (12.0, 45.0)]
@@ -24,7 +23,7 @@ def test_equal_runs_share_the_front() -> None:
     assert dominated_by([], ("low", "low")) == []
 
 
-VALUES = st.integers(0, 6).map(float)
+VALUES = st.integers(1, 7).map(float)
 
 
 @given(
@@ -50,7 +49,7 @@ def test_every_run_is_on_the_front_or_beaten_by_one_that_is(
     front = [point for point, index in zip(points, found, strict=True) if index is None]
     assert bool(front) == bool(points)
     if front:
-        corners = front_corners(front, best[0], (-1.0, 7.0))
+        corners = front_corners(front, best[0], (0.5, 8.0))
         assert {corner for corner in corners if corner in front} == set(front)
         for start, end in itertools.pairwise(corners):
             assert start[0] == end[0] or start[1] == end[1]
@@ -69,28 +68,7 @@ def test_the_line_goes_on_where_runs_are_larger(best: str, corners: list) -> Non
     assert front_corners([(3.0, 40.0), (2.0, 50.0)], best, (0.0, 14.0)) == corners
 
 
-def test_a_name_alone_stands_to_the_right_and_at_the_edge_to_the_left() -> None:
-    assert positions([(0.5, 0.5), (0.99, 0.1)], ["gptq-3bit", "rtn-3bit"]) == [
-        "middle right",
-        "middle left",
-    ]
-
-
-def test_names_make_room_for_each_other_and_for_lines() -> None:
-    close = [(0.1, 0.5), (0.12, 0.5)]
-    first, second = positions(close, ["cluscomp-2p6bit", "cluscomp-2p6bit-tuned"])
-    assert (first, second) != ("middle right", "middle right")
-    (moved,) = positions([(0.5, 0.5)], ["gptq"], [(0.5, 0.5, 1.0, 0.5)])
-    assert moved == "middle left"
-
-
-def test_a_name_without_room_is_left_out() -> None:
-    crowd = [(0.5, 0.5)] * 30
-    chosen = positions(crowd, ["cluscomp-2p6bit"] * 30)
-    assert chosen[0] is not None
-    assert 20 < chosen.count(None) < 30
-
-
-def test_the_area_that_boxes_share() -> None:
-    assert Box(0, 0, 4, 4).shared(Box(2, 3, 9, 9)) == 2
-    assert Box(0, 0, 4, 4).shared(Box(5, 0, 9, 9)) == 0
+def test_sizes_within_a_hundredth_count_as_the_same() -> None:
+    close = [(100.0, 0.7), (100.5, 0.3), (102.0, 0.1)]
+    assert dominated_by(close, ("low", "low")) == [1, None, None]
+    assert dominated_by([(1.0, 0.5), (1.005, 0.5)], ("low", "low")) == [None, 0]

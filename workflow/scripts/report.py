@@ -18,7 +18,7 @@ def main(
     ),
     speed: Path = typer.Option(Path("results/speed.json"), help="What the stage speed measured."),
     out: Path = typer.Option(Path("results/report.html"), help="The report."),
-    summary: Path = typer.Option(Path("results/summary.csv"), help="One row per model and run."),
+    table: Path = typer.Option(Path("results/report.csv"), help="One row per model and run."),
     pipeline: Path = typer.Option(
         Path("dvc.yaml"), help="Tells which stage a missing result waits for."
     ),
@@ -26,11 +26,11 @@ def main(
         Path("logs"), help="Folder of <stage>/<name>.log, read for missing results only."
     ),
 ) -> None:
-    """Write results/report.html and results/summary.csv; missing results are named there."""
+    """Write results/report.html and results/report.csv; missing results are named there."""
     with script_errors():
         config = read_params(params)
         results = read_results(metrics, details, config, speed)
-        write_report(results, config, out, summary, pipeline=pipeline, logs=logs)
+        write_report(results, config, out, table, pipeline=pipeline, logs=logs)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from llmpress.cli import (
 )
 from llmpress.cli import methods as methods_command
 from llmpress.cli import plan as plan_command
+from llmpress.cli import report as report_command
 from llmpress.core.failures import INTERRUPTED, script_errors
 
 app = typer.Typer(
@@ -42,6 +43,7 @@ app.command()(generate.generate)
 app.command()(compare.compare)
 app.command()(export.export)
 app.command()(plan_command.plan)
+app.command()(report_command.report)
 app.command()(methods_command.methods)
 app.add_typer(delta.app, name="delta")
 app.add_typer(hub.app, name="hub")

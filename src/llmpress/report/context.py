@@ -9,6 +9,16 @@ from llmpress.report.measures import plain
 from llmpress.report.tables import Result, Results
 
 SHOWN_PACKAGES = ("llmpress", "torch", "transformers")
+_WORDS = {
+    "windows": "windows per corpus",
+    "length": "tokens per window",
+    "tokens_scored": "tokens scored of",
+    "dtype": "precision of likelihoods",
+    "task_dtype": "precision of tasks",
+    "task_items": "items of task",
+    "task_metrics": "metric of task",
+    "num_threads": "threads",
+}
 VARYING_KEYS = re.compile(r"second|memory|created|fingerprint|file", re.IGNORECASE)
 
 
@@ -36,14 +46,20 @@ def date(results: Results) -> str:
 
 
 def hardware(results: Results) -> list[str]:
-    """Return every machine the results were made on, as ``Xeon, 2 cores, 1 thread, no GPU``."""
-    machines = dict.fromkeys(
-        _machine(record["hardware"])
-        for result in results.found
-        for record in _records(result)
-        if isinstance(record.get("hardware"), Mapping)
-    )
-    return list(machines)
+    """Return every machine of the results, as ``Xeon, 2 cores, 1 or 2 threads, no GPU``."""
+    threads: dict[tuple[str, str], dict[str, None]] = {}
+    for result in results.found:
+        for record in _records(result):
+            machine = record.get("hardware")
+            if isinstance(machine, Mapping):
+                processor = plain(machine.get("processor") or "unknown processor")
+                cores = f", {_count(machine['cores'], 'core')}" if machine.get("cores") else ""
+                key = f"{processor}{cores}", plain(machine.get("gpu") or "no GPU")
+                threads.setdefault(key, {})[plain(machine.get("threads") or "unknown")] = None
+    return [
+        f"{processor}, {' or '.join(sorted(counts))} thread{'s' * ([*counts] != ['1'])}, {gpu}"
+        for (processor, gpu), counts in threads.items()
+    ]
 
 
 def versions(results: Results) -> list[str]:
@@ -62,45 +78,50 @@ def versions(results: Results) -> list[str]:
 
 
 def evaluation_settings(results: Results) -> tuple[list[tuple[str, str]], list[str]]:
-    """Return how the runs were evaluated, and where they differ.
+    """Return how the runs were evaluated, and where runs of one original differ.
 
     Returns:
-        ``(key, value)`` pairs, and for each key on which results disagree a sentence naming them:
-        such numbers must not be compared.
+        ``(what, value)`` pairs in words, and for each on which runs that are compared disagree a
+        sentence naming them: such numbers must not be compared.
     """
-    values: dict[str, dict[str, list[str]]] = {}
-    evaluated = [result for result in results.found if result.details.get("evaluation")]
-    for result in evaluated:
-        for key, text in flatten(result.details["evaluation"]):
+    values: dict[str, dict[str, None]] = {}
+    by_original: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for result in results.found:
+        for key, text in flatten(result.details.get("evaluation") or {}):
             if not VARYING_KEYS.search(key):
-                values.setdefault(key, {}).setdefault(text, []).append(result.name)
-    pairs, warnings = [], []
-    for key, names in values.items():
-        pairs.append((key, " | ".join(names)))
+                values.setdefault(in_words(key), {})[text] = None
+                compared = (in_words(key), result.original or result.name)
+                by_original.setdefault(compared, {}).setdefault(text, []).append(result.name)
+    warnings = []
+    for (what, _), names in by_original.items():
         if len(names) > 1:
             parts = (f"{text} for {', '.join(runs)}" for text, runs in names.items())
-            warnings.append(f"Not evaluated alike, {key}: {'; '.join(parts)}.")
-        elif (given := next(iter(names.values()))) != [result.name for result in evaluated]:
-            warnings.append(f"Only {', '.join(given)} tell their {key}.")
-    return pairs, warnings
+            warnings.append(f"Not evaluated alike, {what}: {'; '.join(parts)}.")
+    return [(what, " or ".join(texts)) for what, texts in values.items()], warnings
+
+
+def in_words(key: str) -> str:
+    """Return what a key of the record of an evaluation means, ``task_items.calls`` and the like."""
+    name, _, of = key.partition(".")
+    words = _WORDS.get(name, name.replace("_", " "))
+    return f"{words} {of}" if of else words
 
 
 def measured(results: Results) -> list[str]:
-    """Return what a reader of the numbers must know, once per distinct way of evaluating."""
+    """Return what a reader of the numbers must know, each sentence once."""
     texts: dict[str, None] = {}
+    items: dict[str, None] = {}
     for result in results.found:
         record = result.details.get("evaluation")
         if record:
-            items = ", ".join(f"{n} items of {task}" for task, n in record["task_items"].items())
-            text = (
+            texts[
                 f"Perplexity, divergence and agreement: {record['windows']} windows of "
                 f"{record['length']} tokens of each corpus's {record['split']} text, "
-                f"in {record['dtype']}. "
-                f"Tasks: {items or 'none'}, in {record['task_dtype']}. "
-                "±: one standard error, over windows or items."
-            )
-            texts[text] = None
-    return list(texts)
+                f"in {record['dtype']}."
+            ] = None
+            for task, count in record["task_items"].items():
+                items[f"{count} items of {task}, in {record['task_dtype']}"] = None
+    return [*texts, *([f"Tasks: {'; '.join(items)}."] if items else [])]
 
 
 def low_bit_sources(results: Results, params: Mapping[str, Any]) -> list[str]:
@@ -148,6 +169,7 @@ def provenance(result: Result) -> list[tuple[str, list[tuple[str, str]]]]:
     details = result.details
     groups: dict[str, Any] = {
         "Settings": details.get("settings"),
+        "Training": details.get("training"),
         "Evaluation": details.get("evaluation"),
         "Totals": result.records and entry(result.records.totals),
     }
@@ -160,15 +182,6 @@ def _records(result: Result) -> list[Mapping[str, Any]]:
     """Return the provenance records of a result: its artifact, its source, its evaluation."""
     records = (result.details.get("provenance") or {}).values()
     return [record for record in records if isinstance(record, Mapping)]
-
-
-def _machine(record: Mapping[str, Any]) -> str:
-    parts = [plain(record.get("processor") or "unknown processor")]
-    for key, unit in (("cores", "core"), ("threads", "thread")):
-        if record.get(key):
-            parts.append(_count(record[key], unit))
-    parts.append(plain(record.get("gpu") or "no GPU"))
-    return ", ".join(parts)
 
 
 def _count(number: int, unit: str) -> str:

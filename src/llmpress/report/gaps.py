@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from llmpress.report.grid import Grid
+
 MAX_ERROR = 400  # characters
 ERROR_LINES = (  # the first pattern that the log holds; of several such lines the last
     r"error: .+",
@@ -101,6 +103,17 @@ def find_gaps(
         )
         for name, reason in missing.items()
     ]
+
+
+def gap_table(gaps: Sequence[Gap]) -> Grid:
+    """Return a row for each stage that a name without a result waits for."""
+    rows = [
+        [gap.name, cause.job, f"Missing: {cause.absent}. {cause.log} {cause.error}".strip()]
+        for gap in gaps
+        for cause in gap.causes or (Cause("unknown", "its metrics", gap.reason, ""),)
+    ]
+    caption = "Names in params.yaml without a result, and the stages they wait for"
+    return Grid("No result", caption, ["Name", "Unfinished stage", "Why"], rows)
 
 
 def read_jobs(pipeline: Path, params: Mapping[str, Any]) -> list[Job]:

@@ -10,7 +10,7 @@ import functools
 import gzip
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +21,42 @@ from plotly.offline import get_plotlyjs
 
 from llmpress.core.places import write_whole
 from llmpress.report import charts, context
+from llmpress.report.advice import DISK, advise
 from llmpress.report.canvas import TEMPLATE
-from llmpress.report.gaps import Gap, find_gaps
-from llmpress.report.measures import NO_VALUE, Measure, decimals, significant, table_measures
-from llmpress.report.skipped import skipped
-from llmpress.report.speed import speed_caption, speed_rows
-from llmpress.report.tables import (
-    KIND_LABELS,
-    Results,
-    blocks_frame,
-    layers_frame,
-    pairs,
-    summary_frame,
+from llmpress.report.comparison import Pairs, Place, places
+from llmpress.report.gaps import Gap, find_gaps, gap_table
+from llmpress.report.grid import Grid, shown
+from llmpress.report.groups import Group, find_groups
+from llmpress.report.measures import (
+    BROKEN,
+    COSTS,
+    KL,
+    MEAN_KL,
+    NO_VALUE,
+    RECOVERY,
+    SAME,
+    SIZES,
+    TRAINED,
+    Measure,
+    Row,
+    megabytes,
+    shorten,
 )
-from llmpress.report.trainings import training_tables
+from llmpress.report.runs import parts
+from llmpress.report.skipped import skipped
+from llmpress.report.speed import speed_table
+from llmpress.report.tables import Results, blocks_frame, layers_frame, summary_frame
 
+BY_CORPUS = "KL divergence by corpus"
+MOST_TIED = 3  # runs that are shown of those that are not told apart
 SCRIPTS = ("charts.js", "table.js", "page.js")
-WORST_LAYERS = 3
 
 
 def write_report(
     results: Results,
     params: Mapping[str, Any],
     report: Path,
-    summary: Path,
+    table: Path,
     *,
     pipeline: Path | None = None,
     logs: Path | None = None,
@@ -53,17 +65,35 @@ def write_report(
 
     Args:
         results: What `read_results` found.
-        params: Content of params.yaml.
+        params: Content of params.yaml; empty without one.
         report: The HTML file.
-        summary: The CSV file, one row per model and run.
+        table: The CSV file: a row for each model and run, those without a result too.
         pipeline: dvc.yaml, which tells what missing results wait for; may be absent.
         logs: Folder of ``<stage>/<name>.log``, read for missing results; may be absent.
     """
     frame = summary_frame(results)
     gaps = find_gaps(results.missing, params, pipeline, logs)
     page = render(results, frame, params, gaps)
-    write_text(summary, frame.to_csv(index=False))
+    write_text(table, rows_of_runs(results, frame).to_csv(index=False))
     write_text(report, page)
+
+
+def rows_of_runs(results: Results, summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the summary with what is known of each run's place, and rows of missing results."""
+    groups, pairs = find_groups(summary), Pairs(results)
+    found: dict[str, Place] = {}
+    for group in groups:
+        found |= places(group.working, DISK, MEAN_KL, pairs)
+    broken = set[str]().union(*(group.broken for group in groups))
+    states = ["broken" if name in broken else "measured" for name in summary["name"]]
+    said = [str(found.get(name, "")) for name in summary["name"]]
+    frame = summary.copy()
+    frame.insert(1, "state", states)
+    frame.insert(2, "place", said)
+    return frame.reindex(range(len(frame) + len(results.missing))).assign(
+        name=[*summary["name"], *results.missing],
+        state=[*states, *["missing"] * len(results.missing)],
+    )
 
 
 def render(
@@ -74,7 +104,7 @@ def render(
     Args:
         results: What `read_results` found.
         summary: One row per model and run.
-        params: Content of params.yaml.
+        params: Content of params.yaml; empty without one.
         gaps: Why results are missing.
     """
     environment = Environment(
@@ -84,17 +114,19 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["shorten"] = shorten
     layers, blocks = layers_frame(results), blocks_frame(results)
+    groups, pairs = find_groups(summary), Pairs(results)
     evaluation, warnings = context.evaluation_settings(results)
-    quality = charts.quality_charts(summary, pairs(results))
-    shown = {
-        "weight_charts": quality["weights"],
-        "delta_charts": quality["deltas"],
-        **charts.layer_charts(layers),
+    methods = sorted(summary["method"].dropna().unique())
+    compared = [charts.quality_chart(group, methods, pairs) for group in groups]
+    drawn = {
+        "quality_charts": [chart for chart in compared if chart],
+        "layer_maps": charts.layer_charts(layers),
         "finetuning_charts": charts.finetuning_charts(blocks),
-        "cost_charts": charts.cost_charts(summary),
     }
-    figures = {chart.key: chart.variants for group in shown.values() for chart in group}
+    figures = {chart.key: chart.variants for group in drawn.values() for chart in group}
+    tables = [_table(group, pairs) for group in groups]
     scripts = [_inline(_read(name)) for name in SCRIPTS]
     return environment.get_template("report.html.j2").render(
         style=_inline(_read("report.css")),
@@ -105,24 +137,22 @@ def render(
         date=context.date(results),
         machines=context.hardware(results),
         versions=context.versions(results),
-        found=results.found,
-        gaps=gaps,
+        names=[result.name for result in results.found],
+        missing=list(results.missing),
+        gaps=gap_table(gaps),
         skipped=skipped(results, layers, blocks, params),
-        warnings=[*warnings, *results.remarks],
-        notes=context.low_bit_sources(results, params),
+        notes=[*warnings, *results.remarks, *context.low_bit_sources(results, params)],
+        num_warnings=len(warnings),
         evaluation=evaluation,
         measured=context.measured(results),
-        sources=context.sources(params),
-        table=_table(summary),
-        worst_layers=list(_worst_layers(layers)),
-        blocks=list(_block_rows(blocks)),
-        speed_rows=list(speed_rows(results.speed)),
-        speed_caption=speed_caption(results.speed),
-        training_tables=training_tables(results, params),
-        **shown,
-        samples=list(_samples(results)),
-        provenance=[(result, context.provenance(result)) for result in results.found],
-        kind_labels=KIND_LABELS,
+        sources=_sources(params),
+        advice=_advice([g for g in groups if g.what in ("Weights", "Deltas")], pairs),
+        tables=tables,
+        column_groups=dict.fromkeys(name for table in tables for name in table["headings"]),
+        hidden=(SAME, BY_CORPUS),  # unless the reader asks for them,
+        speed=speed_table(results.speed),
+        **drawn,
+        parts=list(parts(results, groups, layers, blocks, pairs)),
     )
 
 
@@ -132,95 +162,70 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, text)
 
 
-def _table(summary: pd.DataFrame) -> dict[str, Any]:
-    """Return headings and rows of the table of all runs; columns without a number are left out."""
-    measures = [
-        measure
-        for measure in table_measures(summary.columns)
-        if summary[measure.column].fillna(0).ne(0).any()
-    ]
-    groups: dict[str, list[Measure]] = {}
+def _advice(groups: Sequence[Group], pairs: Pairs) -> dict[str, Any]:
+    """Return which run to take at each size, with its numbers, and the models to compare with."""
+    wanted = [*SIZES[1::-1], *dict.fromkeys(m for g in groups for m in g.headlines), *COSTS[:1]]
+
+    def line(run: Row, group: Group) -> tuple[str, list[str]]:
+        return str(run["name"]), [
+            m.text(run, group.original) if m.column in run else NO_VALUE for m in wanted
+        ]
+
+    bodies = []
+    for group in groups:
+        advised, rows = advise(group, pairs), []
+        for index, advice in enumerate(advised):
+            same = index > 0 and advice.runs[:1] == advised[index - 1].runs[:1]
+            rows.append(
+                {
+                    "budget": f"{megabytes(advice.budget)} MB",
+                    "runs": [] if same else [line(r, group) for r in advice.runs[:MOST_TIED]],
+                    "tied": len(advice.runs) > 1,
+                    "same": str(advice.runs[0]["name"]) if same and advice.runs else "",
+                    "evidence": advice.evidence,
+                }
+            )
+        references = [line(row, group) for row in group.references]
+        bodies.append({"title": group.title, "rows": rows, "references": references})
+    return {"measures": wanted, "bodies": bodies}
+
+
+def _table(group: Group, pairs: Pairs) -> dict[str, Any]:
+    """Return headings and rows of the table of a group's runs; what no run has is left out."""
+    measures = group.measured([*SIZES, *group.qualities, RECOVERY, *TRAINED, *COSTS])
+    headings: dict[str, list[Measure]] = {}
     for measure in measures:
-        groups.setdefault(measure.group, []).append(measure)
-    rows = [
-        {
-            "name": row["name"],
-            "kind": KIND_LABELS[row["kind"]],
-            "method": _or_dash(row["method"]),
-            "original": _or_dash(row["original"]),
-            "cells": [(_sort_key(row[m.column]), m.text(row), m) for m in measures],
+        apart = measure.group == KL and measure not in group.headlines
+        headings.setdefault(BY_CORPUS if apart else measure.group, []).append(measure)
+    headed = [(heading, measure) for heading, those in headings.items() for measure in those]
+    found = places(group.working, DISK, MEAN_KL, pairs)
+    original = group.original
+
+    def line(row: Row) -> dict[str, Any]:
+        name, tuned = str(row["name"]), row["kind"] in ("finetuned", "recovered")
+        return {
+            "name": name,
+            "method": f"{shown(row['method'], str)}{', finetuned' if tuned else ''}",
+            "place": BROKEN if name in group.broken else str(found.get(name, NO_VALUE)),
+            "cells": [
+                (shown(row[m.column], str), m.text(row, original), m.column, heading)
+                for heading, m in headed
+            ],
         }
-        for _, row in summary.iterrows()
-    ]
-    choices = {
-        label: list(dict.fromkeys(row[key] for row in rows if row[key] != NO_VALUE))
-        for key, label in (("kind", "What"), ("method", "Method"))
+
+    return {
+        "key": group.key,
+        "title": group.title,
+        "headings": headings,
+        "references": [line(row) for row in group.references],
+        "rows": [line(row) for row in group.runs],
     }
-    return {"groups": groups, "rows": rows, "choices": choices}
 
 
-def _worst_layers(layers: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """Yield the layers with the largest error of every run."""
-    error = layers["relative_output_error"].fillna(layers["relative_weight_error"])
-    ranked = layers.assign(error=error).sort_values("error", ascending=False, kind="stable")
-    for run in layers["run"].drop_duplicates():
-        for _, row in ranked[ranked["run"] == run].head(WORST_LAYERS).iterrows():
-            yield {
-                "run": row["run"],
-                "name": row["name"],
-                "shape": " × ".join(str(size) for size in row["shape"] or ()),
-                "bits": _number(row["bits_per_weight"], decimals(3)),
-                "output": _number(row["relative_output_error"], significant),
-                "weight": _number(row["relative_weight_error"], significant),
-            }
-
-
-def _block_rows(blocks: pd.DataFrame) -> Iterator[dict[str, str]]:
-    for _, row in blocks.iterrows():
-        yield {
-            "run": row["run"],
-            "block": str(row["index"]),
-            "before": _number(row["loss_before"], significant),
-            "after": _number(row["loss_after"], significant),
-            "kept": "yes" if row["kept"] else "no",
-            "seconds": _number(row["seconds"], decimals(1)),
-        }
-
-
-def _samples(results: Results) -> Iterator[dict[str, Any]]:
-    """Yield one group per original and prompt: the original's text first, then every run's."""
-    originals = dict.fromkeys(result.original for result in results.found if result.original)
-    alone = [
-        r.name for r in results.found if r.kind == "model" and not _is_reference(r.name, results)
-    ]
-    for original in [*originals, *alone]:
-        runs = [result for result in results.found if result.original == original]
-        names = dict.fromkeys([original, *(run.base for run in runs), *(run.name for run in runs)])
-        prompts: dict[str, list[tuple[str, str]]] = {}
-        for name in names:
-            result = results.get(name)
-            for sample in (result.details.get("samples") or []) if result else []:
-                prompts.setdefault(sample["prompt"], []).append((str(name), sample["text"]))
-        for index, (prompt, texts) in enumerate(prompts.items()):
-            first = index == 0
-            yield {"original": original, "prompt": prompt, "texts": texts, "first": first}
-
-
-def _is_reference(name: str, results: Results) -> bool:
-    return any(name in (result.original, result.base) for result in results.found)
-
-
-def _number(value: Any, show: Any) -> str:
-    return NO_VALUE if pd.isna(value) else show(value)
-
-
-def _or_dash(value: Any) -> str:
-    return NO_VALUE if pd.isna(value) else str(value)
-
-
-def _sort_key(value: Any) -> str:
-    """Return the number in full, for sorting and for whoever reads the page with a program."""
-    return "" if pd.isna(value) else str(value)
+def _sources(params: Mapping[str, Any]) -> Grid:
+    rows = [(name, what, said) for what, name, said in context.sources(params)]
+    caption = "What the models, texts and tasks are"
+    return Grid("Sources in params.yaml", caption, ["Name", "What", "Description"], rows)
 
 
 def _read(name: str) -> str:

@@ -3,11 +3,15 @@
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import pandas as pd
 
 NO_VALUE = "—"
+BROKEN = "broken"
+KL, SAME, ACCURACY = "KL divergence, nats", "Same next token, %", "Task accuracy, %"
+Row = Mapping[Hashable, Any]  # of the summary
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,8 @@ class Measure:
         show: Number -> text with the unit's scale.
         log: Whether it spans orders of magnitude.
         scale: What the number is multiplied with on an axis.
-        span: Largest number drawn, as a multiple of the smallest: a broken run has a perplexity of
-            millions and would press all others together.
+        span: Largest number of a working run, as a multiple of the original's: perplexities of
+            millions all say the same.
         stderr: Name of the column with its standard error.
         best: Whether low or high numbers are good.
     """
@@ -40,32 +44,49 @@ class Measure:
     @property
     def title(self) -> str:
         """Heading that stands alone."""
-        return f"{self.group}: {self.label}" if self.group else self.label
+        return self.label if self.group in ("Size", "Cost") else f"{self.group}: {self.label}"
 
-    def text(self, row: pd.Series | Mapping[Hashable, Any]) -> str:
-        """Return what the table shows for this column of ``row``."""
+    @property
+    def is_distance(self) -> bool:
+        """Whether it compares with the original, so that a model has none of its own."""
+        return self.group in (KL, SAME)
+
+    def text(self, row: Row, original: Row | None = None) -> str:
+        """Return what the table shows for this column of ``row``.
+
+        Args:
+            row: Of the summary.
+            original: The row of the model it is compared with.
+        """
         value = row[self.column]
-        if pd.isna(value) or (self.group == "Cost" and value == 0):  # 0: the step does not apply
+        none = self.is_distance and row["kind"] == "model"
+        if none or is_absent(value) or (self.group == "Cost" and value == 0):  # a model is not made
             return NO_VALUE
-        if not math.isfinite(value):
-            return "infinite"
-        if self.stderr and pd.notna(row[self.stderr]):
-            return f"{self.show(value)} ± {short(row[self.stderr] * self.scale)}"
-        return self.show(value)
+        if self.is_broken(row, original):
+            return BROKEN
+        error = float(row[self.stderr] or 0) if self.stderr else 0.0
+        return with_error(value * self.scale, error * self.scale) if error > 0 else self.show(value)
+
+    def is_broken(self, row: Row, original: Row | None = None) -> bool:
+        """Tell whether the number is infinite, or further from the original's than its span."""
+        value = float(row[self.column])
+        if math.isinf(value):
+            return True
+        least = float(original[self.column]) if original is not None else math.nan
+        return value > self.span * least  # False where either is unknown
 
 
 @dataclass(frozen=True)
 class LayerMeasure:
-    """One number per layer: its column, its name, and whether its axis is logarithmic."""
+    """One number per layer: its column and its name."""
 
     column: str
     label: str
-    log: bool
 
 
 LAYER_ERRORS = (
-    LayerMeasure("relative_output_error", "Relative output error", log=True),
-    LayerMeasure("relative_weight_error", "Relative weight error", log=True),
+    LayerMeasure("relative_output_error", "Relative output error"),
+    LayerMeasure("relative_weight_error", "Relative weight error"),
 )
 
 
@@ -78,9 +99,16 @@ def significant(value: float) -> str:
     return f"{value:.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
 
 
-def short(value: float) -> str:
-    """Return two significant digits: enough of an error."""
-    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
+def with_error(value: float, error: float, sign: str = "") -> str:
+    """Return a number and its standard error: two digits of the error, as many decimals of both.
+
+    Args:
+        value: The number.
+        error: Its standard error, positive.
+        sign: ``+`` to show the sign of any number.
+    """
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:{sign},.{digits}f} ± {error:,.{digits}f}".replace("-", "−")
 
 
 def percent(value: float) -> str:
@@ -98,72 +126,59 @@ def decimals(digits: int) -> Callable[[float], str]:
     return lambda value: f"{value:,.{digits}f}"
 
 
-FIXED_FRONT = (
-    Measure("bits_per_weight", "Size", "bits per weight", decimals(3)),
+SIZES = (
+    Measure("bits_per_weight", "Size", "bits per weight", decimals(2)),
     Measure("model_bytes", "Size", "MB on disk", megabytes, scale=1e-6),
-    Measure("ratio", "Size", "ratio to bf16", decimals(2), best="high"),
+    Measure("ratio", "Size", "times smaller than bf16", decimals(2), best="high"),
 )
-FIXED_BACK = (
-    Measure("compress_seconds", "Cost", "compress, s", decimals(1)),
-    Measure("compress_peak_memory_bytes", "Cost", "compress, peak MB", megabytes),
-    Measure("finetune_seconds", "Cost", "finetune, s", decimals(1)),
-    Measure("finetune_peak_memory_bytes", "Cost", "finetune, peak MB", megabytes),
+COSTS = (
+    Measure("make_seconds", "Cost", "seconds to make", decimals(0)),
+    Measure("make_peak_memory_bytes", "Cost", "peak MB", megabytes, scale=1e-6),
 )
-SIZE_AXES = FIXED_FRONT
+TRAINED = (
+    Measure("trainable_parameters", "Trained", "parameters", decimals(0)),
+    Measure("trainable_share", "Trained", "% of the model", lambda share: f"{100 * share:.2f}"),
+)
+MEAN_KL = Measure("mean_kl", KL, "mean", significant, log=True, stderr="stderr_mean_kl")
+_share = partial(Measure, show=percent, scale=100.0, best="high")
+RECOVERY = _share("recovery", ACCURACY, "recovery")
+_FAMILIES = (  # prefix of the columns, one for each corpus or task, and the mean where there is one
+    ("kl_", MEAN_KL),
+    ("perplexity_", Measure("", "Perplexity", "", significant, log=True, span=100.0)),
+    ("top1_agreement_", _share("mean_top1_agreement", SAME, "mean")),
+    ("accuracy_", _share("mean_accuracy", ACCURACY, "mean")),
+)
 
 
 def quality_measures(columns: Iterable[str]) -> list[Measure]:
     """Return the quality columns that a summary holds, in the order of the table.
 
-    Args:
-        columns: The summary's columns.
+    A mean stands before what it is the mean of, and is left out where that is one number.
     """
     columns = list(columns)
-    per_corpus = (
-        ("perplexity_", Measure("", "Perplexity", "", significant, log=True, span=100.0)),
-        ("kl_", Measure("", "KL divergence, nats", "", significant, log=True)),
-        (
-            "top1_agreement_",
-            Measure("", "Top-1 agreement, %", "", percent, scale=100.0, best="high"),
-        ),
-    )
-    measures = [
-        replace(
-            measure,
-            column=column,
-            label=column.removeprefix(prefix),
-            stderr=f"stderr_{column}" if f"stderr_{column}" in columns else None,
-        )
-        for prefix, measure in per_corpus
-        for column in columns
-        if column.startswith(prefix)
-    ]
-    group = "Task accuracy, %"
-    for column in columns:
-        if column.startswith("accuracy_"):
-            task = column.removeprefix("accuracy_")
-            measures.append(
-                Measure(
-                    column,
-                    group,
-                    task,
-                    percent,
-                    scale=100.0,
-                    stderr=f"stderr_{task}",
-                    best="high",
-                )
-            )
-    error = "stderr_mean_accuracy" if "stderr_mean_accuracy" in columns else None
-    mean = Measure("mean_accuracy", group, "mean", percent, scale=100.0, stderr=error, best="high")
-    return [*measures, mean]
+    measures: list[Measure] = []
+    for prefix, family in _FAMILIES:
+        names = [column for column in columns if column.startswith(prefix)]
+        if family.column in columns and len(names) > 1:
+            measures.append(replace(family, stderr=f"stderr_{family.column}"))
+        for column in names:
+            label = column.removeprefix(prefix)
+            error = f"stderr_{label if prefix == 'accuracy_' else column}"
+            stderr = error if error in columns else None
+            measures.append(replace(family, column=column, label=label, stderr=stderr))
+    return measures
 
 
-def table_measures(columns: Iterable[str]) -> list[Measure]:
-    """Return every numeric column of the run table, in its order."""
-    recovery = Measure(
-        "recovery", "Task accuracy, %", "recovery", percent, scale=100.0, best="high"
-    )
-    return [*FIXED_FRONT, *quality_measures(columns), recovery, *FIXED_BACK]
+def is_absent(value: Any) -> bool:
+    """Tell whether there is no value: None, NaN or pandas' NA."""
+    return bool(pd.isna(value))
+
+
+def shorten(name: str, letters: int = 40) -> str:
+    """Return a name without the middle where it is longer than that many letters."""
+    if len(name) <= letters:
+        return name
+    return f"{name[: letters // 2]}…{name[-(letters // 2 - 1) :]}"
 
 
 def plain(value: Any) -> str:

@@ -4,32 +4,38 @@ from collections.abc import Sequence
 from typing import Literal
 
 Best = Literal["low", "high"]
-Place = tuple[float, float]
+Point = tuple[float, float]
 
 
-def dominated_by(points: Sequence[Place], best: tuple[Best, Best]) -> list[int | None]:
+SAME_SIZE = 1.01  # sizes no further apart than this, larger over smaller, count as the same
+
+
+def dominated_by(points: Sequence[Point], best: tuple[Best, Best]) -> list[int | None]:
     """Return for every point the index of one that dominates it, None for those on the front.
 
-    A point dominates another when it is at least as good in both numbers and better in one; of
-    several, the one that is best in the second number is named.
+    A point dominates another when it is as small, within 1 %, and better, or as good and smaller;
+    of several, the one that is best in the second number is named.
 
     Args:
-        points: Size and quality of each run; finite.
+        points: Size and quality of each run; finite, sizes positive.
         best: Which end is good, of sizes and of qualities.
     """
-    turned = [tuple(_cost(value, end) for value, end in zip(p, best, strict=True)) for p in points]
-    found: list[int | None] = []
-    for own in turned:
-        better = [
-            index
-            for index, (size, loss) in enumerate(turned)
-            if size <= own[0] and loss <= own[1] and (size, loss) != own
-        ]
-        found.append(min(better, key=lambda index: turned[index][::-1], default=None))
-    return found
+    sizes = [size if best[0] == "low" else 1 / size for size, _ in points]
+    losses = [_cost(quality, best[1]) for _, quality in points]
+    ranked = sorted(range(len(points)), key=lambda index: (losses[index], sizes[index]))
+
+    def dominates(index: int, other: int) -> bool:
+        if losses[index] == losses[other]:
+            return sizes[index] < sizes[other]
+        return losses[index] < losses[other] and sizes[index] <= SAME_SIZE * sizes[other]
+
+    return [
+        next((other for other in ranked if dominates(other, index)), None)
+        for index in range(len(points))
+    ]
 
 
-def front_corners(front: Sequence[Place], best: Best, ends: tuple[float, float]) -> list[Place]:
+def front_corners(front: Sequence[Point], best: Best, ends: tuple[float, float]) -> list[Point]:
     """Return the corners of the front's steps, from the smallest run to the largest.
 
     At every size the line shows the best quality of a run at most as large as that, so it goes on
@@ -41,7 +47,7 @@ def front_corners(front: Sequence[Place], best: Best, ends: tuple[float, float])
         ends: Left and right end of the axis of sizes.
     """
     ordered = sorted(set(front), key=lambda place: _cost(place[0], best))
-    corners: list[Place] = []
+    corners: list[Point] = []
     for size, quality in ordered:
         if corners:
             corners.append((size, corners[-1][1]))

@@ -1,28 +1,24 @@
 """What was left out of existing results: dense layers, undone finetuning, missing numbers."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
 from llmpress.core.records import DENSE
+from llmpress.report.grid import Grid
 from llmpress.report.measures import LAYER_ERRORS, significant
 from llmpress.report.tables import Results
 
 NAMED_LAYERS = 4
 
 
-class Skipped(NamedTuple):
-    """Something left out of one run: what, and why."""
-
-    run: str
-    what: str
-    why: str
+Skipped = tuple[str, str, str]  # run, what was left out of it, why
 
 
 def skipped(
     results: Results, layers: pd.DataFrame, blocks: pd.DataFrame, params: Mapping[str, Any]
-) -> list[Skipped]:
+) -> Grid:
     """Return everything left out, by kind and then by run.
 
     Args:
@@ -31,13 +27,15 @@ def skipped(
         blocks: Every finetuned block.
         params: Content of params.yaml.
     """
-    return [
+    rows = [
         *_dense_layers(results, layers),
         *_undone_blocks(blocks),
         *_undone_trainings(results),
         *_unmeasured_layers(results, layers),
         *_unmeasured_quality(results, params),
     ]
+    caption = "Parts of existing results that were not done, and why"
+    return Grid("Left out of a result", caption, ["Run", "Skipped", "Why"], rows)
 
 
 def _dense_layers(results: Results, layers: pd.DataFrame) -> Iterator[Skipped]:
@@ -46,7 +44,7 @@ def _dense_layers(results: Results, layers: pd.DataFrame) -> Iterator[Skipped]:
         if dense:
             result = results.get(str(run))
             more = len(dense) - NAMED_LAYERS
-            yield Skipped(
+            yield (
                 str(run),
                 f"{len(dense)} of {len(rows)} layers left dense: {', '.join(dense[:NAMED_LAYERS])}"
                 + (f" and {more} more" if more > 0 else ""),
@@ -57,14 +55,12 @@ def _dense_layers(results: Results, layers: pd.DataFrame) -> Iterator[Skipped]:
 
 
 def _undone_blocks(blocks: pd.DataFrame) -> Iterator[Skipped]:
-    for _, row in blocks[~blocks["kept"].astype(bool)].iterrows():
-        best = min(row["validation_loss"] or [float("nan")])
-        yield Skipped(
-            row["run"],
-            f"finetuning of block {row['index']} undone",
-            f"It did not lower the held-out loss: {significant(row['loss_before'])} before, "
-            f"{significant(best)} at best after an epoch.",
+    for run, rows in blocks[~blocks["kept"].astype(bool)].groupby("run", sort=False):
+        undone = ", ".join(map(str, rows["index"]))
+        what = (
+            f"finetuning of {len(rows)} of {(blocks['run'] == run).sum()} blocks undone: {undone}"
         )
+        yield str(run), what, "It did not lower the held-out loss."
 
 
 def _undone_trainings(results: Results) -> Iterator[Skipped]:
@@ -72,7 +68,7 @@ def _undone_trainings(results: Results) -> Iterator[Skipped]:
         record = result.details.get("training") or {}
         if record.get("best_step") == 0:
             best = min(loss for _, loss in record["held_out"][1:])
-            yield Skipped(
+            yield (
                 result.name,
                 "end-to-end finetuning undone",
                 f"It did not lower the held-out loss: {significant(record['loss_before'])} before, "
@@ -86,7 +82,7 @@ def _unmeasured_layers(results: Results, layers: pd.DataFrame) -> Iterator[Skipp
         if absent:
             result = results.get(str(run))
             start = result.tuned_from if result else None
-            yield Skipped(
+            yield (
                 str(run),
                 f"no {' and no '.join(absent)} of its layers",
                 f"Not measured again after finetuning: see {start} and the losses of the blocks."
@@ -105,7 +101,7 @@ def _unmeasured_quality(results: Results, params: Mapping[str, Any]) -> Iterator
         ):
             absent = [name for name in names if name not in measured]
             if absent:
-                yield Skipped(
+                yield (
                     result.name,
                     f"no number for {what} {', '.join(absent)}",
                     "It was evaluated before params.yaml asked for it.",

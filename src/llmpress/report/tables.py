@@ -1,24 +1,27 @@
-"""Results on disk -> records and pandas frames; nothing is computed but ratios of shown numbers.
+"""Results on disk -> records and pandas frames; nothing is computed but sums, means and ratios.
 
 One result is a metrics file and a details file of the same name. Names in params.yaml without a
 metrics file are missing; metrics files that params.yaml does not name are left out, and both are
-said.
+said. Without a params.yaml every metrics file is a result, and its details say what it is.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pydantic import BaseModel, ValidationError
 
 from llmpress.core.artifacts import read_json
 from llmpress.core.errors import ArtifactError
 from llmpress.core.kinds import KINDS, Kind
 from llmpress.core.records import BlockRecord, Records, parse_records
+from llmpress.core.settings import problem
+from llmpress.evaluation.metrics import Details, Metrics
 
 RECOVERED = "recovered"
 """Kind of what was trained on text; what was trained on a task is ``trained``."""
@@ -38,6 +41,10 @@ COST_COLUMNS = (
     "finetune_seconds",
     "finetune_peak_memory_bytes",
 )
+QUALITIES = ("kl", "perplexity", "top1_agreement", "accuracy")  # prefixes of columns
+MEANS = ("mean_kl", "mean_top1_agreement", "mean_accuracy")
+TRAINED_COLUMNS = ("trainable_parameters", "trainable_share")
+MADE_COLUMNS = ("make_seconds", "make_peak_memory_bytes")  # both steps together
 INTEGER_SUFFIXES = ("_weights", "_bits", "_bytes")
 CORPUS_METRICS = {  # key in the metrics file -> prefix of the column
     "perplexity": "perplexity",
@@ -46,11 +53,6 @@ CORPUS_METRICS = {  # key in the metrics file -> prefix of the column
     "perplexity_stderr": "stderr_perplexity",
     "kl_divergence_stderr_nats": "stderr_kl",
     "top1_agreement_stderr": "stderr_top1_agreement",
-}
-WINDOW_MEANS = {  # key of each window -> prefix of the column that is made of them
-    "loss_nats": "perplexity",
-    "kl_divergence_nats": "kl",
-    "top1_agreement": "top1_agreement",
 }
 
 
@@ -115,47 +117,41 @@ class Results:
 
 
 def read_results(
-    metrics: Path, details: Path, params: Mapping[str, Any], speed: Path | None = None
+    metrics: Path, details: Path, params: Mapping[str, Any] | None = None, speed: Path | None = None
 ) -> Results:
-    """Read every result that params.yaml names.
+    """Read every result that params.yaml names, or all there are.
 
     Args:
         metrics: Folder of ``<name>.json`` with numbers.
         details: Folder of ``<name>.json`` with settings, layers, provenance and samples.
-        params: Content of params.yaml.
+        params: Content of params.yaml; None for all results there are.
         speed: The file of the stage ``speed``; may be absent.
 
     Raises:
         ArtifactError: A file is damaged; a missing one is a gap in the report, not an error.
     """
-    named = _named(params)
-    found: list[Result] = []
-    missing: dict[str, str] = {}
-    remarks: list[str] = []
-    for name, (kind, settings) in named.items():
-        shown = RECOVERED if kind.name == "trained" and settings.get("corpora") else kind.name
-        path = metrics / f"{name}.json"
-        if not path.is_file():
-            missing[name] = f"There is no {path.name}: its evaluation has not run or has failed."
-            continue
-        record: Mapping[str, Any] = {}
-        if (details / path.name).is_file():
-            record = _mapping(details / path.name)
-        else:
-            remarks.append(f"{name} has no details file: settings, layers and samples are missing.")
-        original = record.get("original") or settings.get(kind.original or "")
-        found.append(
-            Result(
-                name=name,
-                kind=shown,
-                original=original if kind.original else None,
-                base=record.get("base") or _below_data(settings, "base"),
-                tuned_from=_below_data(settings, kind.start or ""),
-                metrics=_mapping(path),
-                details=record,
-            )
-        )
-    strangers = sorted({path.stem for path in metrics.glob("*.json")} - set(named))
+    there = sorted(path.stem for path in metrics.glob("*.json"))
+    records = {
+        name: _checked(details / f"{name}.json", Details)
+        for name in there
+        if (details / f"{name}.json").is_file()
+    }
+    named = _named(params) if params is not None else _told(there, records)
+    found = []
+    for name in (name for name in named if name in there):
+        numbers = _checked(metrics / f"{name}.json", Metrics)
+        found.append(_result(name, *named[name], numbers, records.get(name, {})))
+    missing = {
+        name: f"There is no {name}.json: its evaluation has not run or has failed."
+        for name in named
+        if name not in there
+    }
+    remarks = [
+        f"{result.name} has no details file: settings, layers and samples are missing."
+        for result in found
+        if not result.details
+    ]
+    strangers = [name for name in there if name not in named]
     if strangers:
         remarks.append(f"Left out, as params.yaml no longer names them: {', '.join(strangers)}.")
     found.sort(key=lambda result: KIND_ORDER.index(result.kind))
@@ -182,26 +178,6 @@ def summary_frame(results: Results) -> pd.DataFrame:
         elif column not in TEXT_COLUMNS:
             frame[column] = pd.to_numeric(frame[column]).astype("float64")
     return frame
-
-
-def pairs(results: Results) -> dict[tuple[str, str], list[float]]:
-    """Return what each number is the mean of, by run and column: of windows, or of answers.
-
-    The same windows and items for all runs of one original, so that they are compared in pairs.
-    """
-    found: dict[tuple[str, str], list[float]] = {}
-    for result in results.found:
-        for corpus, means in (result.details.get("windows") or {}).items():
-            for key, prefix in WINDOW_MEANS.items():
-                found[result.name, f"{prefix}_{corpus}"] = means[key]
-        tasks = result.details.get("answers") or {}
-        items = sum(map(len, tasks.values()))
-        for task, answers in tasks.items():
-            found[result.name, f"accuracy_{task}"] = answers
-            weight = items / (len(tasks) * len(answers))  # each task counts the same
-            mean = found.setdefault((result.name, "mean_accuracy"), [])
-            mean += [weight * answer for answer in answers]
-    return found
 
 
 def layers_frame(results: Results) -> pd.DataFrame:
@@ -258,6 +234,41 @@ def _named(params: Mapping[str, Any]) -> dict[str, tuple[Kind, Mapping[str, Any]
     }
 
 
+def _told(
+    names: Sequence[str], records: Mapping[str, Mapping[str, Any]]
+) -> dict[str, tuple[Kind, Mapping[str, Any]]]:
+    """Return name -> (kind, nothing) as the details say; without them it is a compressed model."""
+    kinds: dict[str, Kind] = {kind.name: kind for kind in KINDS}
+    unknown = kinds["compressed"]
+    told = {name: str(records.get(name, {}).get("kind")) for name in names}
+    return {name: (kinds.get(kind, unknown), {}) for name, kind in told.items()}
+
+
+def _result(
+    name: str,
+    kind: Kind,
+    settings: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    details: Mapping[str, Any],
+) -> Result:
+    """Put together what is known of one result."""
+    original = details.get("original") or settings.get(kind.original or "")
+    return Result(
+        name=name,
+        kind=RECOVERED if kind.name == "trained" and settings.get("corpora") else kind.name,
+        original=original if kind.original else None,
+        base=details.get("base") or _below_data(settings, "base") or _start_of(details, kind),
+        tuned_from=_below_data(settings, kind.start or ""),
+        metrics=metrics,
+        details=details,
+    )
+
+
+def _start_of(details: Mapping[str, Any], kind: Kind) -> str | None:
+    """Return what a fine-tuned model was made from; None of all else."""
+    return (details.get("settings") or {}).get("base") if kind.original is None else None
+
+
 def _below_data(settings: Mapping[str, Any], key: str) -> str | None:
     """Return the name of a folder below data/, such as ``compressed/NAME``, that settings give."""
     return str(settings[key]).rpartition("/")[2] if key in settings else None
@@ -267,6 +278,16 @@ def _mapping(path: Path) -> Mapping[str, Any]:
     value = read_json(path)
     if not isinstance(value, dict):
         raise ArtifactError(f"{path}: must hold a JSON object; evaluate {path.stem} again")
+    return value
+
+
+def _checked(path: Path, form: type[BaseModel]) -> Mapping[str, Any]:
+    value = _mapping(path)
+    try:
+        form.model_validate(value)
+    except ValidationError as error:
+        what = problem(error.errors()[0], form.__name__.lower())
+        raise ArtifactError(f"{path}: {what}; evaluate {path.stem} again") from None
     return value
 
 
@@ -286,13 +307,28 @@ def _row(result: Result) -> dict[str, Any]:
     for task, scores in tasks.items():
         for key in ("accuracy", "stderr", "num_items"):
             row[f"{key}_{task}"] = scores.get(key)
-    accuracies = [scores["accuracy"] for scores in tasks.values()]
-    row["mean_accuracy"] = sum(accuracies) / len(accuracies) if accuracies else None
-    if accuracies:
-        row["stderr_mean_accuracy"] = math.hypot(*(s["stderr"] for s in tasks.values())) / len(
-            tasks
-        )
+    for column, names in (
+        ("mean_kl", ("kl_divergence_nats", "kl_divergence_stderr_nats")),
+        ("mean_top1_agreement", ("top1_agreement", "top1_agreement_stderr")),
+    ):
+        row |= _mean(column, *((quality.get(name) or {}).values() for name in names))
+    scores = ([of.get(key) for of in tasks.values()] for key in ("accuracy", "stderr"))
+    row |= _mean("mean_accuracy", *scores)
+    training = result.details.get("training") or {}
+    row |= {column: training.get(column) for column in TRAINED_COLUMNS}
+    for made in MADE_COLUMNS:
+        steps = [row[made.replace("make", step)] or 0 for step in ("compress", "finetune")]
+        row[made] = sum(steps) if made.endswith("seconds") else max(steps)
     return row
+
+
+def _mean(column: str, values: Iterable[Any], errors: Iterable[Any]) -> dict[str, float | None]:
+    """Return the mean of independent numbers and its standard error, where all are known."""
+    values, errors = list(values), list(errors)
+    if not values or None in values:
+        return {column: None, f"stderr_{column}": None}
+    error = None if None in errors else math.hypot(*errors) / len(values)
+    return {column: sum(values) / len(values), f"stderr_{column}": error}
 
 
 def _items(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -304,15 +340,16 @@ def _columns(rows: list[dict[str, Any]]) -> list[str]:
     seen = list(dict.fromkeys(key for row in rows for key in row))
     quality = [
         column
-        for prefix in (*WINDOW_MEANS.values(), "accuracy", "stderr", "num_items")
+        for prefix in (*MEANS, *QUALITIES, "stderr", "num_items")
         for column in seen
-        if column.startswith(f"{prefix}_")
-    ]
+        if column == prefix or column.startswith(f"{prefix}_")
+    ]  # fmt: skip
     return [
         *TEXT_COLUMNS,
         *SIZE_COLUMNS,
         *quality,
-        "mean_accuracy",
         "recovery",
+        *TRAINED_COLUMNS,
+        *MADE_COLUMNS,
         *COST_COLUMNS,
     ]

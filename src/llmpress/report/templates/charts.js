@@ -41,7 +41,7 @@ const numbersOf = ({ data, layout }) => {
     });
     const lines = data.filter((trace) => trace.name && trace.hovertemplate && !trace.hovertext);
     const references = lines.map((trace) => [trace.name, "—", decoded(trace.y)[0], "uncompressed"]);
-    return { head: ["run", x, y, "compared"], rows: [...points, ...references] };
+    return { head: ["run", x, y, "place"], rows: [...points, ...references] };
   }
   const across = data[0]?.orientation === "h"; // one row per place on the axis, one column per trace
   const columns = data.map((trace) => {
