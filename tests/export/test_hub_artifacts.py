@@ -41,6 +41,9 @@ def base(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     out = tmp_path_factory.mktemp("base") / "tiny"
     with artifact_folder(out, stage="test", settings={}, inputs={}) as folder:
         shutil.copytree(tiny_model_folder, folder, dirs_exist_ok=True)
+        (folder / "additional_chat_templates").mkdir()
+        for name in ("LICENSE", "own.tiktoken", "additional_chat_templates/tool_use.jinja"):
+            (folder / name).write_text(name)
     return out
 
 
@@ -105,7 +108,11 @@ def copy(artifact: Path, tmp_path: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    return {
+        file.relative_to(folder).as_posix(): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
 @torch.no_grad()

@@ -221,7 +221,10 @@ def verify(folder: Path, weights: Iterable[Path] = (), *, complete: bool = True)
             )
     present = [name for name in files if (folder / name).is_file()]
     if complete and (missing := sorted(set(files) - set(present))):
-        raise ArtifactError(f"{folder / missing[0]}: is missing; make the artifact again")
+        raise ArtifactError(
+            f"{folder / missing[0]}: is missing; make the artifact again (after an edit on "
+            f"purpose: delete {PROVENANCE})"
+        )
     total = sum((folder / name).stat().st_size for name in present)
     quiet = total < SHOW_PROGRESS_ABOVE
     with tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=quiet) as bar:

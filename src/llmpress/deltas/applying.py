@@ -15,8 +15,9 @@ from llmpress.models.checkpoints.delta_files import DeltaFolder
 from llmpress.models.checkpoints.dense_view import delta_layer
 from llmpress.models.checkpoints.files import empty_model
 from llmpress.models.checkpoints.finetuned_config import changed_config, computed_changes
-from llmpress.models.experts import separate_experts
-from llmpress.models.loading import load_model
+from llmpress.models.experts import SeparateExperts, separate_experts
+from llmpress.models.loading import forbid_saving, load_model
+from llmpress.models.quantizer import own_quantization
 from llmpress.nn.layers import AdaptedLinear, CompressedLinear, keep_dense
 from llmpress.nn.layers.base import frozen
 
@@ -158,6 +159,7 @@ def load_delta(
     for adapted in delta.layers.values():
         adapted.keeps_sum = True
     setattr(model, CARRIED, _Applied(delta, swap))
+    forbid_saving(model, f"carries {getattr(model, CARRIED)}")
     return model
 
 
@@ -175,6 +177,9 @@ def remove_delta(model: PreTrainedModel) -> PreTrainedModel:
     applied.delta.check_in_place(model)
     applied.swap.undo()
     delattr(model, CARRIED)
+    apart = any(isinstance(module, SeparateExperts) for module in model.modules())
+    if own_quantization(model.config) is not None or not apart:
+        del model.save_pretrained
     return model
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 
 from llmpress.core.devices import pick_device
-from llmpress.core.records import has_records
 from llmpress.data.corpora import Text
 from llmpress.deltas.applying import load_delta
 from llmpress.evaluation.metrics import Size
 from llmpress.evaluation.reference import run_original
 from llmpress.evaluation.sizes import compressed_size, delta_size, model_size
+from llmpress.models.checkpoints.dense_view import layer_records
 from llmpress.models.folders import model_folder
 from llmpress.models.loading import dequantized, load_model
 
@@ -99,4 +99,4 @@ def compare_models(
 
 def folder_size(folder: Path) -> Size:
     """Return the true size of a model folder, compressed or not."""
-    return compressed_size(folder) if has_records(folder) else model_size(folder)
+    return compressed_size(folder) if layer_records(folder) else model_size(folder)

@@ -7,12 +7,13 @@ from typing import Any
 from llmpress.calibration.files import WINDOWS
 from llmpress.core.artifacts import PROVENANCE, folder_bytes, read_json, verify
 from llmpress.core.errors import ArtifactError
-from llmpress.core.records import entry, has_records, read_records
+from llmpress.core.records import entry
 from llmpress.data.tasks.files import TASK_FILE
 from llmpress.evaluation.reference import FILE as REFERENCE
 from llmpress.evaluation.sizes import compressed_size, delta_size, model_size
 from llmpress.models.architectures import left_out
 from llmpress.models.checkpoints.delta_files import HEADER
+from llmpress.models.checkpoints.dense_view import layer_records
 from llmpress.models.checkpoints.files import Checkpoint
 
 SIZES = {
@@ -46,8 +47,8 @@ def describe(folder: Path | str) -> dict[str, Any]:
         raise ArtifactError(f"{folder}: no such folder")
     has_provenance = (folder / PROVENANCE).is_file()
     provenance = verify(folder) if has_provenance else None
-    kind = _kind(folder)
-    records = read_records(folder) if has_records(folder) else None
+    records = layer_records(folder)
+    kind = _kind(folder, is_compressed=records is not None)
     settings = dict(provenance["settings"]) if provenance else {}
     return {
         "folder": str(folder),
@@ -64,12 +65,12 @@ def describe(folder: Path | str) -> dict[str, Any]:
     }
 
 
-def _kind(folder: Path) -> str:
+def _kind(folder: Path, *, is_compressed: bool) -> str:
     if (folder / HEADER).is_file():
         kind: str = read_json(folder / HEADER).get("kind", "delta").replace("_", " ")
         return kind
     if (folder / "config.json").is_file():
-        return "compressed model" if has_records(folder) else "model"
+        return "compressed model" if is_compressed else "model"
     for name, kind in KINDS_BY_FILE.items():
         if (folder / name).is_file():
             return kind

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from llmpress.core.artifacts import PROVENANCE, folder_bytes, read_provenance
+from llmpress.core.errors import ArtifactError
 from llmpress.core.records import Totals, has_records, read_records
 from llmpress.evaluation.metrics import Cost, Size
 from llmpress.models.adapters import adapter_sizes, is_adapter
 from llmpress.models.checkpoints.delta_files import HEADER, DeltaFolder
+from llmpress.models.checkpoints.dense_view import layer_records
 from llmpress.models.checkpoints.files import Checkpoint, block_linears, stored_dtype
 
 BF16_BYTES = 2
@@ -27,7 +29,10 @@ def model_size(folder: Path) -> Size:
 
 def compressed_size(folder: Path) -> Size:
     """Return the size of a compressed model, measured against the whole model in bf16."""
-    totals = read_records(folder).totals
+    records = layer_records(folder)
+    if records is None:
+        raise ArtifactError(f"{folder}: holds no compressed model; compress makes one")
+    totals = records.totals
     return _recorded_size(folder, totals, BF16_BYTES * totals.model_weights)
 
 

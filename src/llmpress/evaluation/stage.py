@@ -15,7 +15,7 @@ from llmpress.core.artifacts import TRAINING, read_json
 from llmpress.core.devices import pick_device, pick_dtype
 from llmpress.core.environment import hardware, packages, peak_memory_bytes
 from llmpress.core.errors import ConfigError
-from llmpress.core.records import DENSE, has_records, read_records
+from llmpress.core.records import DENSE
 from llmpress.data.corpora import Text
 from llmpress.evaluation import metrics
 from llmpress.evaluation.likelihood import Likelihood
@@ -32,6 +32,7 @@ from llmpress.evaluation.sizes import (
 from llmpress.evaluation.subjects import Subject, folder_subject
 from llmpress.evaluation.tasks import TaskScore, evaluate_tasks, read_task
 from llmpress.evaluation.uncertainty import standard_error
+from llmpress.models.checkpoints.dense_view import layer_records
 from llmpress.nn.layers import KINDS
 
 Tasks = Sequence[Path | str] | Mapping[Path | str, int | None]
@@ -188,9 +189,11 @@ def _known(errors: Mapping[str, float]) -> dict[str, float | None]:
     return {name: None if math.isnan(error) else error for name, error in errors.items()}
 
 
-def _layers(folder: Path) -> dict[str, Any]:
+def _layers(folder: Path) -> dict[str, Any] | None:
     """Return what is recorded of the layers, and what each layer says it was given."""
-    records = read_records(folder)
+    records = layer_records(folder)
+    if records is None:
+        return None
     layers = tuple(
         record
         if record.kind == DENSE
@@ -228,7 +231,7 @@ def _details(
             name: metrics.WindowMeans(**result.by_window()) for name, result in likelihoods.items()
         },
         answers={name: list(score.answers) for name, score in scores.items()},
-        layers=_layers(folder) if has_records(folder) else None,
+        layers=_layers(folder),
         training=read_json(training) if training.is_file() else None,
         provenance=metrics.Provenance(
             artifact=artifact,

@@ -11,12 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmpress.core.errors import ConfigError
 from llmpress.core.kinds import KINDS, KindName
 from llmpress.core.params import section, suggestion
-from llmpress.core.records import has_records
 from llmpress.deltas.applying import load_finetuned
 from llmpress.evaluation.sizes import origin
 from llmpress.models.adapters import is_adapter, load_adapted, merged
 from llmpress.models.checkpoints.adapter_settings import AdapterSettings
 from llmpress.models.checkpoints.delta_files import HEADER
+from llmpress.models.checkpoints.dense_view import layer_records
 from llmpress.models.folders import model_folder
 from llmpress.models.generation import plain_generation
 from llmpress.models.loading import dequantized, load_model, load_tokenizer
@@ -107,7 +107,7 @@ def folder_subject(
     elif is_adapter(folder):
         kind = "trained"
     else:
-        kind = "compressed" if has_records(model_folder(folder)) else "model"
+        kind = "compressed" if layer_records(model_folder(folder)) else "model"
     stage = origin(folder).get("stage")
     if stage in ("finetune", "train"):
         kind = "finetuned" if stage == "finetune" else "trained"

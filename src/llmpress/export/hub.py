@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
@@ -17,6 +17,7 @@ from llmpress.core.artifacts import (
     read_provenance,
     verify,
 )
+from llmpress.core.companions import COMPANIONS
 from llmpress.core.errors import ArtifactError, HubError
 from llmpress.core.records import DENSE, has_records, read_records
 from llmpress.data.sources.hub import SECONDS_TO_ANSWER, delete_damaged, download, reported
@@ -72,6 +73,7 @@ def fetch_artifact(
         return folder
     with claim(out, force=force, inputs=(folder,)) as target:
         for name in names:
+            (target.folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / name, target.folder / name)
         target.put()
     return Path(out)
@@ -215,11 +217,10 @@ def _digests(folder: Path, where: str) -> dict[str, str]:
     if not isinstance(digests, dict) or not digests:
         raise ArtifactError(f"{where}: {PROVENANCE} lists no files; make the artifact again")
     for name in digests:
-        plain = PurePosixPath(name).name == name and not set(name) & set("*?[]\\")
-        if not plain or not matches(name, [*MODEL_FILES, CARD]):
+        if set(name) & set("*?[]\\") or not matches(name, [*MODEL_FILES, *COMPANIONS, CARD]):
             raise ArtifactError(
                 f"{where}: {PROVENANCE} lists {name!r}; an artifact holds only "
-                f"{', '.join(MODEL_FILES)}, in no folders"
+                f"{', '.join((*MODEL_FILES, *COMPANIONS))}"
             )
     return dict(digests)
 

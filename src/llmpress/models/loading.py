@@ -1,5 +1,6 @@
 """Open plain and compressed models and their tokenizers through transformers."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from transformers import (
 )
 
 from llmpress.core.artifacts import PROVENANCE, verify
+from llmpress.core.companions import TOKENIZERS
 from llmpress.core.devices import pick_device
 from llmpress.core.errors import ArtifactError
 from llmpress.models.architectures import replace_module
 from llmpress.models.checkpoints.compressed import compressed_layers
-from llmpress.models.checkpoints.files import TOKENIZERS, Checkpoint
+from llmpress.models.checkpoints.files import Checkpoint
 from llmpress.models.folders import model_folder
 from llmpress.models.quantizer import insert_layers
 from llmpress.nn.layers import AdaptedLinear, CompressedLinear
@@ -106,8 +108,10 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
 def dequantized(model: PreTrainedModel) -> PreTrainedModel:
     """Replace every compressed layer, in place, by a dense one with the weight it stands for.
 
-    An adapted layer (base and delta) becomes one dense layer with the sum of both.
+    An adapted layer (base and delta) becomes one dense layer with the sum of both. The model is
+    for computing: `export_dense` writes it.
     """
+    forbid_saving(model, "its weights were dequantized in memory")
     for name, module in list(model.named_modules()):
         if isinstance(module, AdaptedLinear):
             replace_module(model, name, _dense_sum(module))
@@ -115,6 +119,15 @@ def dequantized(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(module, CompressedLinear):
             replace_module(model, name, _dense(module.dequantize(), module.bias, model.dtype))
     return model
+
+
+def forbid_saving(model: PreTrainedModel, reason: str) -> None:
+    """Let ``save_pretrained`` raise: what it wrote would be opened as another model."""
+    model.save_pretrained = partial(_refuse_saving, reason)  # type: ignore[method-assign]
+
+
+def _refuse_saving(reason: str, *_: Any, **__: Any) -> None:
+    raise ArtifactError(f"the model: {reason}; `llmpress export --dense` writes it as a plain one")
 
 
 def _dense(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> nn.Linear:

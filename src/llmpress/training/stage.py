@@ -24,6 +24,7 @@ from llmpress.data.tasks.files import TRAIN_FILE, read_items
 from llmpress.deltas.applying import load_finetuned
 from llmpress.models.checkpoints.compressed import compressed_layers, is_compressed
 from llmpress.models.checkpoints.delta_files import DeltaFolder, DeltaWriter
+from llmpress.models.checkpoints.dense_view import layer_records
 from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter, copy_companions
 from llmpress.models.folders import model_folder
 from llmpress.models.loading import load_model, load_tokenizer
@@ -270,7 +271,10 @@ def _begin_compressed(start: Path, settings: FinetuningSettings, device: torch.d
     checkpoint = Checkpoint(start)
     model = load_model(start, dtype=torch.float32, device=str(device))
     parameters = compressed_parameters(model, norms=settings.norms)
-    records = read_records(start).finetuned()
+    records = layer_records(start)
+    if records is None:
+        raise ArtifactError(f"{start}: holds no compressed model; compress makes one")
+    finetuned = records.finetuned()
 
     def save(best: Mapping[str, Tensor], folder: Path) -> None:
         writer = CheckpointWriter(folder)
@@ -279,7 +283,7 @@ def _begin_compressed(start: Path, settings: FinetuningSettings, device: torch.d
         writer.close(compressed_layers(checkpoint))
         shutil.copyfile(start / "config.json", folder / "config.json")
         copy_companions(start, folder)
-        write_records(folder, records)
+        write_records(folder, finetuned)
 
     dtypes = {name: checkpoint.tensor(name).dtype for name in parameters}
     return _Begun(model, parameters, dtypes, records.totals.model_weights, save)

@@ -8,7 +8,13 @@ import torch
 
 from llmpress.calibration.files import check_calibration, load_windows
 from llmpress.calibration.stage import calibration_of
-from llmpress.core.artifacts import artifact_folder, claim, fingerprint, read_provenance
+from llmpress.core.artifacts import (
+    PROVENANCE,
+    artifact_folder,
+    claim,
+    fingerprint,
+    read_provenance,
+)
 from llmpress.core.devices import pick_device
 from llmpress.core.errors import ConfigError
 from llmpress.core.params import build
@@ -136,10 +142,13 @@ def finetune_model(
 
 def _method_of(compressed: Path) -> Method:
     """Return the method by which a model was compressed, from its provenance."""
-    recorded = read_provenance(compressed)["settings"]
+    has_provenance = (compressed / PROVENANCE).is_file()  # not where transformers saved it again
+    recorded = read_provenance(compressed)["settings"] if has_provenance else {}
     name = recorded.get("method")
     if name not in known_methods():
-        raise ConfigError(f"{compressed}: was compressed by {name!r}: give that as `method`")
+        raise ConfigError(
+            f"{compressed}: was compressed by {name or 'some method'}: give it as `method`"
+        )
     of_method = {field.name for field in fields(method_class(name))}
     values = recorded.get("method_settings", recorded)
     return build_method(name, {k: v for k, v in values.items() if k in of_method}, "finetune")

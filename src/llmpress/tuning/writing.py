@@ -6,8 +6,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llmpress.core.records import BlockRecord, read_records, write_records
+from llmpress.core.records import BlockRecord, write_records
 from llmpress.models.checkpoints.compressed import compressed_layers
+from llmpress.models.checkpoints.dense_view import layer_records
 from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter, copy_companions
 
 
@@ -36,4 +37,5 @@ def rewrite_model(
     writer.close(compressed_layers(compressed))
     shutil.copyfile(compressed.folder / "config.json", folder / "config.json")
     copy_companions(compressed.folder, folder)
-    write_records(folder, read_records(compressed.folder).finetuned(block_records))
+    if records := layer_records(compressed.folder):
+        write_records(folder, records.finetuned(block_records))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -151,6 +152,26 @@ def test_local_model_is_copied_byte_for_byte(tiny_model_folder: Path, tmp_path: 
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= names
     for name in names:
         assert (tmp_path / "out" / name).read_bytes() == (tiny_model_folder / name).read_bytes()
+
+
+def test_everything_beside_the_weights_comes_along_and_no_code(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(tiny_model_folder, tmp_path / "source"))
+    (source / "model.safetensors").rename(source / "pytorch_model-00001-of-00001.safetensors")
+    index = {"weight_map": {"a": "pytorch_model-00001-of-00001.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    beside = ("qwen.tiktoken", "tekken.json", "tokenizer.model.v3", "LICENSE", "NOTICE.txt")
+    beside += ("chat_template.jinja", "additional_chat_templates/tool_use.jinja", "vocab.bpe")
+    (source / "additional_chat_templates").mkdir()
+    for name in (*beside, "tokenizer_own.py", "consolidated.safetensors", "training_args.bin"):
+        (source / name).touch()
+    copied(source, tmp_path / "out")
+    expected = {p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()}
+    found = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")}
+    found |= {name for name in ("LICENSE",) if (tmp_path / "out" / name).is_file()}
+    left = {"tokenizer_own.py", "consolidated.safetensors", "training_args.bin"}
+    assert found == expected - left
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,14 @@ def test_no_code_is_named_that_does_not_come_along(tiny_model_folder: Path, tmp_
 
 NAMES = (
     *("added_tokens.json", "chat_template.json", "tekken.json", "processor_config.json"),
-    *("sentencepiece.bpe.model", "spiece.model", "qwen.tiktoken", "tiktoken.model", "bpe.codes"),
+    *(
+        "sentencepiece.bpe.model",
+        "spiece.model",
+        "tokenizer.model.v3",
+        "qwen.tiktoken",
+        "tiktoken.model",
+        "bpe.codes",
+    ),
     *("preprocessor_config.json", "dict.txt", "LICENSE", "NOTICE.txt", "chat_template.jinja"),
     "additional_chat_templates/tool_use.jinja",
 )
@@ -97,7 +104,8 @@ def test_files_of_every_kind_come_along_and_no_others(tmp_path: Path) -> None:
     (source / "additional_chat_templates").mkdir(parents=True)
     (source / "tokenizer").mkdir()  # a folder of that name is no tokenizer
     (source / "tokenizer/x.json").touch()
-    for name in (*NAMES, "model.safetensors", "config.json", "README.md", "modeling_mine.py"):
+    code = ("modeling_mine.py", "tokenizer_mine.py", "vocab.py")
+    for name in (*NAMES, "model.safetensors", "config.json", "README.md", *code):
         (source / name).touch()
     copy.mkdir()
     copy_companions(source, copy)

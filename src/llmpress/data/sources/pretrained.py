@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmpress.core.artifacts import WEIGHTS_INDEX, read_json, sha256
+from llmpress.core.companions import COMPANIONS
 from llmpress.core.errors import ArtifactError, SourceError
 from llmpress.data.sources.source import REPOSITORY, Opened, Source, opened
 
-FOLDER_FILES = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+FOLDER_FILES = ("model*.safetensors", "pytorch_model*.safetensors", "*.json", "*.txt", *COMPANIONS)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,9 @@ def write_model(source: ModelSource, opened: Opened, out: Path) -> None:
         return
     _check_folder(opened, next(iter(opened.origin.values())))
     for file in opened.files:
-        shutil.copy(file, out / file.name)
+        copy = out / file.relative_to(opened.folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(file, copy)
 
 
 def _check_digest(file: Path, expected: str | None) -> None:

@@ -1,6 +1,7 @@
 """Compressed models read as the dense ones they stand for, one layer in memory at a time."""
 
 import copy
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from llmpress.core.errors import ArtifactError
+from llmpress.core.records import (
+    DENSE,
+    LayerRecord,
+    Records,
+    has_records,
+    read_records,
+    total_size,
+)
 from llmpress.models.architectures import compressed_linear
 from llmpress.models.checkpoints.compressed import compressed_layers, is_compressed
 from llmpress.models.checkpoints.delta_files import DeltaFolder
-from llmpress.models.checkpoints.files import Checkpoint
+from llmpress.models.checkpoints.files import Checkpoint, block_linears
 from llmpress.nn.layers import CompressedLinear, build_layer
 
 
@@ -102,6 +111,36 @@ def dense_checkpoint(folder: Path) -> Checkpoint:
     """
     checkpoint = Checkpoint(folder)
     return DenseCheckpoint(checkpoint) if is_compressed(checkpoint) else checkpoint
+
+
+def layer_records(folder: Path) -> Records | None:
+    """Return the records of a compressed model or delta, None of anything else.
+
+    A compressed model that transformers saved again has none: they are what its tensors say, and
+    the errors are unknown.
+
+    Raises:
+        ArtifactError: Damaged records, or a damaged model.
+    """
+    if has_records(folder):
+        return read_records(folder)
+    if not (folder / "config.json").is_file() or not is_compressed(packed := Checkpoint(folder)):
+        return None
+    entries, dense = compressed_layers(packed), DenseCheckpoint(packed)
+    found = []
+    for block in block_linears(dense.skeleton()):
+        for name, linear in block.items():
+            kind, settings, shape = DENSE, {}, (linear.out_features, linear.in_features)
+            if name in entries:
+                layer = stored_layer(name, entries[name], linear, packed)
+                layer.bias = None
+                kind, settings, bits = layer.kind, layer.spec(), layer.stored_bits()
+            else:
+                bits = 8 * packed.tensor(f"{name}.weight").nbytes
+            size = bits, bits / math.prod(shape)
+            found.append(LayerRecord(name, kind, settings, shape, *size, None, None, 0.0))
+    weights = sum(math.prod(dense.shape(name)) for name in dense.names())
+    return Records(tuple(found), total_size(found, weights))
 
 
 def stored_layer(

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmpress.core.artifacts import WEIGHTS_INDEX, fingerprint, read_json, write_json
+from llmpress.core.companions import COMPANIONS
 from llmpress.core.errors import ArtifactError, SourceError
 from llmpress.core.shards import ShardWriter
 from llmpress.models.architectures import block_linears
@@ -39,31 +40,6 @@ logger = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 MODEL_SHARD_BYTES = 2 << 30
-TOKENIZERS = (
-    "tokenizer*",
-    "vocab*",
-    "merges*",
-    "special_tokens*",
-    "added_tokens.json",
-    "*.model",  # sentencepiece
-    "*.tiktoken",
-    "tekken.json",
-    "*.bpe",
-    "bpe.codes",
-    "dict.txt",
-)
-"""Files of tokenizers, slow ones too, as transformers names them."""
-COMPANIONS = (
-    *TOKENIZERS,
-    "*.jinja",
-    "additional_chat_templates/*.jinja",
-    "chat_template.json",
-    "*processor_config.json",
-    "generation_config*",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-)
 UNBUILDABLE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What transformers raises where a configuration contradicts itself."""
 DTYPES = {
