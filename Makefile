@@ -145,7 +145,7 @@ clean:
 	find src tests workflow -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Modules are compiled when they are first imported: most never are, and compiling all takes two minutes.
-$(INSTALLED): requirements.lock pyproject.toml setup.py llmpress.pth
+$(INSTALLED): requirements.lock pyproject.toml setup.py llmpress.pth src/llmpress/nn/kernels/cpu/products.cpp
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11, 5) <= sys.version_info < (3, 13))' 2>/dev/null \
 	  || { echo "make: $(PYTHON) is not a working Python 3.11.5 to 3.12; install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,6 @@
-"""Install llmpress.pth beside the package, in wheels and in editable installs alike."""
+"""What pyproject.toml cannot say: llmpress.pth beside the package, and the products for CPUs."""
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 
@@ -14,4 +14,19 @@ class WithStart(build_py):
         self.copy_file("llmpress.pth", installed if self.editable_mode else self.build_lib)
 
 
-setup(cmdclass={"build_py": WithStart})
+# A plain C library that ctypes loads: it needs neither Python's nor torch's headers. Where there is
+# no compiler, llmpress is installed without it, and `llmpress doctor` says so.
+PRODUCTS = Extension(
+    "llmpress.nn.kernels.cpu._products",
+    ["src/llmpress/nn/kernels/cpu/products.cpp"],
+    extra_compile_args=["-std=c++17", "-O3", "-g0", "-w", "-ffp-contract=fast", "-fno-math-errno"]
+    + ["-fvisibility=hidden"],
+    py_limited_api=True,
+    optional=True,
+)
+
+setup(
+    cmdclass={"build_py": WithStart},
+    ext_modules=[PRODUCTS],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

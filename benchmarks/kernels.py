@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from llmpress.core.devices import pick_device
 from llmpress.methods.delta_come import DeltaCoMe
+from llmpress.nn.kernels import cpu
 from llmpress.nn.kernels.codebook_grad import codebook_grad
 from llmpress.nn.kernels.codebook_matmul import codebook_matmul, transposed_weight
 from llmpress.nn.kernels.codebook_matmul.reference import codebook_weight
@@ -33,12 +34,6 @@ from llmpress.nn.kernels.delta_matmul import PackedVectors, RowDeltas, TripletGr
 from llmpress.nn.kernels.kmeans import kmeans
 from llmpress.nn.kernels.kmeans.reference import draw_start, kmeans_reference
 from llmpress.nn.kernels.quantized_matmul import quantized_matmul
-from llmpress.nn.kernels.quantized_matmul.cpu import (
-    MOST_ROWS,
-    cpu_product,
-    has_cpu_product,
-    repacked_for_cpu,
-)
 from llmpress.nn.kernels.quantized_matmul.reference import quantized_weight
 from llmpress.nn.packing import code_width, pack
 
@@ -251,7 +246,7 @@ def gradient_cases(x: Tensor, outputs: int) -> Iterator[Case]:
 def quantized_cases(x: Tensor, outputs: int) -> Iterator[Case]:
     """Products with group-quantized weights; ``naive`` unpacks the weight for each call.
 
-    A CPU multiplies few bf16 rows by weights that were packed again: ``repacked``.
+    ``compiled`` is the library for CPUs.
     """
     rows, inputs = x.shape
     groups = -(-inputs // GROUP)
@@ -279,13 +274,10 @@ def quantized_cases(x: Tensor, outputs: int) -> Iterator[Case]:
             2 * rows * inputs * outputs,
         )
         yield case
-        on_cpu = x.device.type == "cpu" and x.dtype == torch.bfloat16 and rows <= MOST_ROWS
-        if on_cpu and has_cpu_product(bits, GROUP, inputs, outputs):
-            repacked = repacked_for_cpu(*stored, bits, GROUP)
+        if x.is_cpu and rows <= cpu.MOST_ROWS and cpu.library() is not None:
             yield case._replace(
-                variant=f"{case.variant} repacked",
-                run=lambda r=repacked: cpu_product(x, r, GROUP),
-                bytes_moved=sum(t.nbytes for t in repacked) + moved,
+                variant=f"{case.variant} compiled",
+                run=lambda s=stored, b=bits: cpu.packed_matmul(x, *s, b, GROUP),
             )
 
 

@@ -294,6 +294,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "src/llmpress/cli": (
         *(*FRONT, "llmpress.cli", "llmpress.planning", "llmpress.methods.base"),
         *("llmpress.data.chats", "llmpress.models.generation"),  # for `generate` alone
+        "llmpress.nn.kernels",  # for `doctor` alone
     ),
     "examples": ("llmpress.methods.base", "llmpress.nn.layers"),  # for a method of one's own
     "workflow/scripts": (*FRONT, "llmpress.report", "llmpress.data"),

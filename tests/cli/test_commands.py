@@ -14,6 +14,7 @@ from llmpress.core.artifacts import read_json, sha256
 from llmpress.deltas.applying import load_delta
 from llmpress.methods.registry import known_methods
 from llmpress.models.loading import load_model, load_tokenizer
+from llmpress.nn.kernels import cpu
 from llmpress.nn.layers.codebook import CodebookLinear
 
 COMMANDS = [
@@ -26,6 +27,7 @@ COMMANDS = [
     ["export"],
     ["finetune"],
     ["methods"],
+    ["doctor"],
     ["plan"],
     ["report"],
     ["delta"],
@@ -85,6 +87,12 @@ def test_methods_lists_all_of_them() -> None:
         assert method["summary"]
         assert all(setting["meaning"] for setting in method["settings"]), method
     assert "vector_size" in llmpress("methods", "cluscomp").out
+
+
+def test_doctor_says_how_products_are_computed() -> None:
+    told = llmpress("doctor", "--json").json
+    assert told["products on a CPU"] == cpu.description()
+    assert told["products on a CPU"] in " ".join(llmpress("doctor").out.split())
 
 
 def test_compress_with_text(tiny_model_folder: Path, text: Path, tmp_path: Path) -> None:

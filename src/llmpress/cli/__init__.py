@@ -15,6 +15,7 @@ from llmpress.cli import (
     compare,
     compress,
     delta,
+    doctor,
     export,
     finetune,
     generate,
@@ -45,6 +46,7 @@ app.command()(export.export)
 app.command()(plan_command.plan)
 app.command()(report_command.report)
 app.command()(methods_command.methods)
+app.command()(doctor.doctor)
 app.add_typer(delta.app, name="delta")
 app.add_typer(hub.app, name="hub")
 

@@ -1,6 +1,7 @@
 """Unpacked weights that layers keep: never stale, never over the limit."""
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,11 +10,19 @@ from tiny_artifacts import Make
 
 from llmpress.core.errors import ConfigError
 from llmpress.models.loading import load_model
+from llmpress.nn.kernels.dispatch import use_backend
 from llmpress.nn.layers import AdaptedLinear, CompressedLinear, DenseStore, dense_bytes, keep_dense
 from llmpress.nn.layers.codebook import CodebookLinear
 from llmpress.nn.layers.dense_store import LIMIT
 from llmpress.nn.layers.low_rank import LowRankLinear
 from llmpress.nn.layers.pivoted_low_rank import PivotedLowRankLinear
+
+
+@pytest.fixture(autouse=True)
+def without_library() -> Iterator[None]:
+    """The compiled library needs no dense weights."""
+    with use_backend("reference"):
+        yield
 
 
 @pytest.fixture

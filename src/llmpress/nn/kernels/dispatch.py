@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: Triton's on a GPU, plain torch elsewhere."""
+"""Which implementation runs: Triton's on a GPU, the compiled one on a CPU, else plain torch."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from llmpress.nn.kernels.cpu import DTYPES, library
 
 Backend = Literal["triton", "reference"]
 
@@ -34,6 +36,11 @@ def uses_triton(x: Tensor) -> bool:
     if _forced is not None:
         return _forced == "triton"
     return x.is_cuda and has_triton()
+
+
+def uses_compiled(x: Tensor) -> bool:
+    """Whether products with ``x`` may come from the library that is compiled for this CPU."""
+    return _forced is None and x.is_cpu and x.dtype in DTYPES and library() is not None
 
 
 @cache

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from llmpress.nn.kernels.dispatch import uses_compiled
 from llmpress.nn.layers.blocked import in_blocks, linear
 from llmpress.nn.layers.dense_store import DENSE
 from llmpress.nn.layers.rebuilt import rebuilt_product
@@ -127,6 +128,19 @@ class CompressedLinear(nn.Module, ABC):
         """Return what `product` multiplies ``x`` by, for `linear`: kept where there is a store."""
         found = self.kept(x, DENSE, self.changing(), self._unpack_weights, self._num_unpacked())
         return self._unpack_weights(product_dtype(x)) if found is None else found
+
+    def computes_packed(self, x: Tensor) -> bool:
+        """Whether to multiply ``x`` by what is stored, with the library compiled for this CPU.
+
+        Only in models that were loaded to be used, and where no gradients are needed: what
+        compresses and trains gives the same with the library and without.
+        """
+        return (
+            self.dense_store is not None
+            and uses_compiled(x)
+            and not (torch.is_grad_enabled() and needs_gradient(x, self.changing()))
+            and not torch.compiler.is_compiling()
+        )
 
     def changing(self) -> list[Tensor]:
         """Return the floats: what tells, at every call, whether the layer is another one.

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmpress.nn.layers.base import CompressedLinear, frozen, rank_allocation
+from llmpress.nn.kernels.cpu import MOST_ROWS, low_rank_matmul
+from llmpress.nn.layers.base import CompressedLinear, as_rows, frozen, rank_allocation
 from llmpress.nn.layers.blocked import linear
 from llmpress.nn.layers.dense_store import DENSE
 
@@ -78,6 +79,8 @@ class LowRankLinear(CompressedLinear):
 
         On a CPU by the dense weight, where that is kept and the factors would take longer.
         """
+        if self.computes_packed(x) and x.numel() <= MOST_ROWS * self.in_features:
+            return self.of_few_rows(as_rows(x)).view(*x.shape[:-1], self.out_features)
         saved = self.num_weights - self.A.numel() - self.B.numel()
         if saved < SMALL_SAVING:
             unpack, numel = self._unpack_weights, self.num_weights
@@ -93,6 +96,10 @@ class LowRankLinear(CompressedLinear):
         """Return ``x Wᵀ``, ``[..., out]``, without forming the dense weight."""
         A, B = self._kept_factors(x)
         return linear(linear(x, B), A)
+
+    def of_few_rows(self, rows: Tensor) -> Tensor:
+        """Return ``x Wᵀ``, ``[M, out]``, with the library compiled for this CPU."""
+        return low_rank_matmul(rows, self.A, self.B)
 
     def _kept_factors(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return ``A`` and ``B`` for `linear`."""

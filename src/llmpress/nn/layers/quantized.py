@@ -8,17 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from llmpress.nn.kernels.cpu import MOST_ROWS, packed_matmul, packed_weight
 from llmpress.nn.kernels.dispatch import uses_triton
 from llmpress.nn.kernels.quantized_matmul import quantized_matmul
-from llmpress.nn.kernels.quantized_matmul.cpu import (
-    MOST_ROWS,
-    cpu_product,
-    has_cpu_product,
-    repacked_for_cpu,
-)
 from llmpress.nn.kernels.quantized_matmul.reference import quantized_weight
-from llmpress.nn.layers.base import CompressedLinear, as_rows, frozen, product_dtype
+from llmpress.nn.layers.base import CompressedLinear, as_rows, frozen
 from llmpress.nn.packing import pack, packed_size
 
 
@@ -95,28 +91,16 @@ class QuantizedLinear(CompressedLinear):
         return self.product(x) if uses_triton(self.codes) else super().rebuilt_product(x)
 
     def product(self, x: Tensor) -> Tensor:
-        """Return ``x Wᵀ``, ``[..., out]``; packed on a GPU, and on a CPU where rows are few."""
-        if uses_triton(x):
-            stored = self.codes, self.scales, self.zero_points
-            y: Tensor = quantized_matmul(as_rows(x), *stored, self.num_bits, self.group_size)
-        elif (repacked := self._repacked_for_cpu(x)) is not None:
-            y = cpu_product(as_rows(x), repacked, self.group_size)
-        else:
+        """Return ``x Wᵀ``, ``[..., out]``, from the packed codes where a kernel does that."""
+        on_cpu = self.scales.dtype == torch.float16 and self.computes_packed(x)
+        if not on_cpu and not uses_triton(x):
             return super().product(x)
+        rows = as_rows(x)
+        stored = self.codes, self.scales, self.zero_points, self.num_bits, self.group_size
+        if not on_cpu:
+            y: Tensor = quantized_matmul(rows, *stored)
+        elif len(rows) <= MOST_ROWS:
+            y = packed_matmul(rows, *stored)
+        else:
+            y = functional.linear(rows, packed_weight(*stored, self.in_features, rows.dtype))
         return y.view(*x.shape[:-1], self.out_features)
-
-    def _repacked_for_cpu(self, x: Tensor) -> tuple[Tensor, ...] | None:
-        """Return what torch's own product with packed weights takes, where it serves ``x``."""
-        shape = self.num_bits, self.group_size, self.in_features, self.out_features
-        if (
-            product_dtype(x) != torch.bfloat16
-            or x.numel() > MOST_ROWS * self.in_features
-            or not has_cpu_product(*shape)
-        ):
-            return None
-        numel = self.num_weights // 4 + 2 * self.scales.numel()
-        return self.kept(x, "packed", self.changing(), self._repack, numel)
-
-    def _repack(self, _: torch.dtype) -> tuple[Tensor, ...]:
-        packed = self.codes, self.scales, self.zero_points
-        return repacked_for_cpu(*packed, self.num_bits, self.group_size)

@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from llmpress.nn.kernels.cpu import MOST_ROWS, sign_matmul, sign_weight
 from llmpress.nn.kernels.dispatch import uses_triton
 from llmpress.nn.kernels.quantized_matmul import quantized_matmul
 from llmpress.nn.layers.base import CompressedLinear, as_rows, frozen
@@ -39,10 +41,12 @@ class SignLinear(CompressedLinear):
         return {}
 
     def product(self, x: Tensor) -> Tensor:
-        """Return ``x Wᵀ``, ``[..., out]``; on a GPU from the packed signs.
+        """Return ``x Wᵀ``, ``[..., out]``, from the packed signs where a kernel does that.
 
         A sign is ``2 · bit - 1``: two products with the bits, less the sum of the inputs, in fp32.
         """
+        if self.computes_packed(x):
+            return self._computed_packed(x)
         if not uses_triton(x):
             return super().product(x)
         rows = as_rows(x).float()
@@ -51,6 +55,15 @@ class SignLinear(CompressedLinear):
         bits: Tensor = quantized_matmul(rows, self.signs, twice, zeros, 1, self.in_features)
         y = (bits - rows.sum(dim=1, keepdim=True)) * self.scale
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _computed_packed(self, x: Tensor) -> Tensor:
+        rows, scale, out = as_rows(x), float(self.scale), self.out_features
+        if len(rows) <= MOST_ROWS:
+            y = sign_matmul(rows, self.signs, scale, out)
+        else:
+            weight = sign_weight(self.signs, scale, out, self.in_features, rows.dtype)
+            y = functional.linear(rows, weight)
+        return y.view(*x.shape[:-1], out)
 
     def dequantize(self) -> Tensor:
         """Return ``scale · (±1)`` as fp32 ``[out, in]``."""
