@@ -14,13 +14,14 @@ class WithStart(build_py):
         self.copy_file("llmpress.pth", installed if self.editable_mode else self.build_lib)
 
 
+MATHS = ["-ffp-contract=fast", "-fno-math-errno"]
+
 # A plain C library that ctypes loads: it needs neither Python's nor torch's headers. Where there is
 # no compiler, llmpress is installed without it, and `llmpress doctor` says so.
 PRODUCTS = Extension(
     "llmpress.nn.kernels.cpu._products",
     ["src/llmpress/nn/kernels/cpu/products.cpp"],
-    extra_compile_args=["-std=c++17", "-O3", "-g0", "-w", "-ffp-contract=fast", "-fno-math-errno"]
-    + ["-fvisibility=hidden"],
+    extra_compile_args=["-std=c++17", "-O3", "-g0", "-w", "-fvisibility=hidden", *MATHS],
     py_limited_api=True,
     optional=True,
 )
