@@ -1,5 +1,6 @@
 """Every command does what it says, for people and for scripts."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -207,8 +208,22 @@ def test_compare_a_model_with_itself_and_with_less(
     assert lost["original_perplexity"] == same["original_perplexity"]
     assert lost["other_perplexity"] != same["original_perplexity"]
     assert lost["top1_agreement"] < 1
+    assert lost["loss_difference_nats"] == pytest.approx(
+        math.log(lost["other_perplexity"] / lost["original_perplexity"])
+    )
+    for key in ("loss_difference_stderr_nats", "kl_divergence_stderr_nats"):
+        assert lost[key] > 0
     assert less["other_size"]["ratio"] > less["original_size"]["ratio"]
-    assert "KL, nats" in llmpress(*command, compressed("rtn"), *options[:-1]).out
+    shown = llmpress(*command, compressed("rtn"), *options[:-1]).out
+    assert shown.count(" ± ") == 3
+    assert "KL, nats" in shown
+
+
+def test_one_window_has_no_error(tiny_model_folder: Path, compressed: Make, text: Path) -> None:
+    command = ["compare", tiny_model_folder, compressed("rtn"), "--text", text, "--windows", 1]
+    found = llmpress(*command, "--length", 64, "--json").json["texts"][text.name]
+    assert found["kl_divergence_stderr_nats"] is None
+    assert "±" not in llmpress(*command, "--length", 64).out
 
 
 def test_a_delta_from_two_models_to_one(

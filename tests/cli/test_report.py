@@ -49,7 +49,8 @@ def test_one_run_is_a_page_and_a_table(tmp_path: Path) -> None:
     page = out.read_text()
     assert "No other run fits." in page
     assert "alone has no details file" in page
-    assert "alone,measured,on the Pareto front,compressed" in (tmp_path / "page.csv").read_text()
+    table = (tmp_path / "page.csv").read_text()
+    assert "\nalone,measured,on the Pareto front,,12.5,compressed," in table
 
 
 def test_an_existing_page_stays(tmp_path: Path) -> None:

@@ -150,3 +150,13 @@ def browser() -> Iterator[Page]:
         finally:
             process.terminate()
             process.wait(timeout=20)
+
+
+if __name__ == "__main__":  # the README's picture: results/report.html docs/images/report.png
+    import sys
+
+    source, target = (Path(argument).resolve() for argument in sys.argv[1:])
+    with browser() as page:
+        page.open(source, width=1400)
+        whole = page.call("Page.captureScreenshot", captureBeyondViewport=False)
+        target.write_bytes(base64.b64decode(whole["data"]))

@@ -130,6 +130,8 @@ def test_the_table_beside_the_page_names_states_and_places(bare: Project, tmp_pa
     assert dict(table["state"])["broken"] == "broken"
     assert table.loc["bad", "place"] == "not as good as good"
     assert table.loc["good", "place"] == "on the Pareto front"
+    assert table.loc["good", "measured"] == "2026-11-22"
+    assert float(table.loc["good", "megabytes"]) == 50
 
 
 def test_what_is_broken_is_no_rival_on_the_front(bare: Project) -> None:

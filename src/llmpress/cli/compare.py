@@ -26,13 +26,15 @@ def compare(
     """Compare two models on the same text: size, perplexity, divergence, agreement.
 
     KL is the mean divergence of OTHER's next-token distribution from ORIGINAL's, in nats; top-1 is
-    the share of positions where both find the same token most probable. Computed in fp32.
+    the share of positions where both find the same token most probable. The loss is OTHER's less
+    ORIGINAL's, in pairs of windows. ± is one standard error over windows. Computed in fp32.
     """
     import dataclasses
 
     from llmpress import compare_models, fetch_model
     from llmpress.cli.options import quiet
     from llmpress.cli.output import bytes_text, print_json, print_table
+    from llmpress.evaluation.uncertainty import with_error
 
     quiet()
     result = compare_models(
@@ -69,11 +71,20 @@ def compare(
             name,
             f"{row.original_perplexity:.4g}",
             f"{row.other_perplexity:.4g}",
-            f"{row.kl_divergence_nats:.4g}",
-            f"{100 * row.top1_agreement:.1f}",
+            with_error(row.loss_difference_nats, row.loss_difference_stderr_nats, "+"),
+            with_error(row.kl_divergence_nats, row.kl_divergence_stderr_nats),
+            with_error(100 * row.top1_agreement, 100 * (row.top1_agreement_stderr or 0)),
             f"{row.num_tokens:,}",
         ]
         for name, row in result.texts.items()
     ]
-    headings = ["text", "perplexity", "of OTHER", "KL, nats", "top-1, %", "tokens scored"]
+    headings = [
+        "text",
+        "perplexity",
+        "of OTHER",
+        "loss, nats",
+        "KL, nats",
+        "top-1, %",
+        "tokens scored",
+    ]
     print_table(f"Quality, {windows} windows of {length} tokens", headings, rows)

@@ -1,5 +1,6 @@
 """Two models on the same text: what one of them lost against the other."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,11 @@ import torch
 from llmpress.core.devices import pick_device
 from llmpress.data.corpora import Text
 from llmpress.deltas.applying import load_delta
+from llmpress.evaluation.likelihood import Likelihood
 from llmpress.evaluation.metrics import Size
 from llmpress.evaluation.reference import run_original
 from llmpress.evaluation.sizes import compressed_size, delta_size, model_size
+from llmpress.evaluation.uncertainty import paired_difference, standard_error
 from llmpress.models.checkpoints.dense_view import layer_records
 from llmpress.models.folders import model_folder
 from llmpress.models.loading import dequantized, load_model
@@ -24,15 +27,23 @@ class TextComparison:
     Attributes:
         original_perplexity: Of the model compared with.
         other_perplexity: Of the other one.
+        loss_difference_nats: Mean loss of the other one per prediction, less the original's.
+        loss_difference_stderr_nats: Its standard error over windows, in pairs; None for one window.
         kl_divergence_nats: Mean ``KL(original || other)`` per prediction.
+        kl_divergence_stderr_nats: Its standard error over windows; None for one window.
         top1_agreement: Share of predictions with the same most probable token.
+        top1_agreement_stderr: Its standard error over windows; None for one window.
         num_tokens: Predictions scored.
     """
 
     original_perplexity: float
     other_perplexity: float
+    loss_difference_nats: float
+    loss_difference_stderr_nats: float | None
     kl_divergence_nats: float
+    kl_divergence_stderr_nats: float | None
     top1_agreement: float
+    top1_agreement_stderr: float | None
     num_tokens: int
 
 
@@ -84,17 +95,31 @@ def compare_models(
     if delta is not None:
         model = load_delta(model, delta)
     results = {
-        name: TextComparison(
-            reference.likelihoods[name].perplexity,
-            ours.perplexity,
-            ours.kl_divergence_nats,
-            ours.top1_agreement,
-            ours.num_tokens,
-        )
+        name: _compare(reference.likelihoods[name], ours)
         for name, ours in reference.compare(dequantized(model)).items()
     }
     size = delta_size(Path(delta)) if delta is not None else folder_size(other)
     return Comparison(folder_size(original), size, results)
+
+
+def _compare(original: Likelihood, other: Likelihood) -> TextComparison:
+    means = other.by_window()
+    loss = paired_difference(original.by_window()["loss_nats"], means["loss_nats"])
+    return TextComparison(
+        original_perplexity=original.perplexity,
+        other_perplexity=other.perplexity,
+        loss_difference_nats=loss.mean,
+        loss_difference_stderr_nats=_known(loss.stderr),
+        kl_divergence_nats=other.kl_divergence_nats,
+        kl_divergence_stderr_nats=_known(standard_error(means["kl_divergence_nats"])),
+        top1_agreement=other.top1_agreement,
+        top1_agreement_stderr=_known(standard_error(means["top1_agreement"])),
+        num_tokens=other.num_tokens,
+    )
+
+
+def _known(error: float) -> float | None:
+    return None if math.isnan(error) else error
 
 
 def folder_size(folder: Path) -> Size:

@@ -58,3 +58,17 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Differ
 def distinguishable(first: Sequence[float], second: Sequence[float], level: float = 0.95) -> bool:
     """Tell whether two results on the same windows or items differ by more than chance."""
     return paired_difference(first, second).is_distinguishable(level)
+
+
+def with_error(value: float, error: float | None, sign: str = "") -> str:
+    """Return ``0.341 ± 0.029``: two digits of the error, as many decimals of both.
+
+    Args:
+        value: The number.
+        error: Its standard error; None or 0 for a number alone.
+        sign: ``+`` to show the sign of any number.
+    """
+    if not error:
+        return f"{value:{sign}.4g}".replace("-", "−")
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:{sign},.{digits}f} ± {error:,.{digits}f}".replace("-", "−")

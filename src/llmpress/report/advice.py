@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from llmpress.evaluation.uncertainty import Difference
+from llmpress.evaluation.uncertainty import Difference, with_error
 from llmpress.report.comparison import Pairs, is_finite
 from llmpress.report.groups import Group
-from llmpress.report.measures import MEAN_KL, SIZES, Row, shorten, significant, with_error
+from llmpress.report.measures import MEAN_KL, SIZES, Row, shorten, significant
 
 MOST_BUDGETS = 4
 DISK = next(size for size in SIZES if size.column == "model_bytes")

@@ -45,6 +45,12 @@ def date(results: Results) -> str:
     return max(dates, default="date unknown").replace("T", " ").replace("+00:00", " UTC")
 
 
+def measured_on(result: Result) -> str:
+    """Return the day of its evaluation; empty where it is not recorded."""
+    record = (result.details.get("provenance") or {}).get("evaluation") or {}
+    return str(record.get("created") or "").partition("T")[0]
+
+
 def hardware(results: Results) -> list[str]:
     """Return every machine of the results, as ``Xeon, 2 cores, 1 or 2 threads, no GPU``."""
     threads: dict[tuple[str, str], dict[str, None]] = {}

@@ -90,6 +90,8 @@ def rows_of_runs(results: Results, summary: pd.DataFrame) -> pd.DataFrame:
     frame = summary.copy()
     frame.insert(1, "state", states)
     frame.insert(2, "place", said)
+    frame.insert(3, "measured", [context.measured_on(result) for result in results.found])
+    frame.insert(4, "megabytes", frame["model_bytes"] / 1e6)
     return frame.reindex(range(len(frame) + len(results.missing))).assign(
         name=[*summary["name"], *results.missing],
         state=[*states, *["missing"] * len(results.missing)],

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from llmpress.evaluation.uncertainty import with_error
+
 NO_VALUE = "—"
 BROKEN = "broken"
 KL, SAME, ACCURACY = "KL divergence, nats", "Same next token, %", "Task accuracy, %"
@@ -97,18 +99,6 @@ def significant(value: float) -> str:
     if not 1e-3 <= abs(value) < 1e6:
         return f"{value:.3g}"
     return f"{value:.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
-
-
-def with_error(value: float, error: float, sign: str = "") -> str:
-    """Return a number and its standard error: two digits of the error, as many decimals of both.
-
-    Args:
-        value: The number.
-        error: Its standard error, positive.
-        sign: ``+`` to show the sign of any number.
-    """
-    digits = max(0, 1 - math.floor(math.log10(error)))
-    return f"{value:{sign},.{digits}f} ± {error:,.{digits}f}".replace("-", "−")
 
 
 def percent(value: float) -> str:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from llmpress.evaluation.uncertainty import Difference
+from llmpress.evaluation.uncertainty import Difference, with_error
 from llmpress.report import allocation
 from llmpress.report.comparison import Pairs
 from llmpress.report.context import provenance
@@ -22,7 +22,6 @@ from llmpress.report.measures import (
     Row,
     decimals,
     significant,
-    with_error,
 )
 from llmpress.report.tables import KIND_LABELS, Result, Results
 
