@@ -41,6 +41,7 @@ WRITERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "make_reference": (("model",), {"text": TEXT, **FEW}),
     "export_dense": (("packed",), {}),
     "export_factors": (("low_rank",), {}),
+    "export_packed": (("grouped",), {}),
     "export_adapter": (("small_delta",), {}),
 }
 TAKE_SETTINGS = ("compress_model", "finetune_model", "train_model", "compress_delta")
@@ -69,6 +70,7 @@ def folders(
         "finetuned": tiny_finetuned_folder,
         "packed": compressed("cluscomp"),
         "low_rank": compressed("svd"),
+        "grouped": compressed("rtn"),
         "delta": tiny_delta,
         "small_delta": compressed_delta,
     }

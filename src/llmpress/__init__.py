@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from llmpress.export.dense import export_dense
     from llmpress.export.factors import export_factors
     from llmpress.export.hub import fetch_artifact, push_artifact
+    from llmpress.export.packed import export_packed
     from llmpress.methods.registry import build_method, known_methods, method_class
     from llmpress.models.loading import dequantized, load_model, load_tokenizer
     from llmpress.nn.layers import dense_bytes
@@ -57,6 +58,7 @@ _WHERE = {
     "export_adapter": "llmpress.export.adapter",
     "export_dense": "llmpress.export.dense",
     "export_factors": "llmpress.export.factors",
+    "export_packed": "llmpress.export.packed",
     "extract_delta": "llmpress.deltas.extraction",
     "fetch_artifact": "llmpress.export.hub",
     "fetch_model": "llmpress.data.sources.pretrained",
@@ -88,6 +90,7 @@ __all__ = [
     "export_adapter",
     "export_dense",
     "export_factors",
+    "export_packed",
     "extract_delta",
     "fetch_artifact",
     "fetch_model",

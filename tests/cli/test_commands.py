@@ -261,4 +261,4 @@ def test_export_dense(compressed: Make, tmp_path: Path) -> None:
     assert done.json["dtype"] == "float16"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto")
     assert model.dtype == torch.float16
-    assert "--dense" in llmpress("export", compressed("svd"), "-o", tmp_path / "x").error
+    assert "--format" in llmpress("export", compressed("svd"), "-o", tmp_path / "x").error

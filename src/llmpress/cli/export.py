@@ -20,37 +20,63 @@ class Dtype(StrEnum):
 DtypeOption = Annotated[Dtype, typer.Option(help="What floats are stored in.")]
 
 
+class Format(StrEnum):
+    """What an export is written as."""
+
+    dense = "dense"
+    factors = "factors"
+    compressed_tensors = "compressed-tensors"
+
+
 def export(
     model: Model,
     out: Out,
-    dense: Annotated[bool, typer.Option("--dense", help="Dense weights.")] = False,
+    format: Annotated[  # noqa: A002  # an option's name
+        Format | None, typer.Option("--format", help="What is written, see below.")
+    ] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="As --format dense.")] = False,
     factors: Annotated[
         bool,
-        typer.Option("--factors", help="Of a low-rank model, two plain linears for each matrix."),
+        typer.Option("--factors", help="As --format factors."),
     ] = False,
-    dtype: DtypeOption = Dtype.bfloat16,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            help="What floats are stored in; by default bfloat16, for compressed-tensors float16, "
+            "which its scales have."
+        ),
+    ] = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the model that a compressed one stands for, for tools that know nothing of llmpress.
 
-    --dense: a plain Hugging Face folder, as large as the original and as good as the compressed
-    model. --factors: tensors NAME.0.weight and NAME.1.weight of two linears in a row for each
-    low-rank matrix, to be loaded where NAME has become nn.Sequential of two nn.Linear.
+    dense: a plain Hugging Face folder, as large as the original and as good as the compressed
+    model. factors: of a low-rank model, tensors NAME.0.weight and NAME.1.weight of two linears in a
+    row for each matrix, to be loaded where NAME has become nn.Sequential of two nn.Linear.
+    compressed-tensors: of rtn and gptq at 4 and 8 bits, the same integers as vLLM and SGLang run
+    them.
     """
-    from llmpress import export_dense, export_factors, fetch_model
+    from llmpress import export_dense, export_factors, export_packed, fetch_model
     from llmpress.cli.options import quiet
     from llmpress.core.artifacts import free_place
     from llmpress.core.errors import ConfigError
 
-    if dense == factors:
+    flags = [Format.dense] * dense + [Format.factors] * factors
+    asked = flags if format is None else [*flags, format]
+    if len(asked) != 1:
         raise ConfigError(
-            "export: say --dense (as large as the original model) or --factors (two linears for "
-            "each low-rank matrix)"
+            "export: say one of --format dense (as large as the original model), factors (two "
+            "linears for each low-rank matrix) and compressed-tensors (integers of 4 or 8 bits)"
         )
     quiet()
     free_place(out, force=force)
-    write = export_dense if dense else export_factors
+    write, usual = {
+        Format.dense: (export_dense, Dtype.bfloat16),
+        Format.factors: (export_factors, Dtype.bfloat16),
+        Format.compressed_tensors: (export_packed, Dtype.float16),
+    }[asked[0]]
+    dtype = dtype or usual
     write(fetch_model(model), out=out, dtype=dtype.value, force=force)
     print_exported(out, dtype, as_json=as_json)
 
