@@ -19,16 +19,14 @@ import torch
 import typer.main
 import yaml
 from method_examples import example_layers
-from tiny_models import library_text
 from transformers import LlamaForCausalLM
 
 import llmpress
 from llmpress import methods
 from llmpress.cli import app
 from llmpress.compression.stage import compress_model
-from llmpress.core.artifacts import artifact_folder, read_json
+from llmpress.core.artifacts import read_json
 from llmpress.core.records import BlockRecord, LayerRecord
-from llmpress.data.corpora import split_documents, write_text
 from llmpress.methods.registry import build_method, known_methods, method_class
 from llmpress.nn.layers import KINDS
 from llmpress.training.settings import FinetuningSettings
@@ -128,32 +126,6 @@ def test_every_example_is_short_and_tested() -> None:
     examples = sorted(EXAMPLES.glob("*.py"))
     assert [path.stem for path in examples if f'"{path.stem}"' not in tests] == []
     assert [path.name for path in examples if len(path.read_text().splitlines()) >= 60] == []
-
-
-@pytest.fixture
-def default_run(
-    tiny_model_folder: Path,
-    compressed_delta: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """What the pages suppose to be there, of the tiny model."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_model_folder, "data/models/smollm2")
-    shutil.copytree(compressed_delta, "data/compressed/delta-come")
-    corpus = Path("data/corpora/wikipedia")
-    with artifact_folder(corpus, stage="fetch_corpus", settings={}, inputs={}) as folder:
-        write_text(folder, split_documents(library_text(("asyncio", "xml", "http", "email")), 0))
-
-
-@pytest.mark.usefixtures("default_run")
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
-def test_python_of_the_pages_runs(page: str) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    assert "llmpress.compress_model(" in blocks[0]
-    for block in blocks:
-        exec(compile(block, page, "exec"), {})
-    assert read_json(next(Path().glob("*/layers.json")))["totals"]["bits_per_weight"] < 4
 
 
 def rows(page: Path, heading: str) -> dict[str, list[str]]:

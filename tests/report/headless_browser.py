@@ -157,6 +157,6 @@ if __name__ == "__main__":  # the README's picture: results/report.html docs/ima
 
     source, target = (Path(argument).resolve() for argument in sys.argv[1:])
     with browser() as page:
-        page.open(source, width=1400)
+        page.open(source, width=1400, height=980)
         whole = page.call("Page.captureScreenshot", captureBeyondViewport=False)
         target.write_bytes(base64.b64decode(whole["data"]))

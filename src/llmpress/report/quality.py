@@ -57,7 +57,7 @@ def quality_figure(
     drawn, note = _drawable(group, size, measure, pairs)
     front = [run for run in drawn if not run.place.better]
     ends, log_size = _range([run.x for run in drawn])
-    figure = new_figure(size.label, measure.title, log_y=measure.log, height=430)
+    figure = new_figure(size.label, measure.title, log_y=measure.log, height=370)
     figure["layout"]["xaxis"] |= (
         {"type": "log", "tickformat": ".3~g", "range": [math.log10(end) for end in ends]}
         if log_size
