@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_artifacts import content
+import yaml
+from tiny_artifacts import content, without_times
 
+import llmpress
 from llmpress.core.artifacts import verify
 
 pytestmark = pytest.mark.slow
@@ -35,6 +37,10 @@ COMMANDS: dict[str, list[str]] = {  # of the second of two settings the older ar
     "compress delta": ["delta", "compress", "delta", "-m", "svd", "-s", "rank={4|8}"],
     "apply": ["delta", "apply", "model", "small", "--dtype", "{float32|float16}"],
     "export": ["export", "packed", "--dense", "--dtype", "{float32|float16}"],
+    "adapters": [
+        *("finetune", "model", "--trains", "lora", "--text", "text.txt", *STEPS),
+        *("--steps", "{3|1}", "--lr", "1e-3"),
+    ],
     "finetune": [
         *("finetune", "packed", "--original", "model", "--text", "text.txt", *STEPS),
         *("--steps", "{3|1}", "--lr", "1e-3"),
@@ -44,10 +50,11 @@ COMMANDS: dict[str, list[str]] = {  # of the second of two settings the older ar
 # Imports everything once; for each line it is sent it runs a command in a process of its own, with
 # an accident: a signal after some seconds, a limit of files' sizes, or an n-th write that fails.
 SERVER = """
-import errno, json, os, resource, signal, sys, time, traceback
+import errno, json, os, resource, runpy, signal, sys, time, traceback
 import accelerate, torch, faiss, transformers.models.llama.modeling_llama, safetensors.torch
 import llmpress.methods.cluscomp, llmpress.training.stage, llmpress.export.dense
 import llmpress.compression.stage, llmpress.deltas.compression, llmpress.core.artifacts
+import llmpress.evaluation.stage, llmpress.evaluation.tasks, peft
 from llmpress.cli import main
 
 class Writes:
@@ -81,10 +88,11 @@ def run(folder, arguments, log, failing, limit):
     if limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    sys.argv = ["llmpress", *arguments]
+    script = arguments[0].endswith(".py")
+    sys.argv = arguments if script else ["llmpress", *arguments]
     code = 0
     try:
-        main()
+        runpy.run_path(arguments[0], run_name="__main__") if script else main()
     except SystemExit as end:
         code = end.code or 0
     if failing is not None and writes.count < failing:
@@ -260,3 +268,53 @@ def test_no_file_may_be_larger(case: Case, limit: int) -> None:
     assert status == 0 or one_error(said), said
     assert {path.name for path in case.out.parent.iterdir()} <= {"out", ".out.unfinished"}
     case.check()
+
+
+@pytest.fixture(scope="module")
+def evaluation(world: World) -> list[str]:
+    """A project with one run, and the arguments that evaluate it."""
+    data = world.folder / "data"
+    shutil.copytree(world.folder / "model", data / "models/tiny")
+    shutil.copytree(world.folder / "packed", data / "compressed/small")
+    settings = {"windows": 2, "length": 64, "dtype": "float32"}
+    llmpress.make_reference(
+        data / "models/tiny", text=[world.folder / "text.txt"], out=data / "references/tiny",
+        **settings,
+    )  # fmt: skip
+    evaluation = {"models": ["tiny"], "corpora": ["text"], "sample_tokens": 4, **settings}
+    evaluation |= {"task_dtype": "float32", "split": "test"}
+    run = {"model": "tiny", "method": "cluscomp", "settings": {}}
+    params = {"runs": {"small": run}, "evaluation": {**evaluation, "tasks": {}}}
+    (world.folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    return [str(Path(__file__).parents[1] / "workflow/scripts/evaluate.py"), "small"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "term"])
+def test_an_evaluation_ended_anywhere_leaves_whole_numbers(
+    world: World, evaluation: list[str], number: signal.Signals
+) -> None:
+    results = world.folder / "results"
+
+    def found() -> dict[str, Any]:
+        files = [path for path in results.rglob("*") if path.is_file()]
+        read = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in files}
+        assert len(read) == len(files)
+        return {name: without_times(record) for name, record in read.items()}
+
+    status, said, seconds = world(evaluation)
+    assert status == 0, said
+    whole = found()
+    assert whole.keys() == {"metrics", "details"}
+    draw = random.Random(f"{number}")
+    for trial in range(TRIALS):
+        if trial % 2:
+            shutil.rmtree(results)
+        status, said, _ = world(evaluation, signal=number, seconds=draw.uniform(0, seconds))
+        if number == signal.SIGTERM and status not in (0, -number):
+            assert status == 128 + number, said
+            assert one_error(said), said
+        left = found()
+        assert left.items() <= whole.items()
+        status, said, _ = world(evaluation)
+        assert status == 0, said
+        assert found() == whole

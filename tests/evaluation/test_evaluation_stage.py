@@ -7,9 +7,9 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-from tiny_project import evaluated
+from tiny_project import CHOICE_TASK, choice_rows, evaluated, write_task
 
-from llmpress.core.errors import ArtifactError, SourceError
+from llmpress.core.errors import ArtifactError, ConfigError, SourceError
 from llmpress.evaluation.metrics import Details, Metrics
 from llmpress.evaluation.reference import make_reference
 
@@ -36,6 +36,18 @@ def test_a_model_is_its_own_original() -> None:
     }
     for name, answers in details.answers.items():
         assert fmean(answers) == pytest.approx(metrics.quality.tasks[name].accuracy)
+
+
+@pytest.mark.usefixtures("project")
+def test_tasks_of_one_name_in_two_folders_are_two() -> None:
+    tasks = {"choice": 3, "../../other/choice": 5}
+    write_task(Path("other/choice"), CHOICE_TASK, choice_rows())
+    metrics, details = evaluated("tiny", tasks=tasks)
+    asked = {name: task.num_items for name, task in metrics.quality.tasks.items()}
+    assert asked == {"tasks/choice": 3, "other/choice": 5}
+    assert {name: len(answers) for name, answers in details.answers.items()} == asked
+    with pytest.raises(ConfigError, match="twice"):
+        evaluated("tiny", tasks={"choice": 3, "./../tasks/../tasks/choice/.": 5})
 
 
 @pytest.mark.usefixtures("project")

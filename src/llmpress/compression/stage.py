@@ -24,7 +24,7 @@ from llmpress.models.architectures import WORTH_SAYING, left_out
 from llmpress.models.checkpoints.compressed import is_compressed
 from llmpress.models.checkpoints.files import Checkpoint
 from llmpress.models.folders import model_folder
-from llmpress.models.loading import skeleton
+from llmpress.models.loading import check_complete, skeleton
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,12 @@ def compress_model(
                 check_calibration(known, fingerprint(model), model.name)
             plain = skeleton(checkpoint)
             blocks = model_shapes(plain)
-            _check_weights(checkpoint, blocks)
+            if not any(blocks):
+                raise SourceError(
+                    f"{model}: {checkpoint.config.model_type} has no linear layer inside its "
+                    "decoder blocks (nn.Linear), so there is nothing to compress"
+                )
+            check_complete(checkpoint, plain)
             _warn_of_rest(blocks, left_out(plain))
             model_weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
             layers = compress_layers(
@@ -123,6 +128,7 @@ def compress_model(
                 store=store,
             )
             write_compressed_model(checkpoint, layers, model_weights, folder)
+            check_complete(Checkpoint(folder))
     return out
 
 
@@ -136,23 +142,3 @@ def _warn_of_rest(blocks: list[dict[str, Shape]], rest: Mapping[str, int]) -> No
             100 * kept / (compressed + kept),
             ", ".join(sorted(rest, key=lambda name: -rest[name])[:5]),
         )
-
-
-def _check_weights(checkpoint: Checkpoint, blocks: list[dict[str, Shape]]) -> None:
-    """Refuse a checkpoint that lacks a layer, before anything is computed."""
-    if not any(blocks):
-        raise SourceError(
-            f"{checkpoint.folder}: {checkpoint.config.model_type} has no linear layer inside its "
-            "decoder blocks (nn.Linear), so there is nothing to compress"
-        )
-    stored = set(checkpoint.names())
-    for name, shape in (item for block in blocks for item in block.items()):
-        if f"{name}.weight" not in stored:
-            raise ArtifactError(
-                f"{checkpoint.folder}: holds no tensor '{name}.weight'; fetch the model again"
-            )
-        if (found := checkpoint.shape(f"{name}.weight")) != tuple(shape):
-            raise ArtifactError(
-                f"{checkpoint.folder}: {name}.weight is {list(found)}, its configuration needs "
-                f"{list(shape)}; fetch the model again"
-            )

@@ -4,6 +4,7 @@ A corpus folder holds one UTF-8 text file per split. Documents are separated by 
 record separator character (U+001E), because blank lines occur inside documents.
 """
 
+import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -194,7 +195,7 @@ def named_texts(text: str | Path | Sequence[str | Path]) -> dict[str, Path | lis
     named: dict[str, Path | list[str]] = {}
     for item in given:
         if isinstance(item, Path):
-            named[_name(item, places)] = item
+            named[name_among(item, places)] = item
             continue
         if len(item) < 1000 and "\n" not in item and Path(item).exists():
             raise ConfigError(f"text: {item!r} is a place, not a text: write Path({item!r})")
@@ -205,12 +206,20 @@ def named_texts(text: str | Path | Sequence[str | Path]) -> dict[str, Path | lis
     return named
 
 
-def _name(place: Path, places: Sequence[Path]) -> str:
-    others = [other.absolute().parts for other in places]
-    parts = place.absolute().parts
+def name_among(place: Path, places: Sequence[Path]) -> str:
+    """Return as much of a path's end as tells it from the others.
+
+    Raises:
+        ConfigError: It is among them twice.
+    """
+
+    def whole(path: Path) -> tuple[str, ...]:
+        return Path(os.path.normpath(path.absolute())).parts  # links keep their own names
+
+    others, parts = [whole(other) for other in places], whole(place)
     others.remove(parts)
     if parts in others:
-        raise ConfigError(f"text: {place} is named twice; name it once")
+        raise ConfigError(f"{place}: is named twice; name it once")
     size = 1
     while any(other[-size:] == parts[-size:] for other in others):
         size += 1

@@ -16,7 +16,7 @@ from llmpress.core.devices import pick_device, pick_dtype
 from llmpress.core.environment import hardware, packages, peak_memory_bytes
 from llmpress.core.errors import ConfigError
 from llmpress.core.records import DENSE
-from llmpress.data.corpora import Text
+from llmpress.data.corpora import Text, name_among
 from llmpress.evaluation import metrics
 from llmpress.evaluation.likelihood import Likelihood
 from llmpress.evaluation.reference import read_reference, run_original
@@ -97,8 +97,9 @@ def evaluate_model(
     made_in = cost(subject.folder)
     size = SIZES[subject.kind](subject.folder, subject.original_folder)
     given = tasks if isinstance(tasks, Mapping) else dict.fromkeys(tasks)
-    folders = {Path(folder).name: Path(folder) for folder in given}
-    items = {Path(folder).name: number for folder, number in given.items()}
+    places = {Path(folder): number for folder, number in given.items()}
+    folders = {name_among(place, list(places)): place for place in places}
+    items = {name: places[place] for name, place in folders.items()}
     for folder in folders.values():
         read_task(folder)  # what is missing is named before anything is computed
     tokenizer = subject.tokenizer()

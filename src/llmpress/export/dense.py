@@ -11,9 +11,10 @@ from llmpress.export.older import name_older_tokenizer, with_older_names
 from llmpress.models.checkpoints.compressed import model_config
 from llmpress.models.checkpoints.delta_files import DeltaFolder
 from llmpress.models.checkpoints.dense_view import dense_checkpoint
-from llmpress.models.checkpoints.files import CheckpointWriter, copy_companions
+from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter, copy_companions
 from llmpress.models.checkpoints.finetuned_view import FinetunedCheckpoint
 from llmpress.models.folders import model_folder
+from llmpress.models.loading import check_complete
 
 
 def export_dense(
@@ -64,4 +65,5 @@ def export_dense(
         write_json(folder / "config.json", with_older_names(model_config(dense, dtype)))
         copy_companions(Path(tokenizer) if tokenizer else source.folder, folder)
         name_older_tokenizer(folder)
+        check_complete(Checkpoint(folder))
     return out

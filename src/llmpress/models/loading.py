@@ -1,5 +1,6 @@
 """Open plain and compressed models and their tokenizers through transformers."""
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,33 @@ def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     model = checkpoint.skeleton()
     insert_layers(model, compressed_layers(checkpoint))
     return model
+
+
+def check_complete(checkpoint: Checkpoint, model: PreTrainedModel | None = None) -> None:
+    """Check by names and shapes that a model can be opened; no tensor is read.
+
+    Args:
+        checkpoint: The model.
+        model: Its `skeleton`, where that is at hand.
+
+    Raises:
+        ArtifactError: A tensor is missing or of another shape.
+    """
+    model, names = model or skeleton(checkpoint), set(checkpoint.names())
+    known: Any = model
+    optional = "|".join(known._keys_to_ignore_on_load_missing or ()) or "$^"
+    tied = known.all_tied_weights_keys or {}
+    for name, place in sorted(model.state_dict().items()):
+        if name not in names:
+            if name not in tied and not re.search(optional, name):
+                raise ArtifactError(
+                    f"{checkpoint.folder}: holds no tensor {name!r}; fetch the model again"
+                )
+        elif (found := checkpoint.shape(name)) != tuple(place.shape):
+            raise ArtifactError(
+                f"{checkpoint.folder}: {name} is {list(found)}, its configuration needs "
+                f"{list(place.shape)}; fetch the model again"
+            )
 
 
 def load_model(

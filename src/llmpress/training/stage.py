@@ -27,7 +27,7 @@ from llmpress.models.checkpoints.delta_files import DeltaFolder, DeltaWriter
 from llmpress.models.checkpoints.dense_view import layer_records
 from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter, copy_companions
 from llmpress.models.folders import model_folder
-from llmpress.models.loading import load_model, load_tokenizer
+from llmpress.models.loading import check_complete, load_model, load_tokenizer
 from llmpress.training.adapters import (
     STORED_DTYPE,
     add_adapters,
@@ -284,6 +284,7 @@ def _begin_compressed(start: Path, settings: FinetuningSettings, device: torch.d
         shutil.copyfile(start / "config.json", folder / "config.json")
         copy_companions(start, folder)
         write_records(folder, finetuned)
+        check_complete(Checkpoint(folder))
 
     dtypes = {name: checkpoint.tensor(name).dtype for name in parameters}
     return _Begun(model, parameters, dtypes, records.totals.model_weights, save)

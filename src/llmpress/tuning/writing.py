@@ -10,6 +10,7 @@ from llmpress.core.records import BlockRecord, write_records
 from llmpress.models.checkpoints.compressed import compressed_layers
 from llmpress.models.checkpoints.dense_view import layer_records
 from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter, copy_companions
+from llmpress.models.loading import check_complete
 
 
 def rewrite_model(
@@ -39,3 +40,4 @@ def rewrite_model(
     copy_companions(compressed.folder, folder)
     if records := layer_records(compressed.folder):
         write_records(folder, records.finetuned(block_records))
+    check_complete(Checkpoint(folder))
