@@ -1,4 +1,4 @@
-# make report | quick | test | test-gpu | gpu-session | bench | quality | removal | deltas | peers | check | docs | lock | clean: each makes .venv first when it is missing or out of date.
+# make report | quick | test | test-gpu | gpu-session | bench | study | removal | deltas | peers | check | docs | lock | clean: each makes .venv first when it is missing or out of date.
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Without compiled modules beside them every job compiles torch and transformers again: 3 seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help report quick test test-gpu gpu-session bench quality removal deltas peers check docs lock clean
+.PHONY: help report quick test test-gpu gpu-session bench study removal deltas peers check docs lock clean
 
 help:
 	@echo "make report    run the pipeline up to results/report.html"
@@ -16,7 +16,7 @@ help:
 	@echo "make test-gpu  run the tests that need one"
 	@echo "make gpu-session  test and measure on a GPU within ten minutes; DRY=1 on tiny shapes without one"
 	@echo "make bench     time loading, decoding and each operation, on the artifacts of make report -> benchmarks/results/"
-	@echo "make quality   cluscomp and gptq at several true bits, hours on two cores -> benchmarks/results/quality.csv"
+	@echo "make study NAME=quality   a pipeline of its own for a question, see studies/README.md"
 	@echo "make removal   low rank against removed blocks at several sizes, hours on two cores -> benchmarks/results/removal.csv"
 	@echo "make deltas    delta methods on three fine-tuned partners, hours on two cores -> benchmarks/results/deltas.csv"
 	@echo "make peers     measure other quantizers (peers-hqq: one) -> benchmarks/results/quality_peers.csv"
@@ -57,17 +57,12 @@ bench: $(INSTALLED)
 	python benchmarks/kernels.py
 	python benchmarks/kernel_resources.py
 
-# A copy, for hours of measuring: make report replaces the model in data/ when it is out of date.
-QUALITY_MODEL := build/quality/smollm2
-PEER_CALIBRATION := build/quality/calibration
-QUALITY := build/quality/out
-CLUSCOMP_BITS := 1.2 2.2 2.6 3.3 4.3
+# A question that takes longer than the default pipeline: make study NAME=quality; see studies/README.md.
+study: $(INSTALLED)
+	cd studies/$(NAME) && snakemake --cores all --quiet rules progress host reason
 
-quality: $(INSTALLED) | $(PEER_CALIBRATION)
-	python benchmarks/cluscomp.py $(QUALITY_MODEL) $(PEER_CALIBRATION) $(CLUSCOMP_BITS)
-	for bits in 2 3 4; do test -d $(QUALITY)/gptq-$$bits || llmpress compress $(QUALITY_MODEL) --method gptq \
-	  -s num_bits=$$bits -s group_size=64 --calibration $(PEER_CALIBRATION) --out $(QUALITY)/gptq-$$bits || exit 1; done
-	python benchmarks/quality.py $(QUALITY_MODEL) $(QUALITY)/* --original $(QUALITY_MODEL)
+QUALITY_MODEL := studies/quality/data/models/smollm2
+PEER_CALIBRATION := studies/quality/data/calibration/smollm2
 
 REDUCTIONS := 0.1 0.2 0.3 0.4
 REMOVAL := build/removal/out
@@ -110,13 +105,8 @@ build/peers/venv-%/.installed: benchmarks/peers/requirements/%.txt
 	$(@D)/bin/python -m pip install --no-compile --no-build-isolation -r $<
 	@touch $@
 
-$(QUALITY_MODEL): | $(INSTALLED)
-	snakemake --cores all data/models/smollm2 data/corpora/wikipedia data/corpora/code
-	mkdir -p $(@D) && rm -rf $@.partial && cp -r data/models/smollm2 $@.partial && mv $@.partial $@
-
-$(PEER_CALIBRATION): | $(QUALITY_MODEL)
-	llmpress calibrate $(QUALITY_MODEL) --text data/corpora/wikipedia --text data/corpora/code \
-	  --windows 64 --length 512 --out $@
+$(QUALITY_MODEL) $(PEER_CALIBRATION): | $(INSTALLED)
+	cd studies/quality && snakemake --cores all $(patsubst studies/quality/%,%,$@)
 
 check: $(INSTALLED)
 	ruff format --check .
@@ -127,6 +117,7 @@ check: $(INSTALLED)
 	python workflow/code_deps.py --check
 	python workflow/check_lock.py --strict
 	python workflow/params_schema.py --check
+	python docs/tables.py --check
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
 docs: $(INSTALLED)

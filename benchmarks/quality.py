@@ -47,7 +47,7 @@ def main(
     tasks: list[Path] = typer.Option([], help="Task folders, for accuracy; repeatable."),
     items: int = typer.Option(300, min=1, help="Items of each task, the same for every model."),
     calibrations: list[Path] = typer.Option(
-        [Path("data/calibration"), Path("build/quality")],
+        [Path("data/calibration"), Path("studies/quality/data/calibration")],
         help="Where calibrations are looked for, for the number of their tokens.",
     ),
     name: str = typer.Option(None, help="Name in the table, of a single folder."),

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-MODEL = Path("build/quality/smollm2")  # a copy: make report may replace the model meanwhile
-CALIBRATION = Path("build/quality/calibration/windows.safetensors")
+MODEL = Path("studies/quality/data/models/smollm2")
+CALIBRATION = Path("studies/quality/data/calibration/smollm2/windows.safetensors")
 OUT = Path("build/peers/out")
 PACKED = Path("build/peers/packed")
 
