@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmpress.nn.kernels import cpu
 from llmpress.nn.kernels.codebook_matmul import codebook_matmul
 from llmpress.nn.kernels.codebook_matmul.reference import looked_up
 from llmpress.nn.kernels.dispatch import uses_triton
@@ -127,12 +128,24 @@ class CodebookLinear(CompressedLinear):
         return self.product(x) if uses_triton(self.codes) else super().rebuilt_product(x)
 
     def product(self, x: Tensor) -> Tensor:
-        """Return ``x Wᵀ``, ``[..., out]``; on a GPU from the packed codes."""
-        if not uses_triton(x):
+        """Return ``x Wᵀ``, ``[..., out]``, from the packed codes where a kernel does that."""
+        on_cpu = self._has_stored_dtypes() and self.computes_packed(x)
+        if not on_cpu and not uses_triton(x):
             return super().product(x)
+        rows = as_rows(x)
         stored = self.codes, self.codebook, self.scales
-        y: Tensor = codebook_matmul(as_rows(x), *stored, self.out_features)
+        if not on_cpu:
+            y: Tensor = codebook_matmul(rows, *stored, self.out_features)
+        elif len(rows) <= cpu.MOST_ROWS:
+            y = cpu.codebook_matmul(rows, *stored, self.out_features, self.code_bits)
+        else:
+            shape = self.in_features, self.out_features, self.code_bits
+            y = rows @ cpu.transposed_codebook_weight(*stored, *shape, rows.dtype)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _has_stored_dtypes(self) -> bool:
+        """Whether no tensor is in another dtype, as while it trains."""
+        return self.scales is None or self.scales.dtype == torch.float16
 
     def _unpack(self) -> Tensor:
         return unpack(self.codes, self.code_bits, self.num_vectors)

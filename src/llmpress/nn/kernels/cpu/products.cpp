@@ -157,11 +157,11 @@ INLINE uint32_t code_at(const uint8_t* stream, int64_t at, int64_t bits, int64_t
 #include "products.cpp"
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi"))), apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")
 #endif
 #define LEVEL 2
 #define SPACE avx512
@@ -201,7 +201,8 @@ int best_level() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vbmi"))
       return 2;
     return 1;
   }
@@ -740,34 +741,44 @@ template <int WIDTH> INLINE uint8_t* copy_entries(const uint32_t* index, const u
   return to;
 }
 
-INLINE void codes16(const uint8_t* stream, int64_t at, const uint8_t* end, const Windows& windows, uint32_t top, uint32_t* index) {
+// 16 codes from bit `at`, none above `top`; what is behind `end` reads as code 0.
+struct Codes16 {
   uint8_t copy[64];
-  const uint8_t* p = stream + (at >> 3);
-  if (p + 48 > end) { // what is behind the end reads as code 0
-    std::memset(copy, 0, sizeof copy);
-    if (p < end) std::memcpy(copy, p, end - p < 48 ? end - p : 48);
-    p = copy;
+  const uint8_t* p;
+  int64_t bit;
+  inline __attribute__((always_inline)) Codes16(const uint8_t* stream, int64_t at, const uint8_t* end) : p(stream + (at >> 3)), bit(at & 7) {
+    if (p + 48 > end) {
+      std::memset(copy, 0, sizeof copy);
+      if (p < end) std::memcpy(copy, p, end - p < 48 ? end - p : 48);
+      p = copy;
+    }
   }
-  const int bits = windows.bits;
-  int64_t bit = at & 7;
 #if LEVEL >= 1
-  const __m256i mask = _mm256_set1_epi32(int32_t((1u << bits) - 1u)), most = _mm256_set1_epi32(int32_t(top));
-  for (int half = 0; half < 2; half++, bit += 8 * bits) {
-    const Window& window = windows.at[bit & 7];
-    const __m256i all = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(p + (bit >> 3))));
+  inline __attribute__((always_inline)) __m256i half(int number, const Windows& windows, uint32_t top) const {
+    const int64_t at = bit + 8 * number * windows.bits;
+    const Window& window = windows.at[at & 7];
+    const __m256i all = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(p + (at >> 3))));
     const __m256i bytes = *(const __m256i*)&window.bytes, shift = *(const __m256i*)&window.shift;
+    const __m256i mask = _mm256_set1_epi32(int32_t((1u << windows.bits) - 1u));
     const __m256i raw = _mm256_and_si256(_mm256_srlv_epi32(_mm256_shuffle_epi8(all, bytes), shift), mask);
-    _mm256_store_si256((__m256i*)(index + 8 * half), _mm256_min_epu32(raw, most));
+    return _mm256_min_epu32(raw, _mm256_set1_epi32(int32_t(top)));
+  }
+  inline __attribute__((always_inline)) void to(uint32_t* index, const Windows& windows, uint32_t top) const {
+    _mm256_store_si256((__m256i*)index, half(0, windows, top));
+    _mm256_store_si256((__m256i*)(index + 8), half(1, windows, top));
   }
 #else
-  for (int k = 0; k < 16; k++, bit += bits) {
-    uint32_t word;
-    std::memcpy(&word, p + (bit >> 3), 4);
-    const uint32_t code = (word >> (bit & 7)) & ((1u << bits) - 1u);
-    index[k] = code < top ? code : top;
+  inline __attribute__((always_inline)) void to(uint32_t* index, const Windows& windows, uint32_t top) const {
+    for (int k = 0; k < 16; k++) {
+      uint32_t word;
+      const int64_t at = bit + k * windows.bits;
+      std::memcpy(&word, p + (at >> 3), 4);
+      const uint32_t code = (word >> (at & 7)) & ((1u << windows.bits) - 1u);
+      index[k] = code < top ? code : top;
+    }
   }
 #endif
-}
+};
 
 struct CodebookJob {
   const Codebook& w;
@@ -776,6 +787,9 @@ struct CodebookJob {
   float* sum;      // [M, tiles * T]
   int64_t ldx, ldy, M, dtype, tile; // codes of a tile, a multiple of 16
   const uint8_t* last;
+  const uint8_t* planes; // the t-th values of all entries, int8 [d, a power of two]; or null
+  int64_t plane;
+  const void* split;
   void* y;
 };
 
@@ -791,7 +805,7 @@ static void gather_block(const CodebookJob& job, int64_t tile, int64_t i0, int64
     uint8_t* to = block + i * stride;
     const int64_t at = ((i0 + i) * J + tile * job.tile) * w.bits;
     for (int64_t c = 0; c < job.tile; c += 16) {
-      codes16(w.codes, at + c * w.bits, end, job.windows, uint32_t(w.K - 1), index);
+      Codes16(w.codes, at + c * w.bits, end).to(index, job.windows, uint32_t(w.K - 1));
       to = copy_entries<WIDTH>(index, entries, job.last, uint32_t(w.K - 1), size, to);
     }
   }
@@ -808,14 +822,26 @@ static void gather(const CodebookJob& job, int64_t tile, int64_t i0, int64_t cou
   else gather_block<0>(job, tile, i0, count, block, stride);
 }
 
+// Where the weights of a tile lie in a block: vectors of VL outputs, of one input after the other.
+// Vectors are `step` bytes apart, but every `parts` vectors a plane begins.
+struct Block {
+  const uint8_t* bytes;
+  int64_t count, stride, step, parts, plane;
+  const uint8_t* vector(int64_t v) const { return bytes + v / parts * plane + v % parts * step; }
+};
+
 template <int M, int Q, int D>
-static void add_block(const uint8_t* block, int64_t stride, int64_t count, const float* x, int64_t ldx, float* sum, int64_t ldy) {
+static void add_block(const Block& block, int64_t v, const float* x, int64_t ldx, float* sum, int64_t ldy) {
   vf acc[M][Q];
-  for (int m = 0; m < M; m++)
-    for (int q = 0; q < Q; q++) acc[m][q] = load(sum + m * ldy + q * VL);
-  for (int64_t i = 0; i < count; i++)
+  const uint8_t* from[Q];
+  sum += v * VL;
+  for (int q = 0; q < Q; q++) {
+    from[q] = block.vector(v + q);
+    for (int m = 0; m < M; m++) acc[m][q] = load(sum + m * ldy + q * VL);
+  }
+  for (int64_t i = 0; i < block.count; i++)
     for (int q = 0; q < Q; q++) {
-      const vf weight = load_as<D>(block + i * stride, q * VL);
+      const vf weight = load_as<D>(from[q] + i * block.stride, 0);
       for (int m = 0; m < M; m++) acc[m][q] += weight * x[m * ldx + i];
     }
   for (int m = 0; m < M; m++)
@@ -823,21 +849,21 @@ static void add_block(const uint8_t* block, int64_t stride, int64_t count, const
 }
 
 template <int M, int D>
-static void add_tile(const uint8_t* block, int64_t stride, int64_t count, int64_t outputs, const float* x, int64_t ldx, float* sum, int64_t ldy) {
+static void add_tile(const Block& block, int64_t vectors, const float* x, int64_t ldx, float* sum, int64_t ldy) {
   constexpr int Q = M == 1 ? 4 : M <= 4 ? (LEVEL == 2 ? 4 : 2) : (LEVEL == 2 ? 2 : 1);
-  constexpr int64_t size = D == F32 ? 4 : D == I8 ? 1 : 2;
-  int64_t o = 0;
-  for (; o + Q * VL <= outputs; o += Q * VL)
-    add_block<M, Q, D>(block + o * size, stride, count, x, ldx, sum + o, ldy);
-  for (; o < outputs; o += VL) add_block<M, 1, D>(block + o * size, stride, count, x, ldx, sum + o, ldy);
+  int64_t v = 0;
+  for (; v + Q <= vectors; v += Q) add_block<M, Q, D>(block, v, x, ldx, sum, ldy);
+  if (Q > 3 && vectors - v == 3) add_block<M, (Q > 3 ? 3 : 1), D>(block, v, x, ldx, sum, ldy), v += 3;
+  if (Q > 2 && vectors - v == 2) add_block<M, (Q > 2 ? 2 : 1), D>(block, v, x, ldx, sum, ldy), v += 2;
+  for (; v < vectors; v++) add_block<M, 1, D>(block, v, x, ldx, sum, ldy);
 }
 
 template <int M>
-static void add_tile_of(int64_t dtype, const uint8_t* block, int64_t stride, int64_t count, int64_t outputs, const float* x, int64_t ldx, float* sum, int64_t ldy) {
-  if (dtype == I8) add_tile<M, I8>(block, stride, count, outputs, x, ldx, sum, ldy);
-  else if (dtype == F16) add_tile<M, F16>(block, stride, count, outputs, x, ldx, sum, ldy);
-  else if (dtype == BF16) add_tile<M, BF16>(block, stride, count, outputs, x, ldx, sum, ldy);
-  else add_tile<M, F32>(block, stride, count, outputs, x, ldx, sum, ldy);
+static void add_tile_of(int64_t dtype, const Block& block, int64_t vectors, const float* x, int64_t ldx, float* sum, int64_t ldy) {
+  if (dtype == I8) add_tile<M, I8>(block, vectors, x, ldx, sum, ldy);
+  else if (dtype == F16) add_tile<M, F16>(block, vectors, x, ldx, sum, ldy);
+  else if (dtype == BF16) add_tile<M, BF16>(block, vectors, x, ldx, sum, ldy);
+  else add_tile<M, F32>(block, vectors, x, ldx, sum, ldy);
 }
 
 // Inputs that are unpacked at once, and the bytes of one of them in a block.
@@ -847,42 +873,175 @@ INLINE int64_t block_inputs(const CodebookJob& job) {
   return fit < 1 ? 1 : fit > 64 ? 64 : fit;
 }
 
+#if LEVEL == 2
+constexpr int64_t MOST_LOOKED_UP = 4096; // entries of int8 whose values are looked up by shuffles
+
+// Two times 64 codes' values from a table of 128 << N; `bit` are the codes' bits from 7 on.
+struct Two {
+  __m512i first, second;
+};
+template <int N> struct LookedUp {
+  static inline __attribute__((always_inline)) Two in(const uint8_t* table, const Two& low, const __mmask64 (*bit)[2]) {
+    const Two lower = LookedUp<N - 1>::in(table, low, bit), upper = LookedUp<N - 1>::in(table + (64 << N), low, bit);
+    return {_mm512_mask_blend_epi8(bit[N - 1][0], lower.first, upper.first),
+            _mm512_mask_blend_epi8(bit[N - 1][1], lower.second, upper.second)};
+  }
+};
+template <> struct LookedUp<0> {
+  static inline __attribute__((always_inline)) Two in(const uint8_t* table, const Two& low, const __mmask64 (*)[2]) {
+    const __m512i lower = _mm512_loadu_si512(table), upper = _mm512_loadu_si512(table + 64);
+    return {_mm512_permutex2var_epi8(lower, low.first, upper), _mm512_permutex2var_epi8(lower, low.second, upper)};
+  }
+};
+
+template <int N>
+static void look_up(const CodebookJob& job, const uint8_t* low, const uint8_t* high, int64_t count, uint8_t* block) {
+  for (int64_t n = 0; n < count; n += 128) {
+    const Two codes{_mm512_load_si512(low + n), _mm512_load_si512(low + n + 64)};
+    __mmask64 bit[N + 1][2];
+    for (int k = 0; k < N; k++) {
+      bit[k][0] = _mm512_test_epi8_mask(_mm512_load_si512(high + n), _mm512_set1_epi8(1 << k));
+      bit[k][1] = _mm512_test_epi8_mask(_mm512_load_si512(high + n + 64), _mm512_set1_epi8(1 << k));
+    }
+    for (int64_t t = 0; t < job.w.d; t++) {
+      const Two values = LookedUp<N>::in(job.planes + t * job.plane, codes, bit);
+      _mm512_store_si512(block + t * count + n, values.first);
+      _mm512_store_si512(block + t * count + n + 64, values.second);
+    }
+  }
+}
+
+// How 16 codes of up to 12 bits become 16 bytes of bits 0 to 7 and 16 of bits 7 to 14 (those above
+// a code's own are the next one's), for a stream position modulo 8: 4 codes in each 64 bits.
+struct Split {
+  __m256i bytes[8], bits[8];
+  explicit Split(int64_t width) {
+    for (int phase = 0; phase < 8; phase++)
+      for (int word = 0; word < 4; word++)
+        for (int k = 0; k < 8; k++) {
+          const int64_t first = phase + 4 * word * width;
+          ((uint8_t*)&bytes[phase])[8 * word + k] = uint8_t((first >> 3) + k);
+          ((uint8_t*)&bits[phase])[8 * word + k] = uint8_t((first & 7) + k % 4 * width + (k < 4 ? 0 : 7));
+        }
+  }
+  inline __attribute__((always_inline)) void store(const uint8_t* p, int64_t phase, uint8_t* low, uint8_t* high) const {
+    const __m256i near = _mm256_permutexvar_epi8(bytes[phase], _mm256_loadu_si256((const __m256i*)p));
+    const __m256i all = _mm256_multishift_epi64_epi8(bits[phase], near);
+    const __m256i sorted = _mm256_permutevar8x32_epi32(all, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+    _mm_store_si128((__m128i*)low, _mm256_castsi256_si128(sorted));
+    _mm_store_si128((__m128i*)high, _mm256_extracti128_si256(sorted, 1));
+  }
+};
+
+// A tile's values, plane by plane: [d][count][tile], planes of a multiple of 128 bytes.
+static Block look_up_tile(const CodebookJob& job, int64_t tile, int64_t i0, int64_t count, uint8_t* block) {
+  const Codebook& w = job.w;
+  const Split& split = *(const Split*)job.split;
+  const int64_t J = w.J(), all = (count * job.tile + 127) / 128 * 128;
+  alignas(64) uint8_t low[64 * 64 + 128], high[64 * 64 + 128];
+  const uint8_t* end = w.codes + w.bytes();
+  int64_t n = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t at = ((i0 + i) * J + tile * job.tile) * w.bits;
+    for (int64_t c = 0; c < job.tile; c += 16, n += 16) {
+      const Codes16 codes(w.codes, at + c * w.bits, end);
+      split.store(codes.p, codes.bit, low + n, high + n);
+    }
+  }
+  for (; n < all; n++) low[n] = high[n] = 0;
+  if (job.plane == 128) look_up<0>(job, low, high, all, block);
+  else if (job.plane == 256) look_up<1>(job, low, high, all, block);
+  else if (job.plane == 512) look_up<2>(job, low, high, all, block);
+  else if (job.plane == 1024) look_up<3>(job, low, high, all, block);
+  else if (job.plane == 2048) look_up<4>(job, low, high, all, block);
+  else look_up<5>(job, low, high, all, block);
+  return {block, count, job.tile, VL, job.tile / VL, all};
+}
+
+// A table's rest repeats it, so that bits above a code's own do not count; what no entry has is the
+// last one's.
+template <int DIM> static void split_entries(const Codebook& w, int64_t plane, uint8_t* planes) {
+  const int64_t d = DIM > 0 ? DIM : w.d, distinct = int64_t(1) << w.bits;
+  const uint8_t* entries = (const uint8_t*)w.entries;
+  for (int64_t t = 0; t < d; t++) {
+    uint8_t* to = planes + t * plane;
+    for (int64_t k = 0; k < w.K; k++) to[k] = entries[k * d + t];
+    for (int64_t k = w.K; k < plane; k++) to[k] = k < distinct ? to[w.K - 1] : to[k - distinct];
+  }
+}
+
+// The entries' values plane by plane, where a job is to look them up by shuffles.
+static void split(CodebookJob& job, Scratch& scratch) {
+  const Codebook& w = job.w;
+  if (w.dtype != I8 || w.K > MOST_LOOKED_UP) return;
+  int64_t plane = 128;
+  while (plane < w.K) plane *= 2;
+  uint8_t* planes = (uint8_t*)scratch.floats(plane * w.d / 4);
+  if (w.d == 2) split_entries<2>(w, plane, planes);
+  else if (w.d == 3) split_entries<3>(w, plane, planes);
+  else if (w.d == 4) split_entries<4>(w, plane, planes);
+  else split_entries<0>(w, plane, planes);
+  job.planes = planes;
+  job.plane = plane;
+}
+#endif
+
+// Weights of a tile for some inputs.
+static Block unpacked_tile(const CodebookJob& job, int64_t tile, int64_t i, int64_t count, uint8_t* block) {
+#if LEVEL == 2
+  if (job.planes != nullptr) return look_up_tile(job, tile, i, count, block);
+#endif
+  const int64_t stride = block_stride(job);
+  gather(job, tile, i, count, block, stride);
+  return {block, count, stride, VL * size_of(job.w.dtype), stride, 0};
+}
+
+// Sums of a tile in the order of outputs.
+static void in_order(const CodebookJob& job, const float* sum, float* to) {
+  const int64_t d = job.w.d;
+  if (job.planes == nullptr) std::memcpy(to, sum, job.tile * d * sizeof(float));
+  else
+    for (int64_t t = 0; t < d; t++)
+      for (int64_t c = 0; c < job.tile; c++) to[c * d + t] = sum[t * job.tile + c];
+}
+
 static void codebook_task(int64_t begin, int64_t end, void* context) {
   const CodebookJob& job = *(const CodebookJob*)context;
   const Codebook& w = job.w;
-  const int64_t T = job.tile * w.d, stride = block_stride(job), most = block_inputs(job);
-  static thread_local Scratch scratch;
-  uint8_t* block = (uint8_t*)scratch.floats((most * stride + 192) / 4);
+  const int64_t T = job.tile * w.d, most = block_inputs(job);
+  static thread_local Scratch scratch, line_memory;
+  uint8_t* block = (uint8_t*)scratch.floats((most * block_stride(job) + 128 * w.d + 192) / 4);
+  float* line = line_memory.floats((end - begin) * T);
   for (int64_t m = 0; m < job.M; m++)
     std::memset(job.sum + m * job.ldy + begin * T, 0, (end - begin) * T * sizeof(float));
   for (int64_t i = 0; i < w.in; i += most) {
     const int64_t count = w.in - i < most ? w.in - i : most;
     for (int64_t tile = begin; tile < end; tile++) {
-      gather(job, tile, i, count, block, stride);
+      const Block weights = unpacked_tile(job, tile, i, count, block);
       for (int64_t m = 0; m < job.M; m += MOST_ROWS) {
         const int64_t here = job.M - m < MOST_ROWS ? job.M - m : MOST_ROWS;
         const float* x = job.x + m * job.ldx + i;
         float* sum = job.sum + m * job.ldy + tile * T;
-        if (here == 1) add_tile_of<1>(w.dtype, block, stride, count, T, x, job.ldx, sum, job.ldy);
-        else if (here == 2) add_tile_of<2>(w.dtype, block, stride, count, T, x, job.ldx, sum, job.ldy);
-        else if (here <= 4) add_tile_of<4>(w.dtype, block, stride, count, T, x, job.ldx, sum, job.ldy);
-        else add_tile_of<8>(w.dtype, block, stride, count, T, x, job.ldx, sum, job.ldy);
+        if (here == 1) add_tile_of<1>(w.dtype, weights, T / VL, x, job.ldx, sum, job.ldy);
+        else if (here == 2) add_tile_of<2>(w.dtype, weights, T / VL, x, job.ldx, sum, job.ldy);
+        else if (here <= 4) add_tile_of<4>(w.dtype, weights, T / VL, x, job.ldx, sum, job.ldy);
+        else add_tile_of<8>(w.dtype, weights, T / VL, x, job.ldx, sum, job.ldy);
       }
     }
   }
   const int64_t first = begin * T, stop = end * T < w.out ? end * T : w.out;
   for (int64_t m = 0; m < job.M; m++) {
-    float* sum = job.sum + m * job.ldy;
+    for (int64_t tile = begin; tile < end; tile++) in_order(job, job.sum + m * job.ldy + tile * T, line + (tile - begin) * T);
     if (w.scales != nullptr) {
       int64_t o = first;
-      for (; o + VL <= stop; o += VL) store(sum + o, load(sum + o) * load_as<F16>(w.scales, o));
-      for (; o < stop; o++) sum[o] *= from_half(w.scales[o]);
+      for (; o + VL <= stop; o += VL) store(line + o - first, load(line + o - first) * load_as<F16>(w.scales, o));
+      for (; o < stop; o++) line[o - first] *= from_half(w.scales[o]);
     }
-    narrow(sum + first, stop - first, job.dtype, job.y, m * w.out + first);
+    narrow(line, stop - first, job.dtype, job.y, m * w.out + first);
   }
 }
 
-INLINE int64_t tile_codes(const Codebook& w) { return w.d == 1 ? 64 : w.d == 2 ? 32 : 16; }
+INLINE int64_t tile_codes(const Codebook& w) { return w.d == 1 ? 64 : w.d == 2 || w.J() >= 256 ? 32 : 16; }
 
 // The last entry with room behind it, for copies that are wider than an entry.
 static void copy_last(const Codebook& w, Scratch& scratch) {
@@ -898,7 +1057,13 @@ static void codebook_product(const Codebook& w, const void* x, int64_t dtype, in
   widen_rows(dtype, x, M, w.in, memory, ldx);
   const Windows windows(w.bits);
   copy_last(w, last);
-  CodebookJob job{w, windows, memory, memory + rows * ldx, ldx, ldy, M, dtype, tile, (const uint8_t*)last.data, y};
+  CodebookJob job{w, windows, memory, memory + rows * ldx, ldx, ldy, M, dtype, tile, (const uint8_t*)last.data, nullptr, 0, nullptr, y};
+#if LEVEL == 2
+  static thread_local Scratch planes;
+  const Split of_codes(w.bits);
+  job.split = &of_codes;
+  split(job, planes);
+#endif
   in_parallel(tiles, w.in * tile * w.d * M, codebook_task, &job);
 }
 
@@ -1128,7 +1293,7 @@ static void write_codebook(const Codebook& w, int64_t dtype, void* weight) {
   copy_last(w, last);
   float* factors = scales.floats(w.out + VL);
   if (w.scales != nullptr) widen(F16, w.scales, 0, w.out, factors);
-  const CodebookJob job{w, windows, nullptr, factors, 0, 0, 0, dtype, tile_codes(w), (const uint8_t*)last.data, nullptr};
+  const CodebookJob job{w, windows, nullptr, factors, 0, 0, 0, dtype, tile_codes(w), (const uint8_t*)last.data, nullptr, 0, nullptr, nullptr};
   WriteJob write{nullptr, &job, windows, dtype, weight};
   in_parallel(w.in, w.out, write_codebook_task, &write);
 }
