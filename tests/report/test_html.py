@@ -452,7 +452,7 @@ def test_speed_is_shown_with_its_spread_and_only_where_it_was_measured(project: 
     file = project.root / "speed.json"
     file.write_text(json.dumps(Speed.model_validate(measured).model_dump()), encoding="utf-8")
     results = read_results(project.metrics, project.details, project.params, file)
-    page = render(results, summary_frame(results), project.params, [])
+    page = render(results, summary_frame(results), project.params, find_gaps({}, {}))
     section = page[page.index('id="speed"') :]
     for text in ("1.38 (1.25 to 1.50)", "0.62 (0.50 to 0.75)", "a processor", "threads: 2"):
         assert text in section

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llmpress.core.records import entry
+from llmpress.report.grid import Grid
 from llmpress.report.measures import plain
 from llmpress.report.tables import Result, Results
 
@@ -59,7 +60,7 @@ def hardware(results: Results) -> list[str]:
             machine = record.get("hardware")
             if isinstance(machine, Mapping):
                 processor = plain(machine.get("processor") or "unknown processor")
-                cores = f", {_count(machine['cores'], 'core')}" if machine.get("cores") else ""
+                cores = f", {n} core{'s' * (n != 1)}" if (n := machine.get("cores")) else ""
                 key = f"{processor}{cores}", plain(machine.get("gpu") or "no GPU")
                 threads.setdefault(key, {})[plain(machine.get("threads") or "unknown")] = None
     return [
@@ -155,19 +156,21 @@ def low_bit_sources(results: Results, params: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
-def sources(params: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return ``(what, name, description)`` of every model, corpus and task in params.yaml."""
-    sections = (
-        ("model", "models"),
-        ("fine-tuned model", "finetuned_models"),
-        ("corpus", "corpora"),
-        ("task", "tasks"),
-    )
-    return [
-        (what, name, "; ".join(f"{key}: {text}" for key, text in flatten(settings)))
-        for what, section in sections
+def sources(params: Mapping[str, Any]) -> Grid:
+    """Return a row for every model, corpus and task in params.yaml."""
+    sections = {
+        "models": "model",
+        "finetuned_models": "fine-tuned model",
+        "corpora": "corpus",
+        "tasks": "task",
+    }
+    rows = [
+        (name, what, "; ".join(f"{key}: {text}" for key, text in flatten(settings)))
+        for section, what in sections.items()
         for name, settings in (params.get(section) or {}).items()
     ]
+    caption = "What the models, texts and tasks are"
+    return Grid("Sources in params.yaml", caption, ["Name", "What", "Description"], rows)
 
 
 def provenance(result: Result) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -188,7 +191,3 @@ def _records(result: Result) -> list[Mapping[str, Any]]:
     """Return the provenance records of a result: its artifact, its source, its evaluation."""
     records = (result.details.get("provenance") or {}).values()
     return [record for record in records if isinstance(record, Mapping)]
-
-
-def _count(number: int, unit: str) -> str:
-    return f"{number} {unit}" if number == 1 else f"{number} {unit}s"

@@ -8,7 +8,8 @@ from llmpress.report.measures import LayerMeasure, significant
 
 def layer_heatmap(layers: pd.DataFrame, measure: LayerMeasure) -> Figure:
     """Draw one number per layer of one run: decoder blocks across, kinds of linear layer down."""
-    grid = _by_block(layers, measure.column)
+    grid = layers.pivot(index="module", columns="block", values=measure.column)
+    grid = grid.reindex(layers["module"].drop_duplicates())  # in the model's order
     figure = new_figure("decoder block", "", height=150 + 30 * len(grid))
     low, high = float(layers[measure.column].min()), float(layers[measure.column].max())
     same = low == high
@@ -66,10 +67,3 @@ def block_losses_figure(blocks: pd.DataFrame) -> Figure:
     undone = [str(block) for block in blocks.loc[~blocks["kept"].astype(bool), "index"]]
     note = f"Finetuning was not kept in blocks {', '.join(undone)} (crosses)." if undone else ""
     return say(figure, f"Loss of {len(blocks)} blocks before and after finetuning.", note)
-
-
-def _by_block(layers: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Return modules (in the model's order) by blocks, without layers outside of the blocks."""
-    inside = layers[layers["block"] >= 0]
-    grid = inside.pivot(index="module", columns="block", values=column)
-    return grid.reindex(inside["module"].drop_duplicates())

@@ -43,39 +43,13 @@ class Job:
         return f"{self.stage} {self.key}".strip()
 
 
-@dataclass(frozen=True)
-class Cause:
-    """A stage that has not finished.
-
-    Attributes:
-        job: Such as ``compress rtn-3bit``.
-        absent: Which of its outputs are not there.
-        log: What its log says, as a sentence.
-        error: The last error in the log; empty when there is none.
-    """
-
-    job: str
-    absent: str
-    log: str
-    error: str
-
-
-@dataclass(frozen=True)
-class Gap:
-    """A name without a result, what `read_results` says of it, and the stages it waits for."""
-
-    name: str
-    reason: str
-    causes: tuple[Cause, ...]
-
-
 def find_gaps(
     missing: Mapping[str, str],
     params: Mapping[str, Any],
     pipeline: Path | None = None,
     logs: Path | None = None,
-) -> list[Gap]:
-    """Return why each of the missing results is missing.
+) -> Grid:
+    """Return a row for each unfinished stage that a missing result waits for: name, stage, why.
 
     Args:
         missing: Name -> that there is no metrics file.
@@ -83,35 +57,18 @@ def find_gaps(
         pipeline: dvc.yaml; its folder is where artifacts are looked for.
         logs: Folder of ``<stage>/<name>.log``.
     """
-    if not missing:
-        return []
-    jobs = read_jobs(pipeline, params) if pipeline else []
+    jobs = read_jobs(pipeline, params) if pipeline and missing else []
     root = pipeline.parent if pipeline else Path()
-    return [
-        Gap(
-            name,
-            reason,
-            tuple(
-                _cause(job, root, logs)
-                for job in dict.fromkeys(
-                    culprit
-                    for job in jobs
-                    if any(Path(output).name == f"{name}.json" for output in job.outputs)
-                    for culprit in _culprits(job, jobs, root)
-                )
-            ),
-        )
-        for name, reason in missing.items()
-    ]
-
-
-def gap_table(gaps: Sequence[Gap]) -> Grid:
-    """Return a row for each stage that a name without a result waits for."""
-    rows = [
-        [gap.name, cause.job, f"Missing: {cause.absent}. {cause.log} {cause.error}".strip()]
-        for gap in gaps
-        for cause in gap.causes or (Cause("unknown", "its metrics", gap.reason, ""),)
-    ]
+    rows: list[tuple[str, str, str]] = []
+    for name, reason in missing.items():
+        waits = [
+            culprit
+            for job in jobs
+            if any(Path(output).name == f"{name}.json" for output in job.outputs)
+            for culprit in _culprits(job, jobs, root)
+        ]
+        why = [(name, str(job), _why(job, root, logs)) for job in dict.fromkeys(waits)]
+        rows += why or [(name, "unknown", reason)]
     caption = "Names in params.yaml without a result, and the stages they wait for"
     return Grid("No result", caption, ["Name", "Unfinished stage", "Why"], rows)
 
@@ -196,16 +153,17 @@ def _absent(job: Job, root: Path) -> list[str]:
     return [output for output in job.outputs if not (root / output).exists()]
 
 
-def _cause(job: Job, root: Path, logs: Path | None) -> Cause:
-    path = (logs / job.stage / f"{job.key}.log") if logs else None
-    error, said = "", ""
-    if path and path.is_file():
-        error = last_error(path.read_text(encoding="utf-8", errors="replace"))
-        said = (
-            f"{path} ends with this error:"
-            if error
-            else f"{path} holds no error: the stage is running or was stopped."
+def _why(job: Job, root: Path, logs: Path | None) -> str:
+    """Return which outputs of a stage are missing, and what its log says."""
+    missing = f"Missing: {', '.join(_absent(job, root) or job.outputs)}."
+    if logs is None:
+        return missing
+    path = logs / job.stage / f"{job.key}.log"
+    if not path.is_file():
+        return (
+            f"{missing} There is no {path}: the stage has not started, or ran outside of Snakemake."
         )
-    elif path:
-        said = f"There is no {path}: the stage has not started, or ran outside of Snakemake."
-    return Cause(str(job), ", ".join(_absent(job, root) or job.outputs), said, error)
+    error = last_error(path.read_text(encoding="utf-8", errors="replace"))
+    if not error:
+        return f"{missing} {path} holds no error: the stage is running or was stopped."
+    return f"{missing} {path} ends with this error: {error}"

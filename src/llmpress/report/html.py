@@ -24,7 +24,7 @@ from llmpress.report import charts, context
 from llmpress.report.advice import DISK, advise
 from llmpress.report.canvas import TEMPLATE
 from llmpress.report.comparison import Pairs, Place, places
-from llmpress.report.gaps import Gap, find_gaps, gap_table
+from llmpress.report.gaps import find_gaps
 from llmpress.report.grid import Grid, shown
 from llmpress.report.groups import Group, find_groups
 from llmpress.report.measures import (
@@ -98,9 +98,7 @@ def rows_of_runs(results: Results, summary: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def render(
-    results: Results, summary: pd.DataFrame, params: Mapping[str, Any], gaps: Sequence[Gap]
-) -> str:
+def render(results: Results, summary: pd.DataFrame, params: Mapping[str, Any], gaps: Grid) -> str:
     """Return the report as HTML; the same results give the same text.
 
     Args:
@@ -141,17 +139,17 @@ def render(
         versions=context.versions(results),
         names=[result.name for result in results.found],
         missing=list(results.missing),
-        gaps=gap_table(gaps),
+        gaps=gaps,
         skipped=skipped(results, layers, blocks, params),
         notes=[*warnings, *results.remarks, *context.low_bit_sources(results, params)],
         num_warnings=len(warnings),
         evaluation=evaluation,
         measured=context.measured(results),
-        sources=_sources(params),
+        sources=context.sources(params),
         advice=_advice([g for g in groups if g.what in ("Weights", "Deltas")], pairs),
         tables=tables,
         column_groups=dict.fromkeys(name for table in tables for name in table["headings"]),
-        hidden=(SAME, BY_CORPUS),  # unless the reader asks for them,
+        hidden=(SAME, BY_CORPUS),  # unless the reader asks for them
         speed=speed_table(results.speed),
         **drawn,
         parts=list(parts(results, groups, layers, blocks, pairs)),
@@ -222,12 +220,6 @@ def _table(group: Group, pairs: Pairs) -> dict[str, Any]:
         "references": [line(row) for row in group.references],
         "rows": [line(row) for row in group.runs],
     }
-
-
-def _sources(params: Mapping[str, Any]) -> Grid:
-    rows = [(name, what, said) for what, name, said in context.sources(params)]
-    caption = "What the models, texts and tasks are"
-    return Grid("Sources in params.yaml", caption, ["Name", "What", "Description"], rows)
 
 
 def _read(name: str) -> str:

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 from llmpress.report.canvas import COLORS, GREY, SYMBOLS, Figure, add, array, new_figure, say, text
 from llmpress.report.comparison import FRONT, Pairs, Place, is_finite, places
+from llmpress.report.grid import shown
 from llmpress.report.groups import Group
-from llmpress.report.measures import BROKEN, Measure, Row, is_absent, shorten
+from llmpress.report.measures import BROKEN, Measure, Row, shorten
 from llmpress.report.pareto import Point, front_corners
 
 WIDE = 3.0  # sizes as far apart as this, largest over smallest, get a logarithmic axis
@@ -71,11 +72,11 @@ def quality_figure(
     if len(drawn) > MOST_NAMES:
         note = f"{note} {CROWDED}".strip()
     sides = _sides(drawn, ends, measure, log=log_size)
-    looks: dict[tuple[str, bool], list[Run]] = {}
-    for run in sorted(drawn, key=lambda run: (_method(run), _tuned(run), run.x)):
-        looks.setdefault((_method(run), _tuned(run)), []).append(run)
-    for look, runs in looks.items():
-        _add_runs(figure, runs, [sides.get(run.name) for run in runs], size, measure, look, methods)
+    looks: dict[tuple[str, str, str], list[Run]] = {}
+    for run in drawn:
+        looks.setdefault(_style(run, methods), []).append(run)
+    for look, runs in sorted(looks.items()):
+        _add_runs(figure, runs, [sides.get(run.name) for run in runs], size, measure, look)
     alt = (
         f"Scatter plot of {len(drawn)} runs: {measure.title} against {size.label}; on the "
         f"{FRONT}: {', '.join(run.name for run in front) or 'none'}."
@@ -132,11 +133,10 @@ def _add_runs(
     sides: Sequence[str | None],
     size: Measure,
     measure: Measure,
-    look: tuple[str, bool],
-    methods: Sequence[str],
+    look: tuple[str, str, str],
 ) -> None:
     """Add the runs of one method, finetuned or not; names without a side are not written."""
-    name, color, symbol = _style(*look, methods)
+    name, color, symbol = look
     errors = {}
     if measure.stderr:
         spread = array([float(run.row[measure.stderr]) * measure.scale for run in runs])
@@ -223,17 +223,10 @@ def _range(sizes: Sequence[float]) -> tuple[Point, bool]:
     return (low - space, high + space), False
 
 
-def _style(method: str, tuned: bool, methods: Sequence[str]) -> tuple[str, str, str]:
+def _style(run: Run, methods: Sequence[str]) -> tuple[str, str, str]:
     """Return the name in the legend, the color and the symbol."""
+    method = shown(run.row["method"], str)
     index = list(methods).index(method) if method in methods else len(methods)
     color, symbol = COLORS[index % len(COLORS)], SYMBOLS[index % len(SYMBOLS)]
+    tuned = run.row["kind"] in ("finetuned", "recovered")
     return (f"{method}, finetuned", color, "star") if tuned else (method, color, symbol)
-
-
-def _method(run: Run) -> str:
-    method = run.row["method"]
-    return "unknown" if is_absent(method) else str(method)
-
-
-def _tuned(run: Run) -> bool:
-    return run.row["kind"] in ("finetuned", "recovered")

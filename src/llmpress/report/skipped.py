@@ -11,8 +11,6 @@ from llmpress.report.measures import LAYER_ERRORS, significant
 from llmpress.report.tables import Results
 
 NAMED_LAYERS = 4
-
-
 Skipped = tuple[str, str, str]  # run, what was left out of it, why
 
 

@@ -253,20 +253,16 @@ def _result(
 ) -> Result:
     """Put together what is known of one result."""
     original = details.get("original") or settings.get(kind.original or "")
+    made_with = details.get("settings") or {}
     return Result(
         name=name,
         kind=RECOVERED if kind.name == "trained" and settings.get("corpora") else kind.name,
         original=original if kind.original else None,
-        base=details.get("base") or _below_data(settings, "base") or _start_of(details, kind),
+        base=details.get("base") or _below_data({**made_with, **settings}, "base"),
         tuned_from=_below_data(settings, kind.start or ""),
         metrics=metrics,
         details=details,
     )
-
-
-def _start_of(details: Mapping[str, Any], kind: Kind) -> str | None:
-    """Return what a fine-tuned model was made from; None of all else."""
-    return (details.get("settings") or {}).get("base") if kind.original is None else None
 
 
 def _below_data(settings: Mapping[str, Any], key: str) -> str | None:
