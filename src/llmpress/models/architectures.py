@@ -31,10 +31,12 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         ValueError: The model has no list of blocks, so it cannot be walked block by block.
     """
+    decoder = getattr(model, "get_decoder", lambda: model)()  # of images or sound, too: the text's
+    where = next((name for name, module in model.named_modules() if module is decoder), "")
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
+        if isinstance(module, nn.ModuleList) and f"{name}.".startswith(f"{where}." if where else "")
     ]
     outer = [
         (name, module)
