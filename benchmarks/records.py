@@ -22,11 +22,11 @@ from transformers import LlamaConfig
 from llmpress.calibration.settings import CalibrationSettings
 from llmpress.core.errors import ConfigError
 from llmpress.core.params import build, read_params
-from llmpress.evaluation.settings import EvaluationSettings
+from llmpress.evaluation.settings import EvaluationSettings, SpeedSettings
 from llmpress.methods.base import Method, Shape
 from llmpress.methods.registry import build_method, known_methods
 from llmpress.planning import ModelShapes, read_shapes, stages
-from llmpress.planning.project import project_records
+from llmpress.planning.plan import project_records
 from llmpress.planning.records import SHIPPED, Record
 from llmpress.planning.stages import TaskText
 from llmpress.training.settings import FinetuningSettings, TrainingSettings
@@ -46,11 +46,12 @@ SMOLLM2 = LlamaConfig(
     tie_word_embeddings=True,
     dtype="float32",
 )
-SUMS = TaskText(45, 60, 32, 4000)
-TEXTS = {
-    "arc-easy": TaskText(132, 80, 0, 570),
-    "piqa": TaskText(62, 100, 0, 1838),
-    "arithmetic": TaskText(45, 62, 32, 200),
+TEXTS = {"arithmetic": TaskText(45, 60, 32, 4000), "calls": TaskText(48, 67, 64, 4000)}
+TIMED = {
+    "rtn": {"num_bits": 3, "group_size": 64},
+    "gptq": {"num_bits": 3, "group_size": 64},
+    "cluscomp": {"bits": 3.3},
+    "lillama": {"reduction": 0.079},
 }
 CODEBOOKS = ((16, 1), (256, 2), (65536, 4), (8192, 6))
 
@@ -68,7 +69,7 @@ def main() -> None:
     for record, seconds in zip(alike, (r.seconds for r in records), strict=True):
         rows.setdefault(record, []).append(seconds)
     made = [replace(record, seconds=round(median(rows[record]), 2)) for record in rows]
-    made.sort(key=lambda r: (r.gpu, r.made, r.method, r.processor, r.work))
+    made.sort(key=lambda r: (r.gpu, r.stage, r.method, r.processor, r.work))
     with SHIPPED.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([field.name for field in fields(Record)])
@@ -99,54 +100,62 @@ def benchmark_records(model: ModelShapes) -> Iterator[Record]:
                 trained = build(FinetuningSettings, kept(FinetuningSettings, settings), "trained")
                 start = method_of({"method": row["method"]})
                 need = stages.train(model, trained, "delta", None, start)
-                yield of_row(row, "trained", "delta", need.work, row["seconds"])
+                yield of_row(row, "train", "delta", need.work, row["seconds"])
             elif "run" in settings:
                 windows = int(row["calibration_tokens"]) // LENGTH
                 texts = CalibrationSettings(("text",), windows, LENGTH)
                 method = method_of({"method": row["method"], **settings["method_settings"]})
                 tuned = build(TuningSettings, kept(TuningSettings, settings), "tuned")
                 work = stages.finetune(model, tuned, method, texts).work
-                yield of_row(row, "finetuned", row["method"], work, row["finetune_seconds"])
+                yield of_row(row, "finetune", row["method"], work, row["finetune_seconds"])
             else:
                 work = stages.compress(model, method_of(settings)).work
                 seconds = row.get("compress_seconds") or row["seconds"]
-                yield of_row(row, "compressed", row["method"], work, seconds)
+                yield of_row(row, "compress", row["method"], work, seconds)
         except ConfigError as error:
             print(f"left out: {row.get('name') or row.get('label')}: {error}")
 
 
 def default_run(model: ModelShapes) -> Iterator[Record]:
-    """Yield the stages of a whole run of params.yaml as it was."""
-    codebooks = build_method("cluscomp", {"bits": 4.3})
+    """Yield the stages of whole runs of params.yaml as it was."""
     for row in rows("default_run"):
         stage, method, values = row["stage"], row["method"], json.loads(row["settings"])
         match stage:
             case "train_task":
-                made, settings = "models", build(TrainingSettings, values, stage)
-                need = stages.train_task(model, settings, SUMS)
+                trained = build(TrainingSettings, values, stage)
+                need = stages.train(model, trained, "", TEXTS[values["task"]], None)
             case "extract_delta":
-                made, need = "deltas", stages.extract_delta(model)
+                need = stages.extract_delta(model)
             case "calibrate":
-                made, settings = "calibration", build(CalibrationSettings, values, stage)
-                need = stages.calibrate(model, settings)
+                need = stages.calibrate(model, build(CalibrationSettings, values, stage))
             case "compress":
-                made, need = "compressed", stages.compress(model, build_method(method, values))
+                need = stages.compress(model, build_method(method, values))
+            case "finetune":
+                order = build(CalibrationSettings, values.pop("calibration"), stage)
+                made = build_method(method, values.pop("method_settings"))
+                need = stages.finetune(model, build(TuningSettings, values, stage), made, order)
             case "train":
-                made, settings = "trained", build(FinetuningSettings, values, stage)
-                start = codebooks if method == "compressed" else None
-                need = stages.train(model, settings, method, SUMS, start)
-            case _:
-                made, settings = "results", build(EvaluationSettings, values, stage)
-                kind = "model" if method == "dense" else "compressed"
-                need, method = stages.evaluate(model, settings, TEXTS, kind), ""
+                start = build_method("cluscomp", {"bits": 4.3}) if method == "compressed" else None
+                settings = build(FinetuningSettings, values, stage)
+                need = stages.train(model, settings, method, TEXTS["arithmetic"], start)
+            case "reference":
+                need = stages.reference(model, build(EvaluationSettings, values, stage))
+            case "evaluate":
+                kind, method = "model" if method == "dense" else "compressed", ""
+                measured = build(EvaluationSettings, values, stage)
+                need = stages.evaluate(model, measured, TEXTS, kind)
+            case "speed":
+                timed = [(model, build_method(run, TIMED[run])) for run in values["runs"]]
+                need = stages.speed(timed, build(SpeedSettings, values, stage))
         seconds, processor, threads = float(row["seconds"]), row["processor"], int(row["threads"])
-        yield Record(made, method, "smollm2", need.work, seconds, processor, "", threads)
+        verb = stage.partition("_")[0]
+        yield Record(verb, method, "smollm2", need.work, seconds, processor, "", threads)
 
 
-def of_row(row: Mapping[str, str], made: str, method: str, work: float, seconds: str) -> Record:
+def of_row(row: Mapping[str, str], stage: str, method: str, work: float, seconds: str) -> Record:
     """Return a row of results as a record."""
     processor, _, threads = row["made_on"].partition(", ")
-    return Record(made, method, "smollm2", work, float(seconds), processor, "", int(threads[:1]))
+    return Record(stage, method, "smollm2", work, float(seconds), processor, "", int(threads[:1]))
 
 
 def method_of(settings: Mapping[str, Any]) -> Method:
@@ -195,7 +204,7 @@ def gpu_records() -> Iterator[Record]:
             work, about = method.work(shape).operations, steps["svd"]
             layer = f"layer {shape.out_features}x{shape.in_features}"
             machine = about["processor"], about["gpu"], 1
-            yield Record("compressed", name, layer, work, round(seconds, 2), *machine)
+            yield Record("compress", name, layer, work, round(seconds, 2), *machine)
 
 
 if __name__ == "__main__":

@@ -129,31 +129,16 @@ def _last(stage: str) -> float | None:
 
 def _recorded() -> Callable[[str, str], float | None]:
     """Return the function that looks up seconds by stage and method."""
-    seconds: dict[tuple[str, str], list[float]] = {}
+    seconds: dict[tuple[str, ...], list[float]] = {}
     if RECORDS.is_file():
         with RECORDS.open(encoding="utf-8", newline="") as lines:
             for row in csv.DictReader(lines):
-                for key in ((row["made"], row["method"]), (row["made"], "")):
+                for key in ((row["stage"], row["method"]), (row["stage"],)):
                     seconds.setdefault(key, []).append(float(row["seconds"]))
 
     def look(name: str, method: str) -> float | None:
-        made = MADE.get(name.partition("@")[0], "")
-        found = seconds.get((made, method)) or seconds.get((made, ""))
+        verb = re.split("[@_]", name)[0]  # evaluate of evaluate_delta@x
+        found = seconds.get((verb, method)) or seconds.get((verb,))
         return statistics.median(found) if found else None
 
     return look
-
-
-MADE = {
-    "calibrate": "calibration",
-    "compress": "compressed",
-    "compress_delta": "compressed",
-    "finetune": "finetuned",
-    "train": "trained",
-    "train_task": "models",
-    "extract_delta": "deltas",
-    "reference": "references",
-    "evaluate_model": "results",
-    "evaluate": "results",
-}
-"""What a stage makes, as the records call it."""

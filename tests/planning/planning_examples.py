@@ -8,7 +8,7 @@ from llmpress.calibration.settings import CalibrationSettings
 from llmpress.planning import ModelShapes, read_shapes
 
 CALIBRATION = CalibrationSettings(  # of the measured run in test_stages.py
-    corpora=("wikipedia", "code"), windows=8, length=512, sensitivity_windows=0
+    corpora=("wikipedia", "code"), windows=8, length=512
 )
 
 

@@ -1,6 +1,7 @@
 """Rows of a params.yaml, and the command."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from llmpress.planning import (
     read_shapes,
     stages,
 )
-from llmpress.planning.project import project_records
+from llmpress.planning.plan import project_records
+from llmpress.planning.stages import Need
 
 PARAMS: dict[str, Any] = yaml.safe_load("""
 seed: 0
@@ -69,6 +71,7 @@ evaluation:
   split: test
   sample_tokens: 4
 """)
+DVC_YAML = Path(__file__).parents[2] / "dvc.yaml"
 STAGES = (
     "train_task tiny-sums, extract_delta tiny-sums, calibrate tiny, calibrate tiny-sums, "
     "compress three-bit, compress clusters, compress_delta signs, finetune clusters-tuned, "
@@ -84,6 +87,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: Machine) -
     """A project whose model's config.json is there, on a machine of fixed size."""
     write_tiny(tmp_path / "data/models/tiny")
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(PARAMS, sort_keys=False))
+    shutil.copy(DVC_YAML, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("llmpress.planning.measure_machine", lambda _=None: machine)
     return tmp_path
@@ -134,6 +138,33 @@ def test_rows_of_runs_and_of_what_they_are_made_from(
     assert made.seconds == pytest.approx(sum(row.time.seconds for row in made.rows if row.time))
 
 
+def test_runs_that_are_timed_are_one_row(project: Path, machine: Machine) -> None:
+    def row(*runs: str) -> Need:
+        timed = {**PARAMS, "speed": {"runs": [*runs]}}
+        (found,) = (
+            r for r in plan_project(timed, machine, root=project).rows if r.stage == "speed"
+        )
+        assert found.need is not None
+        assert found.time is not None
+        return found.need
+
+    one, two = row("three-bit"), row("three-bit", "clusters")
+    assert two.work == pytest.approx(2 * one.work)
+    assert two.host_bytes < 1.1 * one.host_bytes  # one after the other
+
+
+def test_other_params_are_planned_in_the_project(project: Path) -> None:
+    (project / "examples").mkdir()
+    (project / "params.yaml").rename(project / "examples/all.yaml")
+    assert run("--params", "examples/all.yaml", "three-bit").exit_code == 0
+
+
+def test_a_project_is_planned_beside_its_dvc_yaml(project: Path, machine: Machine) -> None:
+    (project / "dvc.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"dvc\.yaml"):
+        plan_project(PARAMS, machine, root=project)
+
+
 @pytest.mark.parametrize(
     ("names", "settings", "message"),
     [(["clusers"], {"bits": 5.0}, "'clusters'"), ([], {"bits": 0.2}, r"clusters: bits=0\.2")],
@@ -153,6 +184,7 @@ def test_a_local_model_is_planned_before_it_is_fetched_others_are_not_guessed(
 ) -> None:
     source = {"path": str(write_tiny(tmp_path / "elsewhere")), "license": "MIT"}
 
+    shutil.copy(DVC_YAML, tmp_path)
     local = plan_project({**PARAMS, "models": {"tiny": source}}, machine, root=tmp_path)
     unknown = plan_project(PARAMS, machine, root=tmp_path)
 
@@ -166,6 +198,7 @@ def test_a_local_model_is_planned_before_it_is_fetched_others_are_not_guessed(
 def test_a_given_model_stands_for_every_model(
     tmp_path: Path, machine: Machine, llama_70b: ModelShapes
 ) -> None:
+    shutil.copy(DVC_YAML, tmp_path)
     made = plan_project(PARAMS, machine, model=llama_70b, root=tmp_path)
 
     rows = {f"{row.stage} {row.name}": row for row in made.rows}
@@ -276,7 +309,7 @@ def test_an_evaluation_leaves_a_record(project: Path) -> None:
 
     (record,) = project_records(PARAMS, project)
 
-    assert (record.made, record.seconds, record.processor) == ("results", 5.0, "a processor")
+    assert (record.stage, record.seconds, record.processor) == ("evaluate", 5.0, "a processor")
 
 
 @pytest.mark.parametrize(

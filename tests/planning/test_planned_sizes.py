@@ -15,7 +15,7 @@ from llmpress.deltas.compression import compress_delta
 from llmpress.methods.base import Method
 from llmpress.methods.registry import build_method, known_methods
 from llmpress.models.checkpoints.files import CheckpointWriter
-from llmpress.planning import ModelShapes, sizes, stages
+from llmpress.planning import ModelShapes, shapes, stages
 from llmpress.training.adapters import add_adapters, open_base, save_adapter, save_base
 from llmpress.training.settings import FinetuningSettings, TrainingSettings
 
@@ -110,7 +110,7 @@ def test_trained_model(tiny: ModelShapes, tiny_model_folder: Path, tmp_path: Pat
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
     model.save_pretrained(tmp_path)
 
-    needed = stages.train_task(tiny, TrainingSettings("tiny", 1, task="sums"), stages.TaskText())
+    needed = stages.train(tiny, TrainingSettings("tiny", 1, task="sums"), "", None, None)
 
     assert needed.artifact_bytes == weight_bytes(tmp_path)
 
@@ -151,7 +151,7 @@ def test_shards(tmp_path: Path) -> None:
     writer.close()
 
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
-    assert sizes.files_bytes([tensors], 500) == weight_bytes(tmp_path)
+    assert shapes.files_bytes([tensors], 500) == weight_bytes(tmp_path)
 
 
 def test_header_counts_offsets_in_the_order_of_the_file(tmp_path: Path) -> None:
@@ -160,4 +160,4 @@ def test_header_counts_offsets_in_the_order_of_the_file(tmp_path: Path) -> None:
     tensors |= {f"b{i}": torch.zeros(1, dtype=torch.float32) for i in range(50)}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
 
-    assert sizes.files_bytes([tensors]) == weight_bytes(tmp_path)
+    assert shapes.files_bytes([tensors]) == weight_bytes(tmp_path)

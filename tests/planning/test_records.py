@@ -6,7 +6,7 @@ from llmpress.methods.registry import known_methods
 from llmpress.planning.records import Record, estimate_time, read_records
 
 HERE = ("a processor", "")
-KIND = ("compressed", "rtn")
+KIND = ("compress", "rtn")
 
 
 def record(work: float, seconds: float, *, gpu: str = "", processor: str = "a processor") -> Record:
@@ -47,20 +47,19 @@ def test_a_gpu_says_nothing_of_a_processor_nor_one_method_of_another() -> None:
 
     assert estimate_time(records[:1], KIND, 1e9, HERE) is None
     assert estimate_time(records[1:], KIND, 1e9, ("x", "a GPU")) is None
-    assert estimate_time(records, ("compressed", "svd"), 1e9, HERE) is None
+    assert estimate_time(records, ("compress", "svd"), 1e9, HERE) is None
     assert estimate_time(records, KIND, 0.0, HERE) is None  # all layers stay dense
 
 
 def test_the_table_knows_every_stage_and_method_of_a_cpu_once() -> None:
     records = read_records()
-    known = {(r.made, r.method) for r in records if not r.gpu}
+    known = {(r.stage, r.method) for r in records if not r.gpu}
 
-    methods = {("compressed", name) for name in known_methods()}
-    assert known >= methods | {
-        (made, "") for made in ("calibration", "models", "deltas", "results")
-    }
-    assert known >= {("finetuned", "cluscomp"), ("finetuned", "lillama"), ("trained", "lora")}
+    methods = {("compress", name) for name in known_methods()}
+    others = ("calibrate", "train", "extract", "reference", "evaluate", "speed")
+    assert known >= methods | {(stage, "") for stage in others}
+    assert known >= {("finetune", "cluscomp"), ("finetune", "lillama"), ("train", "lora")}
     assert all(r.work > 0 and r.seconds > 0 and r.processor for r in records)
     assert len(
-        {(r.made, r.method, r.model, r.work, r.processor, r.gpu, r.threads) for r in records}
+        {(r.stage, r.method, r.model, r.work, r.processor, r.gpu, r.threads) for r in records}
     ) == len(records)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, MixtralConfig, OPTConfig, PretrainedConfig
 
-from llmpress.core.errors import ArtifactError
+from llmpress.core.errors import ArtifactError, SourceError
 from llmpress.planning import ModelShapes, read_shapes
 
 
@@ -67,5 +67,5 @@ def test_folders_without_a_model_are_refused(content: str | None, tmp_path: Path
         LlamaConfig(num_hidden_layers=0).save_pretrained(tmp_path)
     elif content is not None:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ArtifactError, match=r"config\.json"):
+    with pytest.raises((ArtifactError, SourceError), match=r"config\.json"):
         read_shapes(tmp_path)

@@ -18,27 +18,22 @@ from llmpress.tuning.settings import TuningSettings
 
 EVALUATION = EvaluationSettings(
     corpora=("wikipedia", "code"),
-    windows=3,
+    windows=8,
     length=256,
     dtype="float32",
-    tasks={"arc-easy": 32, "piqa": 32, "arithmetic": 24},
+    tasks={},
     task_dtype="bfloat16",
     split="test",
-    sample_tokens=24,
+    sample_tokens=12,
 )
 SUMS = TaskText(45, 60, 0, 4000)
-TEXTS = {
-    "arc-easy": TaskText(132, 80, 0, 570),
-    "piqa": TaskText(62, 100, 0, 1838),
-    "arithmetic": TaskText(45, 62, 32, 200),
-}
-TUNING = TuningSettings(epochs=3, learning_rate=1e-3)
+TUNING = TuningSettings(epochs=1, learning_rate=1e-2, batch_size=2)
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {"num_bits": 3, "group_size": 64}),
     "gptq": ("gptq", {"num_bits": 3, "group_size": 64}),
-    "cluscomp": ("cluscomp", {"bits": 2.6, "iterations": 10}),
-    "svd": ("svd", {"keep": 0.8}),
-    "lillama": ("lillama", {"reduction": 0.158}),
+    "cluscomp": ("cluscomp", {"bits": 3.3, "iterations": 10}),
+    "svd": ("svd", {"keep": 0.9}),
+    "lillama": ("lillama", {"reduction": 0.079}),
     "codebooks": ("cluscomp", {"bits": 4.3}),
     "factors": ("lillama", {"rank": 512}),
     "delta-svd": ("svd", {"bits": 1.0}),
@@ -46,27 +41,28 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "delta-bitdelta": ("bitdelta", {}),
     "delta-come": ("delta_come", {"bits": 1.0}),
 }
-# stage, run: peak resident bytes and safetensors bytes of the run of 2026-11-22
+# stage, run: peak resident bytes of the run of 2026-11-28, and safetensors bytes
 DEFAULT_RUN: dict[tuple[str, str], tuple[int, int]] = {
-    ("train_task", ""): (3_352_064_000, 538_090_408),
-    ("extract_delta", ""): (1_948_762_112, 424_698_640),
-    ("calibrate", ""): (1_220_186_112, 402_662_544),
-    ("compress", "rtn"): (1_159_122_944, 157_214_480),
-    ("compress", "gptq"): (1_148_166_144, 157_214_480),
-    ("compress", "cluscomp"): (1_161_875_456, 147_026_376),
-    ("compress", "svd"): (1_224_433_664, 283_198_432),
-    ("compress", "lillama"): (1_329_717_248, 282_472_960),
-    ("compress_delta", "delta-svd"): (883_933_184, 13_221_904),
-    ("compress_delta", "delta-magnitude"): (914_182_144, 13_350_904),
-    ("compress_delta", "delta-bitdelta"): (976_867_328, 13_292_720),
-    ("compress_delta", "delta-come"): (993_447_936, 13_945_326),
-    ("finetune", "cluscomp"): (1_516_933_120, 147_026_376),
-    ("finetune", "lillama"): (1_962_704_896, 282_472_960),
-    ("evaluate", ""): (1_678_823_424, 0),
-    ("evaluate", "rtn"): (2_445_950_976, 0),  # of 2026-11-28, as the next two
-    ("evaluate", "gptq"): (2_371_887_104, 0),
-    ("reference", ""): (1_637_810_176, 3_545_088),
-    ("lora", ""): (2_732_773_376, 9_824_056),
+    ("train_task", ""): (3_861_143_552, 538_090_408),
+    ("extract_delta", ""): (950_259_712, 424_696_632),
+    ("calibrate", ""): (1_301_512_192, 403_289_360),
+    ("compress", "rtn"): (714_543_104, 157_214_480),
+    ("compress", "gptq"): (823_627_776, 157_214_480),
+    ("compress", "cluscomp"): (853_905_408, 157_254_632),
+    ("compress", "svd"): (833_744_896, 304_451_744),
+    ("compress", "lillama"): (884_375_552, 304_528_680),
+    ("compress_delta", "delta-svd"): (570_748_928, 13_244_960),
+    ("compress_delta", "delta-magnitude"): (549_724_160, 13_356_960),
+    ("compress_delta", "delta-bitdelta"): (589_369_344, 13_313_024),
+    ("compress_delta", "delta-come"): (658_726_912, 13_787_512),
+    ("finetune", "cluscomp"): (861_319_168, 157_254_632),
+    ("reference", ""): (1_643_376_640, 9_417_312),
+    ("evaluate", ""): (1_323_180_032, 0),
+    ("evaluate", "rtn"): (2_342_187_008, 0),
+    ("evaluate", "gptq"): (2_447_388_672, 0),
+    ("evaluate", "svd"): (2_365_677_568, 0),
+    ("evaluate", "delta-come"): (2_780_504_064, 0),
+    ("lora", ""): (2_732_773_376, 9_824_056),  # of 2026-11-22, as the next two
     ("qlora", ""): (2_543_034_368, 9_824_056 + 111_879_761),
     ("compressed", "codebooks"): (2_549_395_456, 170_526_040),
 }
@@ -75,7 +71,8 @@ DEFAULT_RUN: dict[tuple[str, str], tuple[int, int]] = {
 def need(model: ModelShapes, stage: str, run: str = "") -> Need:
     method = build_method(*RUNS[run]) if run else None
     if stage == "train_task":
-        return stages.train_task(model, TrainingSettings("x", 120, "sums", batch_size=8), SUMS)
+        settings = TrainingSettings("x", 40, "sums", batch_size=8)
+        return stages.train(model, settings, "", SUMS, None)
     if stage == "extract_delta":
         return stages.extract_delta(model)
     if stage == "calibrate":
@@ -84,7 +81,7 @@ def need(model: ModelShapes, stage: str, run: str = "") -> Need:
         return stages.reference(model, EVALUATION)
     if stage == "evaluate":
         kind = "delta" if run.startswith("delta") else "compressed" if run else "model"
-        return stages.evaluate(model, EVALUATION, TEXTS, kind, method)
+        return stages.evaluate(model, EVALUATION, {}, kind, method)
     if stage in TRAINS:
         return stages.train(model, FinetuningSettings(120, 1e-3), stage, SUMS, method)
     assert method is not None
@@ -94,13 +91,14 @@ def need(model: ModelShapes, stage: str, run: str = "") -> Need:
 
 
 def peak_bytes(model: ModelShapes, stage: str, needed: Need) -> int:
-    """Resident bytes where the CPU computes, with the pages of the weights' files."""
+    """Resident bytes where the CPU computes, with the pages of files that are mapped."""
+    embeddings = 4 * model.largest
     mapped = {
-        "extract_delta": 2 * model.num_bytes,
-        "calibrate": model.num_bytes,
-        "compress": model.num_bytes,
-        "compress_delta": stages.extract_delta(model).artifact_bytes,
-        "finetune": model.num_bytes + needed.artifact_bytes,
+        "extract_delta": needed.artifact_bytes,
+        "calibrate": embeddings,
+        "compress": embeddings + needed.artifact_bytes,
+        "compress_delta": needed.artifact_bytes,
+        "finetune": embeddings + needed.artifact_bytes,
         "lora": model.num_bytes,
         "qlora": model.num_bytes,
         "compressed": needed.artifact_bytes,
@@ -137,7 +135,7 @@ def test_compression_of_70b_is_bounded(llama_70b: ModelShapes) -> None:
     for run in RUNS:
         needed = need(llama_70b, "compress", run)
         assert 3e9 < needed.host_bytes + needed.device_bytes < 45e9, run
-        assert needed.artifact_bytes < 0.85 * llama_70b.num_bytes, run
+        assert needed.artifact_bytes < 0.95 * llama_70b.num_bytes, run
 
 
 @pytest.mark.parametrize("stage", ["calibrate", "compress", "finetune"])
@@ -167,17 +165,26 @@ def test_true_sequential_order_walks_the_model_beside(smollm2: ModelShapes) -> N
 
 @pytest.mark.parametrize("key", ["windows", "length"])
 def test_more_calibration_text_needs_more_of_everything(key: str, smollm2: ModelShapes) -> None:
-    more = replace(CALIBRATION, **{key: 4 * getattr(CALIBRATION, key)})
+    texts = replace(CALIBRATION, sensitivity_windows=0)
+    both = texts, replace(texts, **{key: 4 * getattr(texts, key)})
     method = build_method("cluscomp", {"bits": 2.6})
 
-    calibrated = [stages.calibrate(smollm2, texts) for texts in (CALIBRATION, more)]
-    tuned = [stages.finetune(smollm2, TUNING, method, texts) for texts in (CALIBRATION, more)]
+    calibrated = [stages.calibrate(smollm2, texts) for texts in both]
+    tuned = [stages.finetune(smollm2, TUNING, method, texts) for texts in both]
 
     for less, larger in (calibrated, tuned):
         assert larger.host_bytes > less.host_bytes
         assert larger.work > 2 * less.work
     # no more than 4,096 tokens are computed at a time
     assert calibrated[1].device_bytes == calibrated[0].device_bytes
+
+
+def test_the_gradient_of_a_loss_takes_a_windows_predictions(smollm2: ModelShapes) -> None:
+    without, short = replace(CALIBRATION, sensitivity_windows=0), replace(CALIBRATION, length=256)
+    needed, plain, less = (stages.calibrate(smollm2, t) for t in (CALIBRATION, without, short))
+
+    assert needed.device_bytes - less.device_bytes == 256 * 5 * 4 * smollm2.vocabulary
+    assert needed.device_bytes > plain.device_bytes
 
 
 def test_larger_batches_and_more_epochs(smollm2: ModelShapes) -> None:
@@ -194,7 +201,7 @@ def test_larger_batches_and_more_epochs(smollm2: ModelShapes) -> None:
 def test_evaluation_grows_with_windows_in_work_and_not_in_memory(smollm2: ModelShapes) -> None:
     method = build_method("rtn", {"num_bits": 3})
     more, plain, itself = (
-        stages.evaluate(smollm2, replace(EVALUATION, **changes), TEXTS, kind, method)
+        stages.evaluate(smollm2, replace(EVALUATION, **changes), {}, kind, method)
         for changes, kind in (({"windows": 30}, "compressed"), ({}, "compressed"), ({}, "model"))
     )
 

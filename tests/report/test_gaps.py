@@ -9,7 +9,8 @@ import yaml
 from report_project import Project, make_project
 
 from dvc_bridge import Bridge
-from llmpress.report.gaps import find_gaps, last_error, read_jobs
+from llmpress.pipeline.jobs import read_jobs
+from llmpress.report.gaps import find_gaps, last_error
 from llmpress.report.html import write_report
 from llmpress.report.skipped import skipped
 from llmpress.report.tables import blocks_frame, layers_frame, read_results

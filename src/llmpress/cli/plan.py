@@ -71,7 +71,8 @@ def plan(
     elif set_ or bits is not None:
         raise ConfigError("--set and --bits need a --method; runs have theirs in params.yaml")
     else:
-        content, root = read_params(params), params.absolute().parent
+        content, beside = read_params(params), params.absolute().parent
+        root = beside if (beside / "dvc.yaml").is_file() else Path()
         machine = measure_machine(root)
         made = plan_project(content, machine, names=names or (), model=shapes, root=root)
     if as_json:

@@ -258,7 +258,7 @@ def _around(model: PreTrainedModel, stored: DeltaFolder) -> PreTrainedModel:
 
     Parameters that the base does not have, or not of this shape, stay on the meta device.
     """
-    changed = empty_model(changed_config(model.config, stored.config))
+    changed = empty_model(changed_config(model.config, stored.config), stored.folder)
     if type(changed) is not type(model):
         raise ArtifactError(
             f"{stored.folder}: changes the configuration of a {type(changed).__name__}, the model "

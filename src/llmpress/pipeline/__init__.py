@@ -1,4 +1,4 @@
-"""All of params.yaml: its sections as one class, their check and their schema.
+"""All of params.yaml: one class, its check and its schema; and the stages of dvc.yaml.
 
 May import from core up to evaluation.
 """

@@ -21,7 +21,7 @@ ALIKE = math.log(2.0)
 class Record:
     """How long a stage took; in the table that comes along, the median of alike runs."""
 
-    made: str  # what, as folders below data/ are called: compressed, finetuned; results
+    stage: str  # the first word of its name: compress, evaluate
     method: str  # by which method, or what was trained; empty where it makes no difference
     model: str  # of what, for the reader
     work: float  # see `llmpress.planning.stages`
@@ -56,7 +56,7 @@ def estimate_time(
 
     Args:
         records: All there are.
-        kind: What is made, and the method.
+        kind: The stage, as records name it, and the method.
         work: Of what is planned.
         machine: Processor and GPU.
     """
@@ -65,7 +65,7 @@ def estimate_time(
         here = (record.processor, record.gpu) == machine
         return abs(math.log(work / record.work)) + (0.0 if here else ELSEWHERE)
 
-    known = [r for r in records if (r.made, r.method) == kind and bool(r.gpu) == bool(machine[1])]
+    known = [r for r in records if (r.stage, r.method) == kind and bool(r.gpu) == bool(machine[1])]
     if not known or not work:
         return None
     nearest = min(known, key=distance)

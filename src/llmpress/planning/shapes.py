@@ -1,25 +1,41 @@
-"""The layout of a model: shapes and dtypes of its tensors, nothing of their values."""
+"""The layout of a model, and the bytes of the weights that are made of it: nothing is read of them.
 
+Payload, headers and shards are counted as safetensors and the writers lay them out: exactly, where
+a method's layers follow from its settings, else within its budget. What lies beside them (records,
+configuration, tokenizer) takes some megabytes and is left out.
+"""
+
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmpress.calibration.linear_calls import linear_calls
 from llmpress.compression.layers import model_shapes
 from llmpress.core.artifacts import WEIGHTS_INDEX
 from llmpress.core.errors import ArtifactError
-from llmpress.methods.base import Shape
+from llmpress.methods.base import Method, Shape
 from llmpress.models.architectures import decoder_blocks
-from llmpress.models.checkpoints.files import WEIGHTS, Checkpoint
-from llmpress.models.experts import SeparateExperts, separate_experts
+from llmpress.models.checkpoints.compressed import DENSE_DTYPE, kept_dtype
+from llmpress.models.checkpoints.delta_files import DELTA_SHARD_BYTES
+from llmpress.models.checkpoints.files import (
+    DTYPES,
+    MODEL_SHARD_BYTES,
+    WEIGHTS,
+    Checkpoint,
+    empty_model,
+    read_config,
+)
+from llmpress.models.experts import SeparateExperts
+from llmpress.models.quantizer import guard_name
+from llmpress.nn.layers import CompressedLinear
 
 TRACE_TOKENS = 8
 
@@ -54,6 +70,11 @@ class ModelShapes:
         return sum(tensor.numel() for tensor in self.tensors.values())
 
     @cached_property
+    def largest(self) -> int:
+        """Number of entries of the largest tensor."""
+        return max(tensor.numel() for tensor in self.tensors.values())
+
+    @cached_property
     def linear_weights(self) -> int:
         """Number of weights that methods compress."""
         return sum(math.prod(shape) for shape in self.linears.values())
@@ -84,45 +105,31 @@ def read_shapes(source: Path) -> ModelShapes:
     Without weights the stored dtype is the configuration's, and tied tensors are stored once.
 
     Args:
-        source: A Hugging Face folder, with or without weights, or a config.json.
+        source: A Hugging Face folder, with or without weights, or its config.json.
 
     Raises:
-        ArtifactError: No configuration there, or one of an unknown or unusual architecture.
+        ArtifactError: No configuration there, or nothing in the model to compress.
+        SourceError: A configuration that transformers makes no model of.
     """
-    file = source / "config.json" if source.is_dir() else source
-    if not file.is_file():
-        raise ArtifactError(f"{source}: no model here (config.json is missing)")
-    try:
-        config = AutoConfig.from_pretrained(file, trust_remote_code=False, local_files_only=True)
-        with init_empty_weights(include_buffers=True):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        decoder_blocks(model)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ArtifactError(f"{file}: no model that transformers builds ({reason})") from None
-    separate_experts(model)
-    model.eval()
+    folder = source.parent if source.name == "config.json" else source
+    if any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
+        weights = Checkpoint(folder)  # its tensors are mapped, not read
+        config, model = weights.config, weights.skeleton()
+        stored = {n: torch.empty_like(weights.tensor(n), device="meta") for n in weights.names()}
+    else:
+        config = read_config(folder)
+        model = empty_model(config, folder)
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        built = {name: tensor.to("meta") for name, tensor in sorted(model.state_dict().items())}
+        for name in getattr(model, "all_tied_weights_keys", None) or ():
+            built.pop(name, None)
+        stored = {n: t.to(dtype) if t.is_floating_point() else t for n, t in built.items()}
     blocks = tuple(model_shapes(model))
     if not any(blocks):
-        raise ArtifactError(f"{file}: no linear layer in any decoder block to compress")
-    stored = any((file.parent / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX))
-    if stored and file.name == "config.json":
-        weights = Checkpoint(file.parent)  # its tensors are mapped, not read
-        tensors = {n: torch.empty_like(weights.tensor(n), device="meta") for n in weights.names()}
-    else:
-        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-        names = sorted(set(model.state_dict()) - tied)
-        built = {name: model.state_dict()[name] for name in names}
-        tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in built.items()}
+        raise ArtifactError(f"{folder}/config.json: no linear layer in any decoder block")
     text_config = config.get_text_config()
-    return ModelShapes(
-        blocks=blocks,
-        inputs=_inputs(model, blocks),
-        tensors=tensors,
-        hidden=int(text_config.hidden_size),
-        vocabulary=int(text_config.vocab_size),
-    )
+    inputs = _inputs(model, blocks)
+    return ModelShapes(blocks, inputs, stored, text_config.hidden_size, text_config.vocab_size)
 
 
 def _inputs(model: nn.Module, blocks: tuple[dict[str, Shape], ...]) -> tuple[dict[str, int], ...]:
@@ -134,20 +141,17 @@ def _inputs(model: nn.Module, blocks: tuple[dict[str, Shape], ...]) -> tuple[dic
     for module in model.modules():
         if isinstance(module, SeparateExperts):  # which tokens an expert gets is not known here
             module.forward = partial(_all_experts, module)  # type: ignore[method-assign]
-    prefix, modules = decoder_blocks(model)
+    prefix, modules = decoder_blocks(model.to("meta"))
     seen: dict[str, Tensor] = {}
-    shape = (1, TRACE_TOKENS)
+    tokens = torch.zeros(1, TRACE_TOKENS, dtype=torch.int64, device="meta")
+    mask = torch.zeros(1, 1, TRACE_TOKENS, TRACE_TOKENS, device="meta")
     with (
         torch.no_grad(),
         linear_calls(modules, lambda call: seen.update({f"{prefix}.{call.name}": call.x})),
         suppress(RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError),
     ):
-        model.get_decoder()(  # type: ignore[operator]
-            input_ids=torch.zeros(shape, dtype=torch.int64, device="meta"),
-            position_ids=torch.zeros(shape, dtype=torch.int64, device="meta"),
-            attention_mask=torch.zeros(1, 1, TRACE_TOKENS, TRACE_TOKENS, device="meta"),
-            use_cache=False,
-        )
+        run: Any = model.get_decoder()  # type: ignore[operator]
+        run(input_ids=tokens, position_ids=tokens, attention_mask=mask, use_cache=False)
     found = []
     for block in blocks:
         first = {id(seen.get(name, name)): name for name in reversed(block)}
@@ -159,3 +163,113 @@ def _all_experts(experts: SeparateExperts, hidden_states: Tensor, *_: Tensor) ->
     for expert in experts:
         expert(hidden_states.clone())  # each has an input of its own
     return hidden_states
+
+
+@lru_cache(maxsize=64)
+def planned_layers(
+    model: ModelShapes, method: Method
+) -> Mapping[str, tuple[Method, CompressedLinear]]:
+    """Return what the method's plan gives each linear: settings, and the empty layer they make.
+
+    Linears that stay dense are left out.
+
+    Raises:
+        ValueError: A budget that the model or a layer cannot meet.
+    """
+    plan = method.plan(model.linears, model.num_weights)
+    layer = cache(lambda own, shape: own.empty_layer(shape))
+    chosen = ((name, plan[name], shape) for name, shape in model.linears.items())
+    return {name: (own, layer(own, shape)) for name, own, shape in chosen if own}
+
+
+def files_bytes(
+    files: Iterable[Mapping[str, Tensor]], shard_bytes: int = 2**62, *, metadata: bool = True
+) -> int:
+    """Return the bytes of safetensors files.
+
+    Args:
+        files: The tensors of each, in the order of writing, on the meta device.
+        shard_bytes: A shard is closed before it would exceed this.
+        metadata: Whether headers say ``{"format": "pt"}``.
+    """
+    total, names = 0, {dtype: name for name, dtype in DTYPES.items()}
+    for shard in (shard for file in files for shard in _shards(file, shard_bytes)):
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}} if metadata else {}
+        end = 0
+        for name, tensor in sorted(shard.items(), key=lambda t: ([*names].index(t[1].dtype), t[0])):
+            about = {"dtype": names[tensor.dtype], "shape": list(tensor.shape)}
+            header[name] = {**about, "data_offsets": [end, end + tensor.nbytes]}
+            end += tensor.nbytes
+        length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+        total += 8 + -(-length // 8) * 8 + end
+    return total
+
+
+def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Iterator[Mapping[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    pending = 0
+    for name, tensor in tensors.items():
+        if shard and pending + tensor.nbytes > shard_bytes:
+            yield shard
+            shard, pending = {}, 0
+        shard[name] = tensor
+        pending += tensor.nbytes
+    yield shard
+
+
+def model_bytes(model: ModelShapes, method: Method) -> int:
+    """Return the bytes of a compressed model; raises as `planned_layers` does."""
+    layers = planned_layers(model, method)
+    rest = {
+        name: t.to(kept_dtype(t, linear=name.removesuffix(".weight") in model.linears))
+        for name, t in sorted(model.tensors.items())
+        if name.removesuffix(".weight") not in layers
+    }
+    guard = {guard_name(layers): empty(0, dtype=torch.uint8)} if layers else {}
+    return files_bytes([_packed(model, method) | rest | guard], MODEL_SHARD_BYTES)
+
+
+def delta_bytes(
+    model: ModelShapes, method: Method | None, exact_tensors: Collection[str] | None = ()
+) -> int:
+    """Return the bytes of a delta; raises as `planned_layers` does.
+
+    Args:
+        model: The fine-tuned model.
+        method: What compresses it; None where it is as it was extracted.
+        exact_tensors: Names of the tensors outside the linears that fine-tuning changed; None where
+            that is not known, which counts all of them.
+    """
+    weights = {f"{name}.weight": empty(*shape) for name, shape in model.linears.items()}
+    changed = set(model.tensors) - set(weights) if exact_tensors is None else exact_tensors
+    tensors = weights if method is None else _packed(model, method)
+    carried = {f"exact.{name}": model.tensors[name] for name in sorted(changed)}
+    return files_bytes([tensors | carried], DELTA_SHARD_BYTES)
+
+
+def _packed(model: ModelShapes, method: Method) -> dict[str, Tensor]:
+    """Return what a writer adds for compressed layers."""
+    layers = planned_layers(model, method).items()
+    return {f"{n}.{key}": t for n, (_, layer) in layers for key, t in layer.tensors().items()}
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a tensor without values."""
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def adapter_bytes(model: ModelShapes, rank: int, *, quantized: bool) -> int:
+    """Return the bytes of LoRA's factors; ``quantized``: and those of the model in NF4, about."""
+    factors = {
+        f"base_model.model.{name}.lora_{key}.weight": empty(*sides, dtype=DENSE_DTYPE)
+        for name, (out_features, in_features) in model.linears.items()
+        for key, sides in (("A", (rank, in_features)), ("B", (out_features, rank)))
+    }
+    rest = nf4_bytes(model) + 2 * (model.num_weights - model.linear_weights)
+    return files_bytes([factors]) + (rest if quantized else 0)
+
+
+def nf4_bytes(model: ModelShapes) -> int:
+    """Return the bytes of all linears in NF4 with doubly quantized scales, as bitsandbytes does."""
+    blocks = [-(-shape.num_weights // 64) for shape in model.linears.values()]
+    return sum(32 * count + count + 4 * -(-count // 256) + 4 * (16 + 256 + 1) for count in blocks)

@@ -6,13 +6,11 @@ whatever else lies around; without dvc.yaml or logs less is said.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from llmpress.pipeline.jobs import Job, read_jobs
 from llmpress.report.grid import Grid
 
 MAX_ERROR = 400  # characters
@@ -21,26 +19,6 @@ ERROR_LINES = (  # the first pattern that the log holds; of several such lines t
     r"(?:[\w.]*(?:Error|Exception|Interrupt)|Killed)\b.*",
     r"ERROR: .+",
 )
-
-
-@dataclass(frozen=True)
-class Job:
-    """One stage for one name, as dvc.yaml says.
-
-    Attributes:
-        stage: Key below ``stages``.
-        key: Which of its ``foreach``; empty for a plain stage.
-        inputs: What it reads, relative to dvc.yaml.
-        outputs: What it makes.
-    """
-
-    stage: str
-    key: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.stage} {self.key}".strip()
 
 
 def find_gaps(
@@ -73,20 +51,6 @@ def find_gaps(
     return Grid("No result", caption, ["Name", "Unfinished stage", "Why"], rows)
 
 
-def read_jobs(pipeline: Path, params: Mapping[str, Any]) -> list[Job]:
-    """Return every stage of dvc.yaml for every name; none where it cannot be read.
-
-    Args:
-        pipeline: dvc.yaml.
-        params: Content of params.yaml, which its templates refer to.
-    """
-    try:
-        stages = yaml.safe_load(pipeline.read_text(encoding="utf-8"))["stages"]
-    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):
-        return []
-    return [job for stage, entry in stages.items() for job in _jobs(str(stage), entry, params)]
-
-
 def last_error(text: str) -> str:
     """Return the last line of a log that tells an error; empty when none does."""
     lines = [line.strip() for line in re.split(r"[\r\n]+", text)]  # progress bars return
@@ -97,56 +61,15 @@ def last_error(text: str) -> str:
     return ""
 
 
-def _jobs(stage: str, entry: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[Job]:
-    if "foreach" not in entry:
-        yield Job(stage, "", _paths(entry, ("deps",), {}), _paths(entry, _OUTPUTS, {}))
-        return
-    items = entry["foreach"]
-    if isinstance(items, str):
-        items = _lookup(items.removeprefix("${").removesuffix("}"), params)
-    pairs = items.items() if isinstance(items, Mapping) else ((item, item) for item in items or ())
-    for key, item in pairs:
-        names = {"key": key, "item": item}
-        do = entry["do"]
-        yield Job(stage, str(key), _paths(do, ("deps",), names), _paths(do, _OUTPUTS, names))
-
-
-_OUTPUTS = ("outs", "metrics", "plots")
-
-
-def _paths(
-    entry: Mapping[str, Any], kinds: Sequence[str], names: Mapping[str, Any]
-) -> tuple[str, ...]:
-    """Return the paths below these keys, with ``${item.model}`` and the like put in."""
-    found = [path for kind in kinds for path in entry.get(kind) or ()]
-    plain = (str(next(iter(path)) if isinstance(path, Mapping) else path) for path in found)
-    return tuple(
-        re.sub(r"\$\{([\w.-]+)\}", lambda match: str(_lookup(match[1], names)), path)
-        for path in plain
-    )
-
-
-def _lookup(name: str, values: Any) -> Any:
-    """Return the value of a dotted name; None when there is none."""
-    for part in name.split("."):
-        values = values.get(part) if isinstance(values, Mapping) else None
-    return values
-
-
 def _culprits(job: Job, jobs: Sequence[Job], root: Path) -> list[Job]:
     """Return the first unfinished stages among those that the job needs, else the job itself."""
     found = [
         culprit
         for other in jobs
-        if any(_within(made, needed) for made in other.outputs for needed in job.inputs)
-        and _absent(other, root)
+        if job.reads(other) and _absent(other, root)
         for culprit in _culprits(other, jobs, root)
     ]
     return found or [job]
-
-
-def _within(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(f"{folder.rstrip('/')}/")
 
 
 def _absent(job: Job, root: Path) -> list[str]:

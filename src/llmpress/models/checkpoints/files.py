@@ -43,20 +43,20 @@ MODEL_SHARD_BYTES = 2 << 30
 UNBUILDABLE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What transformers raises where a configuration contradicts itself."""
 DTYPES = {
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
+    "I32": torch.int32,
     "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I16": torch.int16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""What safetensors calls dtypes; of others bytes are told."""
+"""What safetensors calls dtypes, in the order of its files; of others bytes are told."""
 
 
 class Checkpoint:
@@ -79,9 +79,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
-        if not (self.folder / "config.json").is_file():
-            raise ArtifactError(f"{self.folder}: no model here (config.json is missing)")
-        self.config = _read_config(self.folder)
+        self.config = read_config(self.folder)
         self._stored: dict[str, LazyTensor] = {}
         dtypes: dict[str, str] = {}
         for path in self._files():
@@ -203,20 +201,8 @@ class Checkpoint:
         return self._converted.tensors[name]
 
     def skeleton(self) -> PreTrainedModel:
-        """Build the model with parameters on the meta device and buffers in memory.
-
-        Raises:
-            SourceError: A mixture of experts of another form than those llmpress takes apart, or a
-                configuration that transformers makes no model of.
-        """
-        try:
-            return empty_model(self.config)
-        except UNBUILDABLE as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise SourceError(
-                f"{self.folder}: transformers makes no model of its config.json ({reason[:200]}); "
-                "fetch the model again"
-            ) from None
+        """Build the model with parameters on the meta device and buffers in memory."""
+        return empty_model(self.config, self.folder)
 
     def published(self, dtype: torch.dtype | None = None) -> dict[str, LazyTensor]:
         """Return what transformers would save of the model, unread, by the names in its files.
@@ -245,10 +231,22 @@ def _say_ignored(folder: Path, count: int, first: str) -> None:
     )
 
 
-def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Build a model of a configuration; see `Checkpoint.skeleton`."""
-    model = fused_model(config)
-    separate_experts(model)
+def empty_model(config: PretrainedConfig, folder: Path) -> PreTrainedModel:
+    """Build a model of a folder's configuration, as `Checkpoint.skeleton` does.
+
+    Raises:
+        SourceError: A mixture of experts of another form than those llmpress takes apart, or a
+            configuration that transformers makes no model of.
+    """
+    try:
+        model = fused_model(config)
+        separate_experts(model)
+    except UNBUILDABLE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SourceError(
+            f"{folder}: transformers makes no model of its config.json ({reason[:200]}); "
+            "fetch the model again"
+        ) from None
     model.eval()
     return model
 
@@ -291,7 +289,15 @@ def _forget_copies(tensors: dict[str, LazyTensor], ties: Mapping[str, str]) -> N
                 del tensors[head]
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
+def read_config(folder: Path) -> PretrainedConfig:
+    """Read a model's configuration.
+
+    Raises:
+        ArtifactError: It is missing or damaged.
+        SourceError: transformers does not know it, or it is of no causal language model.
+    """
+    if not (folder / "config.json").is_file():
+        raise ArtifactError(f"{folder}: no model here (config.json is missing)")
     read_json(folder / "config.json")  # a damaged file is named before transformers reads it
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
