@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 from command_line import llmpress
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from llmpress.models.architectures import left_out
-from llmpress.models.checkpoints.files import Checkpoint
+from llmpress.models.architectures import block_linears, compressible, left_out
+from llmpress.models.checkpoints.files import Checkpoint, empty_model
 
 EXPERTS = "model.layers.*.mlp.input_linear.weight"
 
@@ -51,3 +52,26 @@ def test_a_model_of_linears_is_left_out_nowhere(
     done = llmpress(*command, "-o", tmp_path / "out")
     assert "not compressed" not in done.out
     assert "stay as they are" not in caplog.text
+
+
+def test_a_router_of_another_name_stays_as_it_is() -> None:
+    config = AutoConfig.for_model("afmoe", num_hidden_layers=2, num_experts=4, num_dense_layers=0)
+    model = empty_model(config)
+    linears = {name for block in block_linears(model) for name in block}
+    chooses = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "router" in n}
+    assert len(chooses) == 2
+    assert linears
+    assert not linears & chooses
+
+
+@pytest.mark.parametrize("name", ["mlp.gate", "mlp.gate.wg", "ffn.router.layer", "moe.router.proj"])
+def test_names_of_routers(name: str) -> None:
+    block = nn.Module()
+    *owners, last = name.split(".")
+    place = block
+    for owner in owners:
+        place.add_module(owner, nn.Module())
+        place = place.get_submodule(owner)
+    place.add_module(last, nn.Linear(4, 4))
+    block.add_module("gate_proj", nn.Linear(4, 4))
+    assert compressible(block).keys() == {"gate_proj"}

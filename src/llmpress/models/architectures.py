@@ -15,7 +15,7 @@ from torch import nn
 
 from llmpress.core.errors import ArtifactError
 
-ROUTERS = ("*.router", "*.router.layer", "*.mlp.gate", "*.shared_expert_gate")
+ROUTERS = ("*.router", "*.router.*", "*.mlp.gate", "*.mlp.gate.*", "*.shared_expert_gate")
 """Linears that choose experts: tiny, and an error in them sends tokens to another expert."""
 
 LEFT_MULTIPLIED = ("*.dt_proj",)
