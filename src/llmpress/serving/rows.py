@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from llmpress.nn.kernels.dispatch import uses_triton
+from llmpress.nn.kernels.dispatch import uses_compiled, uses_triton
 from llmpress.nn.layers.base import CompressedLinear, SumByRow, as_rows
 
 Name = str | None
@@ -99,7 +99,7 @@ class PerRow(nn.Module):
         """Return the kernel for many tenants; None where there is none or it cannot be used."""
         if (
             not self.deltas
-            or not uses_triton(x)
+            or not (uses_triton(x) or uses_compiled(x))
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
         ):

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from kernel_examples import DTYPES, ROUNDING, random_codebook, random_codes
+from kernel_examples import DTYPES, ROUNDING, random_codebook, random_codes, random_delta
 from torch import Tensor
 
 from llmpress.core.errors import ConfigError
 from llmpress.nn.kernels import cpu
 from llmpress.nn.kernels.codebook_matmul.reference import codebook_matmul_reference, codebook_weight
+from llmpress.nn.kernels.delta_matmul import RowDeltas, delta_matmul
+from llmpress.nn.kernels.dispatch import use_backend
 from llmpress.nn.kernels.quantized_matmul.reference import (
     quantized_matmul_reference,
     quantized_weight,
@@ -165,6 +167,29 @@ def test_results_depend_neither_on_threads_nor_on_what_else_is_multiplied() -> N
         torch.testing.assert_close(found, results[0], rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group_size", [16, 7, 64])
+@pytest.mark.parametrize(
+    "tenants", [[0], [1, -1, 0, 2, 1], [3] * 15, [-1, 2], [0, 1, 3] * 5], ids=str
+)
+def test_each_row_gets_its_own_delta(
+    tenants: list[int], group_size: int, dtype: torch.dtype
+) -> None:
+    shape = 150, 70
+    groups = [[(2, 8), (5, 3), (20, 2)], [(1, 5), (17, 1)], [], [(3, 7), (1, 6), (4, 4)]]
+    deltas = [random_delta(each, shape, group_size, HERE) for each in groups]
+    x, y = (torch.randn(len(tenants), n).to(dtype) for n in reversed(shape))
+    before, rows = y.clone(), RowDeltas(deltas, tenants, group_size)
+    found = delta_matmul(x, y, rows)
+    with use_backend("reference"):
+        expected = delta_matmul(x, y, rows)
+    check(found, expected, dtype)
+    untouched = [row for row, tenant in enumerate(tenants) if tenant in (-1, 2)]
+    torch.testing.assert_close(found[untouched], y[untouched], rtol=0, atol=0)
+    torch.testing.assert_close(y, before, rtol=0, atol=0)
+
+
 def test_only_what_is_used_without_gradients_computes_packed(
     example_layer: CompressedLinear, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,7 +210,9 @@ def test_only_what_is_used_without_gradients_computes_packed(
     torch.testing.assert_close(leaf.grad, layer.dequantize().sum(0).expand(2, -1))
 
 
-@pytest.fixture(params=["codebook", "low_rank", "pivoted_low_rank", "quantized", "sign"])
+@pytest.fixture(
+    params=["codebook", "low_rank", "mixed_low_rank", "pivoted_low_rank", "quantized", "sign"]
+)
 def example_layer(request: pytest.FixtureRequest) -> CompressedLinear:
     """A layer of each kind that the library has a product for."""
     from method_examples import example_layers

@@ -61,6 +61,7 @@ class AdaptedLinear(nn.Module):
         base, delta = self.base, self.delta
         if (
             not self.keeps_sum
+            or delta.computes_packed(x)
             or delta.bias is not None
             or not isinstance(base, (nn.Linear, CompressedLinear))
         ):

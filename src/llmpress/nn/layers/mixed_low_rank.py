@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from llmpress.nn.kernels.cpu import packed_weight
 from llmpress.nn.kernels.delta_matmul import PackedVectors, RowDeltas, TripletGroup, delta_matmul
-from llmpress.nn.kernels.dispatch import uses_triton
+from llmpress.nn.kernels.dispatch import uses_compiled, uses_triton
 from llmpress.nn.kernels.quantized_matmul.reference import dequantize_groups
 from llmpress.nn.layers.base import CompressedLinear, SumByRow, as_rows, frozen, rank_allocation
 from llmpress.nn.layers.blocked import linear
@@ -175,10 +176,22 @@ class MixedLowRankLinear(CompressedLinear):
         if num_bits == UNQUANTIZED:
             return self.get_parameter(name).float()
         scales = self.get_parameter(f"{name}_scales")
+        if self._reads_packed(scales):
+            packed = self._packed(name)
+            widths = num_bits, self.group_size, length
+            return packed_weight(packed.codes, scales, packed.zero_points, *widths, torch.float32)
         codes = unpack(self.get_buffer(f"{name}_codes"), num_bits, rank * length)
         zeros = unpack(self.get_buffer(f"{name}_zero_points"), num_bits, scales.numel())
         stored = Vectors(codes.view(rank, length), scales, zeros.view(scales.shape))
         return dequantize_vectors(stored, self.group_size)
+
+    def _reads_packed(self, scales: Tensor) -> bool:
+        """Whether the library for CPUs unpacks vectors: to the same bits as torch, and faster."""
+        trains = torch.is_grad_enabled() and scales.requires_grad
+        is_stored = scales.dtype == torch.float16
+        return (
+            is_stored and uses_compiled(scales) and not trains and not torch.compiler.is_compiling()
+        )
 
     def dequantize(self) -> Tensor:
         """Return ``c · Σ_g U_g diag(σ_g) V_g`` as fp32 ``[out, in]``."""
@@ -187,6 +200,11 @@ class MixedLowRankLinear(CompressedLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """Return ``x Wᵀ``, ``[..., out]``, through the two thin factors."""
+        if self.computes_packed(x) and x.numel() <= MOST_ROWS * self.in_features:
+            rows = as_rows(x)
+            if (add := self._added_by_kernel(len(rows))) is not None:
+                zeros = rows.new_zeros(len(rows), self.out_features)
+                return add(zeros, rows).view(*x.shape[:-1], self.out_features)
         return through_factors(x, *self.unpacked(x))
 
     def rebuilt_product(self, x: Tensor) -> Tensor:
@@ -213,18 +231,20 @@ class MixedLowRankLinear(CompressedLinear):
         return lambda y, x: delta_matmul(x, y, rows)
 
     def added_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return ``y + self(x)``; on a GPU from the packed vectors, for few rows."""
+        """Return ``y + self(x)``; for few rows from the packed vectors where a kernel does that."""
         count = x.numel() // self.in_features
         if (
             count > MOST_ROWS
-            or not uses_triton(x)
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
+            or not (self.computes_packed(x) or self._uses_triton(x))
             or (add := self._added_by_kernel(count)) is None
         ):
             return super().added_to(y, x)
         flat = y.reshape(-1, self.out_features)
         return add(flat.to(x.dtype), as_rows(x)).view_as(y)
+
+    def _uses_triton(self, x: Tensor) -> bool:
+        blocked = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        return uses_triton(x) and not blocked
 
     def _added_by_kernel(self, count: int) -> SumByRow | None:
         # The kernel reads codes and scales where they are; what it has copies of are these two, and

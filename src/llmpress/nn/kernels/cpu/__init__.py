@@ -27,8 +27,8 @@ LEVELS = ("plain", "avx2", "avx512")
 """Instruction sets: what every processor of an architecture has, AVX2, AVX-512."""
 
 _VERSION = 1
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
-DTYPES = frozenset(_DTYPES) - {torch.int8}
+DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+DTYPES = frozenset(DTYPE_NUMBERS) - {torch.int8}
 """Of inputs and outputs."""
 MOST_ROWS = 16
 """Inputs with more rows are multiplied by the weight written out."""
@@ -100,7 +100,7 @@ def loaded() -> Library | str:
 @contextmanager
 def use_level(name: str) -> Iterator[str]:
     """Use at most this instruction set until the context ends, which gets the one in use."""
-    made = _library()
+    made = needed_library()
     try:
         yield LEVELS[made.start(LEVELS.index(name))]
     finally:
@@ -121,9 +121,10 @@ def packed_matmul(
     """Return ``x Wᵀ``, ``[M, out]``; arguments are those of `quantized_matmul`."""
     rows, columns = x.shape
     y = x.new_empty(rows, scales.shape[0])
-    _library().packed(
-        y.data_ptr(), x.data_ptr(), _DTYPES[x.dtype], rows, codes.data_ptr(), scales.data_ptr(),
-        zero_points.data_ptr(), scales.shape[0], columns, num_bits, group_size, 0.0,
+    needed_library().packed(
+        y.data_ptr(), x.data_ptr(), DTYPE_NUMBERS[x.dtype], rows, codes.data_ptr(),
+        scales.data_ptr(), zero_points.data_ptr(), scales.shape[0], columns, num_bits,
+        group_size, 0.0,
     )  # fmt: skip
     return y
 
@@ -139,8 +140,8 @@ def packed_weight(
 ) -> Tensor:
     """Return ``W``, ``[out, in]`` in ``dtype``; the other arguments are those of the product."""
     weight = scales.new_empty(scales.shape[0], in_features, dtype=dtype)
-    _library().write_packed(
-        weight.data_ptr(), _DTYPES[dtype], codes.data_ptr(), scales.data_ptr(),
+    needed_library().write_packed(
+        weight.data_ptr(), DTYPE_NUMBERS[dtype], codes.data_ptr(), scales.data_ptr(),
         zero_points.data_ptr(), *weight.shape, num_bits, group_size, 0.0,
     )  # fmt: skip
     return weight
@@ -150,8 +151,8 @@ def sign_matmul(x: Tensor, signs: Tensor, scale: float, out_features: int) -> Te
     """Return ``x Wᵀ``, ``[M, out]``, for ``scale`` times the packed ``signs`` of ``[out, in]``."""
     rows, columns = x.shape
     y = x.new_empty(rows, out_features)
-    _library().packed(
-        y.data_ptr(), x.data_ptr(), _DTYPES[x.dtype], rows, signs.data_ptr(), None, None,
+    needed_library().packed(
+        y.data_ptr(), x.data_ptr(), DTYPE_NUMBERS[x.dtype], rows, signs.data_ptr(), None, None,
         out_features, columns, 1, columns, scale,
     )  # fmt: skip
     return y
@@ -162,8 +163,8 @@ def sign_weight(
 ) -> Tensor:
     """Return ``W``, ``[out, in]`` in ``dtype``."""
     weight = signs.new_empty(out_features, in_features, dtype=dtype)
-    _library().write_packed(
-        weight.data_ptr(), _DTYPES[dtype], signs.data_ptr(), None, None, *weight.shape, 1,
+    needed_library().write_packed(
+        weight.data_ptr(), DTYPE_NUMBERS[dtype], signs.data_ptr(), None, None, *weight.shape, 1,
         in_features, scale,
     )  # fmt: skip
     return weight
@@ -172,9 +173,9 @@ def sign_weight(
 def dense_matmul(x: Tensor, weight: Tensor) -> Tensor:
     """Return ``x Wᵀ``, ``[M, out]``, for ``weight [out, in]`` in any float dtype, contiguous."""
     y = x.new_empty(x.shape[0], weight.shape[0])
-    _library().dense(
-        y.data_ptr(), x.data_ptr(), _DTYPES[x.dtype], x.shape[0], weight.data_ptr(), *weight.shape,
-        _DTYPES[weight.dtype],
+    needed_library().dense(
+        y.data_ptr(), x.data_ptr(), DTYPE_NUMBERS[x.dtype], x.shape[0], weight.data_ptr(),
+        *weight.shape, DTYPE_NUMBERS[weight.dtype],
     )  # fmt: skip
     return y
 
@@ -182,9 +183,9 @@ def dense_matmul(x: Tensor, weight: Tensor) -> Tensor:
 def low_rank_matmul(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """Return ``(x Bᵀ) Aᵀ``, ``[M, out]``, for ``A [out, rank]`` and ``B [rank, in]``."""
     y = x.new_empty(x.shape[0], A.shape[0])
-    _library().low_rank(
-        y.data_ptr(), x.data_ptr(), _DTYPES[x.dtype], x.shape[0], A.data_ptr(), B.data_ptr(),
-        *A.shape, B.shape[1], _DTYPES[A.dtype],
+    needed_library().low_rank(
+        y.data_ptr(), x.data_ptr(), DTYPE_NUMBERS[x.dtype], x.shape[0], A.data_ptr(), B.data_ptr(),
+        *A.shape, B.shape[1], DTYPE_NUMBERS[A.dtype],
     )  # fmt: skip
     return y
 
@@ -195,10 +196,10 @@ def codebook_matmul(
     """Return ``x Wᵀ``, ``[M, out]``; arguments are those of the operation, and a code's bits."""
     rows, columns = x.shape
     y = x.new_empty(rows, out_features)
-    _library().codebook(
-        y.data_ptr(), x.data_ptr(), _DTYPES[x.dtype], rows, codes.data_ptr(), codebook.data_ptr(),
-        None if scales is None else scales.data_ptr(), columns, out_features, bits,
-        *codebook.shape, _DTYPES[codebook.dtype],
+    needed_library().codebook(
+        y.data_ptr(), x.data_ptr(), DTYPE_NUMBERS[x.dtype], rows, codes.data_ptr(),
+        codebook.data_ptr(), None if scales is None else scales.data_ptr(), columns,
+        out_features, bits, *codebook.shape, DTYPE_NUMBERS[codebook.dtype],
     )  # fmt: skip
     return y
 
@@ -214,15 +215,16 @@ def transposed_codebook_weight(
 ) -> Tensor:
     """Return ``Wᵀ``, ``[in, out]`` in ``dtype``."""
     weight = codebook.new_empty(in_features, out_features, dtype=dtype)
-    _library().write_codebook(
-        weight.data_ptr(), _DTYPES[dtype], codes.data_ptr(), codebook.data_ptr(),
+    needed_library().write_codebook(
+        weight.data_ptr(), DTYPE_NUMBERS[dtype], codes.data_ptr(), codebook.data_ptr(),
         None if scales is None else scales.data_ptr(), in_features, out_features, bits,
-        *codebook.shape, _DTYPES[codebook.dtype],
+        *codebook.shape, DTYPE_NUMBERS[codebook.dtype],
     )  # fmt: skip
     return weight
 
 
-def _library() -> Library:
+def needed_library() -> Library:
+    """Return the compiled products where `library` has said that there are some."""
     found = library()
     if found is None:
         raise RuntimeError("there is no compiled library: ask `library` first")

@@ -434,6 +434,14 @@ struct Windows {
   }
 };
 
+// Those of every width, made once.
+static const Windows& windows_of(int64_t bits) {
+  static const Windows all[] = {Windows(0), Windows(1), Windows(2), Windows(3), Windows(4), Windows(5),
+                                Windows(6), Windows(7), Windows(8), Windows(9), Windows(10), Windows(11),
+                                Windows(12), Windows(13), Windows(14), Windows(15), Windows(16)};
+  return all[bits];
+}
+
 // VL codes from bit `at`; 16 bytes are read from its byte. Bits above a code's own are left as they
 // are, but for LEVEL 0. For up to 8 bits, at LEVEL 1 for up to 16.
 INLINE vi raw_codes(const uint8_t* stream, int64_t at, const Window& window, int bits) {
@@ -488,12 +496,10 @@ template <bool TABLE> struct Group {
 
 // A row's stream that may be read 16 bytes past its end: a copy where it is the last of all.
 struct Tail {
-  uint8_t* memory = nullptr;
-  ~Tail() { std::free(memory); }
+  Scratch scratch;
   const uint8_t* readable(const uint8_t* p, const uint8_t* end, int64_t count) {
     if (p + count + 16 <= end) return p;
-    if (memory == nullptr) memory = (uint8_t*)std::malloc(count + 64);
-    if (memory == nullptr) std::abort();
+    uint8_t* memory = (uint8_t*)scratch.floats(count / 4 + 17);
     const int64_t here = end - p < count ? end - p : count;
     std::memset(memory, 0, count + 64);
     std::memcpy(memory, p, here);
@@ -678,7 +684,7 @@ static void packed_product(const Packed& w, const void* x, int64_t dtype, int64_
   const int64_t ldx = padded(w.columns), ldy = padded(w.rows), rows = M + MOST_ROWS;
   float* memory = scratch.floats(rows * (ldx + ldy));
   widen_rows(dtype, x, M, w.columns, memory, ldx);
-  const Windows windows(w.bits);
+  const Windows& windows = windows_of(w.bits);
   PackedJob job{w, windows, memory, memory + rows * ldx, ldx, ldy, M, dtype, y};
   in_parallel(w.rows, w.columns * M, packed_task, &job);
 }
@@ -1055,7 +1061,7 @@ static void codebook_product(const Codebook& w, const void* x, int64_t dtype, in
   const int64_t ldx = padded(w.in), ldy = tiles * tile * w.d, rows = M + MOST_ROWS;
   float* memory = scratch.floats(rows * (ldx + ldy));
   widen_rows(dtype, x, M, w.in, memory, ldx);
-  const Windows windows(w.bits);
+  const Windows& windows = windows_of(w.bits);
   copy_last(w, last);
   CodebookJob job{w, windows, memory, memory + rows * ldx, ldx, ldy, M, dtype, tile, (const uint8_t*)last.data, nullptr, 0, nullptr, y};
 #if LEVEL == 2
@@ -1073,9 +1079,9 @@ struct DeltaJob {
   const Triplets* groups;
   const Tenant* tenants;
   const int64_t* row_numbers;
-  const int64_t* first_rank; // of each tenant among all
   const float* x;            // [rows in the order of tenants, in], padded as `widen_rows` does
   float *z, *sum;            // z [rows, rank], sum [rows, out]
+  float* values;             // scales and zero points of left vectors [ranks of all tenants, 2, G]
   int64_t ldx, ldz, ldy, dtype;
   int64_t num_tenants;
   const void* y;
@@ -1083,10 +1089,33 @@ struct DeltaJob {
   int64_t outputs, piece;
 };
 
+// As many rows as are multiplied together where there are so many.
+INLINE int64_t whole_rows(int64_t count) { return count >= 8 ? 8 : count >= 4 ? 4 : count >= 2 ? 2 : 1; }
+
+INLINE int64_t total_rank(const DeltaJob& job, const Tenant& tenant) {
+  int64_t rank = 0;
+  for (int64_t g = 0; g < tenant.num_groups; g++) rank += job.groups[tenant.first_group + g].V.rows;
+  return rank;
+}
+
+// Scales and zero points of a left vector, as fp32.
+static void left_values(const DeltaJob& job, const Packed& U, int64_t r, int64_t place) {
+  const Windows& windows = windows_of(U.bits);
+  const int64_t groups = U.groups();
+  float* to = job.values + place * 2 * groups;
+  alignas(64) float scales[VL], zeros[VL];
+  for (int64_t g = 0; g < groups; g += VL) {
+    const int64_t count = groups - g < VL ? groups - g : VL;
+    group_values(U, windows, r, g, count, scales, zeros);
+    std::memcpy(to + g, scales, count * sizeof(float));
+    std::memcpy(to + groups + g, zeros, count * sizeof(float));
+  }
+}
+
 // Ranks of all tenants are one range; an item is 4 of them.
 static void right_task(int64_t begin, int64_t end, void* context) {
   const DeltaJob& job = *(const DeltaJob*)context;
-  int64_t item = 0;
+  int64_t item = 0, before = 0;
   for (int64_t t = 0; t < job.num_tenants && item < end; t++) {
     const Tenant& tenant = job.tenants[t];
     int64_t rank = 0;
@@ -1095,35 +1124,39 @@ static void right_task(int64_t begin, int64_t end, void* context) {
       const int64_t ranks = group.V.rows, items = (ranks + 3) / 4;
       const int64_t from = begin > item ? begin - item : 0, to = end - item < items ? end - item : items;
       if (from < to) {
-        const Windows windows(group.V.bits);
+        const Windows& windows = windows_of(group.V.bits);
         const int64_t first = 4 * from, stop = 4 * to < ranks ? 4 * to : ranks;
-        for (int64_t m = 0; m < tenant.num_rows; m++) { // rows of a tenant are few
+        for (int64_t m = 0, some; m < tenant.num_rows; m += some) {
+          some = whole_rows(tenant.num_rows - m);
           float* z = job.z + (tenant.first_row + m) * job.ldz + rank;
-          some_packed_rows(group.V, windows, 1, job.x + (tenant.first_row + m) * job.ldx, job.ldx, first, stop, z, job.ldz);
-          for (int64_t r = first; r < stop; r++) z[r] *= group.sigma[r];
+          some_packed_rows(group.V, windows, some, job.x + (tenant.first_row + m) * job.ldx, job.ldx, first, stop, z, job.ldz);
+          for (int64_t k = 0; k < some; k++)
+            for (int64_t r = first; r < stop; r++) z[k * job.ldz + r] *= group.sigma[r];
         }
+        for (int64_t r = first; r < stop; r++) left_values(job, group.U, r, before + rank + r);
       }
       item += items;
       rank += ranks;
     }
+    before += total_rank(job, tenant);
   }
 }
 
 // sum[m, o .. o + Q * VL) += z[m] U for one precision.
 template <int M, int Q, bool TABLE>
-static void left_block(const Packed& U, const Windows& windows, const float* z, int64_t ldz, int64_t o, int64_t valid, float* sum, int64_t ldy, Tail& tail) {
+static void left_block(const Packed& U, const Windows& windows, const float* values, const float* z, int64_t ldz, int64_t o, int64_t valid, float* sum, int64_t ldy, Tail& tail) {
   vf acc[M][Q];
   for (int m = 0; m < M; m++)
     for (int q = 0; q < Q; q++) acc[m][q] = load(sum + m * ldy + o + q * VL);
   const uint8_t* end = U.codes + U.bytes();
   const int bits = windows.bits;
-  const int64_t groups = U.groups(), zero_bytes = U.zero_bytes();
-  const bool aligned = U.group % VL == 0;
-  for (int64_t r = 0; r < U.rows; r++) {
+  const int64_t groups = U.groups();
+  const bool aligned = U.group % VL == 0, one = aligned && o / U.group == (o + Q * VL - 1) / U.group;
+  for (int64_t r = 0; r < U.rows; r++, values += 2 * groups) {
     const int64_t at = (r * U.columns + o) * bits;
     const uint8_t* stream = tail.readable(U.codes + (at >> 3), end, (Q * VL * bits + 14) >> 3);
-    int64_t known = -1;
     Group<TABLE> group;
+    if (one) group.set(values[o / U.group], values[groups + o / U.group], bits);
     for (int q = 0; q < Q; q++) {
       const int64_t bit = (at & 7) + q * VL * bits, channel = o + q * VL;
       if (q * VL >= valid) break;
@@ -1131,21 +1164,16 @@ static void left_block(const Packed& U, const Windows& windows, const float* z, 
       const vi raw = raw_codes(stream, bit, windows.at[bit & 7], bits);
       if (aligned) {
         const int64_t number = channel / U.group;
-        if (number != known) {
-          const int64_t place = r * groups + number;
-          group.set(from_half(U.scales[place]), float(code_at(U.zeros, place * bits, bits, zero_bytes)), bits);
-          known = number;
-        }
+        if (!one) group.set(values[number], values[groups + number], bits);
         weight = group.weights(raw, windows.mask);
       } else {
-        const vi codes = raw & windows.mask;
         vf scale{}, zero{};
         for (int k = 0; k < VL; k++) {
           const int64_t number = channel + k < U.columns ? (channel + k) / U.group : groups - 1;
-          scale[k] = from_half(U.scales[r * groups + number]);
-          zero[k] = float(code_at(U.zeros, (r * groups + number) * bits, bits, zero_bytes));
+          scale[k] = values[number];
+          zero[k] = values[groups + number];
         }
-        weight = (__builtin_convertvector(codes, vf) - zero) * scale;
+        weight = (__builtin_convertvector(raw & windows.mask, vf) - zero) * scale;
       }
       for (int m = 0; m < M; m++) acc[m][q] += weight * z[m * ldz + r];
     }
@@ -1155,10 +1183,11 @@ static void left_block(const Packed& U, const Windows& windows, const float* z, 
 }
 
 template <int M>
-static void left_rows(const Packed& U, const Windows& windows, const float* z, int64_t ldz, int64_t o, int64_t valid, float* sum, int64_t ldy, Tail& tail) {
+static void left_rows(const Packed& U, const float* values, const float* z, int64_t ldz, int64_t o, int64_t valid, float* sum, int64_t ldy, Tail& tail) {
   constexpr int Q = 64 / VL;
-  if (U.bits <= LOOKED_UP) left_block<M, Q, true>(U, windows, z, ldz, o, valid, sum, ldy, tail);
-  else left_block<M, Q, false>(U, windows, z, ldz, o, valid, sum, ldy, tail);
+  const Windows& windows = windows_of(U.bits);
+  if (U.bits <= LOOKED_UP) left_block<M, Q, true>(U, windows, values, z, ldz, o, valid, sum, ldy, tail);
+  else left_block<M, Q, false>(U, windows, values, z, ldz, o, valid, sum, ldy, tail);
 }
 
 static void left_task(int64_t begin, int64_t end, void* context) {
@@ -1173,16 +1202,20 @@ static void left_task(int64_t begin, int64_t end, void* context) {
       float* sum = job.sum + (tenant.first_row + m) * job.ldy;
       widen(job.dtype, job.y, row * job.outputs + o, valid, sum + o);
     }
-    int64_t rank = 0;
+    int64_t rank = 0, before = 0;
+    for (int64_t t = 0; t < item / pieces; t++) before += total_rank(job, job.tenants[t]);
     for (int64_t g = 0; g < tenant.num_groups; g++) {
       const Packed& U = job.groups[tenant.first_group + g].U;
-      const Windows windows(U.bits);
-      for (int64_t m = 0; m < tenant.num_rows;) {
-        const int64_t left = tenant.num_rows - m, at = tenant.first_row + m;
+      const float* values = job.values + (before + rank) * 2 * U.groups();
+      for (int64_t m = 0, some; m < tenant.num_rows; m += some) {
+        some = whole_rows(tenant.num_rows - m);
+        some = some > 4 ? 4 : some;
+        const int64_t at = tenant.first_row + m;
         const float* z = job.z + at * job.ldz + rank;
         float* sum = job.sum + at * job.ldy;
-        if (left >= 4) left_rows<4>(U, windows, z, job.ldz, o, valid, sum, job.ldy, tail), m += 4;
-        else left_rows<1>(U, windows, z, job.ldz, o, valid, sum, job.ldy, tail), m += 1;
+        if (some == 4) left_rows<4>(U, values, z, job.ldz, o, valid, sum, job.ldy, tail);
+        else if (some == 2) left_rows<2>(U, values, z, job.ldz, o, valid, sum, job.ldy, tail);
+        else left_rows<1>(U, values, z, job.ldz, o, valid, sum, job.ldy, tail);
       }
       rank += U.rows;
     }
@@ -1195,22 +1228,24 @@ static void left_task(int64_t begin, int64_t end, void* context) {
 static void delta_product(const Triplets* groups, const Tenant* tenants, int64_t num_tenants, const int64_t* row_numbers, int64_t rows, const void* x, const void* y, int64_t dtype, void* out) {
   static thread_local Scratch scratch;
   if (num_tenants == 0) return;
-  int64_t inputs = 0, outputs = 0, most = 0, items = 0;
+  int64_t inputs = 0, outputs = 0, most = 0, items = 0, ranks = 0, left_groups = 0;
   for (int64_t t = 0; t < num_tenants; t++) {
     int64_t rank = 0;
     for (int64_t g = 0; g < tenants[t].num_groups; g++) {
       const Triplets& group = groups[tenants[t].first_group + g];
       inputs = group.V.columns;
       outputs = group.U.columns;
+      left_groups = group.U.groups();
       rank += group.V.rows;
       items += (group.V.rows + 3) / 4;
     }
     most = rank > most ? rank : most;
+    ranks += rank;
   }
   if (most == 0) return;
   const int64_t ldx = padded(inputs), ldz = padded(most), ldy = (outputs + 63) / 64 * 64;
-  float* memory = scratch.floats(rows * (ldx + ldz + ldy));
-  DeltaJob job{groups, tenants, row_numbers, nullptr, memory, memory + rows * ldx, memory + rows * (ldx + ldz), ldx, ldz, ldy, dtype, num_tenants, y, out, outputs, 64};
+  float* memory = scratch.floats(rows * (ldx + ldz + ldy) + 2 * ranks * left_groups);
+  DeltaJob job{groups, tenants, row_numbers, memory, memory + rows * ldx, memory + rows * (ldx + ldz), memory + rows * (ldx + ldz + ldy), ldx, ldz, ldy, dtype, num_tenants, y, out, outputs, 64};
   for (int64_t n = 0; n < rows; n++) {
     widen(dtype, x, row_numbers[n] * inputs, inputs, memory + n * ldx);
     std::memset(memory + n * ldx + inputs, 0, (ldx - inputs) * sizeof(float));
@@ -1262,7 +1297,7 @@ static void write_packed_task(int64_t begin, int64_t end, void* context) {
 
 // W [rows, columns].
 static void write_packed(const Packed& w, int64_t dtype, void* weight) {
-  const Windows windows(w.bits);
+  const Windows& windows = windows_of(w.bits);
   WriteJob job{&w, nullptr, windows, dtype, weight};
   in_parallel(w.rows, w.columns, write_packed_task, &job);
 }
@@ -1289,7 +1324,7 @@ static void write_codebook_task(int64_t begin, int64_t end, void* context) {
 // The transposed weight [in, out].
 static void write_codebook(const Codebook& w, int64_t dtype, void* weight) {
   static thread_local Scratch last, scales;
-  const Windows windows(w.bits);
+  const Windows& windows = windows_of(w.bits);
   copy_last(w, last);
   float* factors = scales.floats(w.out + VL);
   if (w.scales != nullptr) widen(F16, w.scales, 0, w.out, factors);

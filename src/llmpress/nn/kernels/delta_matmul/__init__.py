@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,7 +12,10 @@ from llmpress.nn.kernels.delta_matmul.reference import (
     TripletGroup,
     delta_matmul_reference,
 )
-from llmpress.nn.kernels.dispatch import uses_triton
+from llmpress.nn.kernels.dispatch import uses_compiled, uses_triton
+
+if TYPE_CHECKING:
+    from llmpress.nn.kernels.cpu.deltas import DeltaTables
 
 
 class RowDeltas:
@@ -34,6 +38,7 @@ class RowDeltas:
         self.deltas = [list(groups) for groups in deltas]
         self.tenants = list(tenants)
         self.group_size = group_size
+        self._compiled: DeltaTables | None = None
 
     @cached_property
     def tables(self) -> dict[str, Tensor]:
@@ -41,6 +46,20 @@ class RowDeltas:
         from llmpress.nn.kernels.delta_matmul.triton import work_tables
 
         return work_tables(self.deltas, self.tenants)
+
+    def compiled_tables(self, shape: tuple[int, int]) -> "DeltaTables":
+        """Addresses for the library for CPUs, for deltas ``[out, in]``."""
+        if self._compiled is None:
+            from llmpress.nn.kernels.cpu.deltas import delta_tables
+
+            self._compiled = delta_tables(self.deltas, self.tenants, shape, self.group_size)
+        return self._compiled
+
+    @cached_property
+    def has_stored_dtypes(self) -> bool:
+        """Whether all scales are in fp16, as they are but while they train."""
+        vectors = [v for delta in self.deltas for group in delta for v in (group.right, group.left)]
+        return all(v.scales.dtype == torch.float16 for v in vectors)
 
 
 def delta_matmul(x: Tensor, y: Tensor, rows: RowDeltas) -> Tensor:
@@ -63,6 +82,10 @@ def delta_matmul(x: Tensor, y: Tensor, rows: RowDeltas) -> Tensor:
         from llmpress.nn.kernels.delta_matmul.triton import delta_matmul_triton
 
         return delta_matmul_triton(x, y, rows.tables, rows.group_size)
+    if uses_compiled(x) and rows.has_stored_dtypes:
+        from llmpress.nn.kernels.cpu.deltas import delta_matmul_compiled
+
+        return delta_matmul_compiled(x, y, rows.compiled_tables((y.shape[1], x.shape[1])))
     tenants = torch.tensor(rows.tenants, device=x.device)
     return delta_matmul_reference(x, y, rows.deltas, tenants, rows.group_size)
 
