@@ -93,6 +93,9 @@ class Bridge:
     def outputs(self, group: str) -> list[str]:
         """Return the paths that a stage of the group makes, with Snakemake's ``{name}`` in them.
 
+        What DVC does not cache lies in Git and is left out: before a job Snakemake removes its
+        outputs, and DVC, which restores the others, could not bring such a file back.
+
         Raises:
             ValueError: The path of an output is not given by its stage's key or item alone.
         """
@@ -101,7 +104,9 @@ class Bridge:
         paths = []
         for kind in ("outs", "metrics", "plots"):
             for entry in template.get(kind, []):
-                path = next(iter(entry)) if isinstance(entry, dict) else entry
+                path, flags = next(iter(entry.items())) if isinstance(entry, dict) else (entry, {})
+                if flags.get("cache") is False:
+                    continue
                 paths.append(re.sub(r"\$\{(key|item)\}", "{name}", path))
                 if "${" in paths[-1]:
                     raise ValueError(
@@ -213,7 +218,10 @@ def _is_stale(stage: Stage) -> bool:
         return True
     for out in stage.outs:
         status = out.workspace_status().get(str(out))
-        if status in ("modified", "new") or (status == "deleted" and not out.changed_cache()):
+        in_git = not out.use_cache
+        if status in ("modified", "new") or (
+            status == "deleted" and (in_git or not out.changed_cache())
+        ):
             return True
     return any(
         status != "deleted" or _is_params(dependency)

@@ -114,11 +114,26 @@ def test_build_refuses(values: object, named: str) -> None:
     [
         ("runs: true", "runs .*True"),
         ("models: {a: 3}", r"models\.a .*3"),
-        ("evaluation: 3", r"evaluation\.models"),
+        ("evaluation: 3", "evaluation .*3"),
         ("evaluation: {models: {a: 1}}", r"evaluation\.models"),
     ],
 )
 def test_sections_of_another_form_are_refused(content: str, named: str, tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=named):
+        read_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("runs:\n  a: {method: rtn}\n  a: {method: svd}\n", "'a' .* line 3"),
+        ("runs: {}\nruns: {}\n", "'runs' .* line 2"),
+        ("runs: {a: {settings: {bits: 1, bits: 2}}}\n", "'bits' .* line 1"),
+    ],
+    ids=["a-run", "a-section", "a-setting"],
+)
+def test_a_name_that_stands_twice_is_refused(tmp_path: Path, text: str, named: str) -> None:
+    (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(ConfigError, match=named):
         read_params(tmp_path / "params.yaml")

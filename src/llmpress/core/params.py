@@ -33,7 +33,7 @@ def read_params(path: Path) -> dict[str, Any]:
         ConfigError: The file is missing, is not YAML, or its sections are no mappings.
     """
     try:
-        params = yaml.safe_load(path.read_text(encoding="utf-8"))
+        params = yaml.load(path.read_text(encoding="utf-8"), _OncePerName)
     except FileNotFoundError:
         raise ConfigError(
             f"{path} does not exist: run from the project's root or name it with --params"
@@ -44,6 +44,18 @@ def read_params(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} must be a mapping of sections, not {type(params).__name__}")
     _check_sections(params)
     return params
+
+
+class _OncePerName(yaml.SafeLoader):
+    """Refuses a name that stands twice in a mapping, of which YAML's last would win unseen."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                line = node.value[index][0].start_mark.line + 1
+                raise ConfigError(f"{name!r} stands twice, again in line {line}: rename one")
+        return super().construct_mapping(node, deep)
 
 
 def section(params: Mapping[str, Any], dotted: str) -> Any:

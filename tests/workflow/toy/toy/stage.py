@@ -54,7 +54,7 @@ def main(group, key, params):
         rows = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(METRICS.iterdir())]
         Path("results/report.html").write_text(f"<html>{rows}</html>", encoding="utf-8")
         lines = ["bits,loss", *(f"{row['bits']},{row['loss']}" for row in rows)]
-        Path("results/summary.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        Path("results/report.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
