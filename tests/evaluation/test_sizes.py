@@ -3,7 +3,10 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny_artifacts import Make
 
+import llmpress
 from llmpress.core.artifacts import artifact_folder, read_provenance
 from llmpress.core.records import LayerRecord, Records, total_size, write_records
 from llmpress.evaluation.metrics import Cost
@@ -83,3 +86,11 @@ def test_finetuning_adds_its_own_cost(tmp_path: Path) -> None:
     assert (found.compress_seconds, found.compress_peak_memory_bytes) == (3.5, 0)
     assert found.finetune_seconds == provenance["seconds"]
     assert found.finetune_peak_memory_bytes == provenance["peak_memory_bytes"]
+
+
+def test_bits_are_those_of_the_linears_whatever_the_largest_tensor_is(
+    compressed: Make, tmp_path: Path
+) -> None:
+    dense = llmpress.export_dense(compressed("rtn"), out=tmp_path / "dense", dtype="bfloat16")
+    assert load_file(dense / "model.safetensors")["model.embed_tokens.weight"].itemsize == 4
+    assert model_size(dense).bits_per_weight == 16

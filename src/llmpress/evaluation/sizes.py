@@ -11,7 +11,7 @@ from llmpress.evaluation.metrics import Cost, Size
 from llmpress.models.adapters import adapter_sizes, is_adapter
 from llmpress.models.checkpoints.delta_files import HEADER, DeltaFolder
 from llmpress.models.checkpoints.dense_view import layer_records
-from llmpress.models.checkpoints.files import Checkpoint, block_linears, stored_dtype
+from llmpress.models.checkpoints.files import Checkpoint, linear_bits
 
 BF16_BYTES = 2
 
@@ -19,12 +19,9 @@ BF16_BYTES = 2
 def model_size(folder: Path) -> Size:
     """Return the size of a model that is stored as it is."""
     checkpoint = Checkpoint(folder)
-    skeleton = checkpoint.skeleton()
-    linears = [linear for block in block_linears(skeleton) for linear in block.values()]
-    weights = sum(linear.weight.numel() for linear in linears)
-    bits = 8 * stored_dtype(checkpoint).itemsize
+    weights, bits = linear_bits(checkpoint)
     model_weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
-    return _size(folder, weights, bits * weights, model_weights, BF16_BYTES * model_weights)
+    return _size(folder, weights, bits, model_weights, BF16_BYTES * model_weights)
 
 
 def compressed_size(folder: Path) -> Size:

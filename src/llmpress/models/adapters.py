@@ -24,7 +24,7 @@ from llmpress.core.artifacts import folder_bytes, read_json
 from llmpress.core.devices import pick_device
 from llmpress.core.errors import ArtifactError
 from llmpress.models.architectures import block_linears, replace_module
-from llmpress.models.checkpoints.files import Checkpoint, stored_dtype
+from llmpress.models.checkpoints.files import Checkpoint, linear_bits
 from llmpress.models.loading import load_model
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -148,7 +148,7 @@ def adapter_sizes(folder: Path, original: Path) -> dict[str, int]:
         }
         linear = sum(_bytes(tensor) for name, tensor in stored.items() if name.startswith(prefixes))
     else:
-        linear = weights * stored_dtype(checkpoint).itemsize
+        linear = linear_bits(checkpoint)[1] // 8
     base = folder / BASE if (folder / BASE).is_dir() else original
     return {
         "linear_weights": weights,

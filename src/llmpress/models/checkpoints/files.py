@@ -33,7 +33,7 @@ from llmpress.models.checkpoints.quantized_source import check_codes, quantizati
 from llmpress.models.experts import separate_experts
 from llmpress.models.quantizer import guard_name, own_quantization
 
-__all__ = ["Checkpoint", "CheckpointWriter", "block_linears", "copy_companions", "stored_dtype"]
+__all__ = ["Checkpoint", "CheckpointWriter", "block_linears", "copy_companions", "linear_bits"]
 
 logger = logging.getLogger(__name__)
 
@@ -269,6 +269,16 @@ def refuse_quantized(folder: Path) -> None:
             f"{folder}: is quantized ({found}), which is not trained; write it dense first, with "
             "`llmpress export --dense`"
         )
+
+
+def linear_bits(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Return how many weights the decoder blocks' linears have, and the bits they are read in."""
+    names = [f"{n}.weight" for block in block_linears(checkpoint.skeleton()) for n in block]
+    tensors = [checkpoint._tensor(name) for name in names]
+    return (
+        sum(tensor.numel() for tensor in tensors),
+        sum(8 * tensor.dtype.itemsize * tensor.numel() for tensor in tensors),
+    )
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
