@@ -1,4 +1,4 @@
-# make report | quick | test | test-gpu | gpu-session | bench | study | removal | deltas | peers | check | docs | lock | clean: each makes .venv first when it is missing or out of date.
+# make report | quick | test | test-gpu | gpu-session | bench | study | removal | deltas | peers | tables | check | docs | lock | clean: each makes .venv first when it is missing or out of date.
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Without compiled modules beside them every job compiles torch and transformers again: 3 seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help report quick test test-gpu gpu-session bench study removal deltas peers check docs lock clean
+.PHONY: help report quick test test-gpu gpu-session bench study removal deltas peers tables check docs lock clean
 
 help:
 	@echo "make report    run the pipeline up to results/report.html"
@@ -20,6 +20,7 @@ help:
 	@echo "make removal   low rank against removed blocks at several sizes, hours on two cores -> benchmarks/results/removal.csv"
 	@echo "make deltas    delta methods on three fine-tuned partners, hours on two cores -> benchmarks/results/deltas.csv"
 	@echo "make peers     measure other quantizers (peers-hqq: one) -> benchmarks/results/quality_peers.csv"
+	@echo "make tables    put the numbers of results/report.csv and a picture of the report into the documentation"
 	@echo "make check     format, lint, types, workflow, documentation: what CI runs before the tests"
 	@echo "make docs      build the documentation into build/site/index.html"
 	@echo "make lock      write the versions in $(VENV) into requirements.lock"
@@ -107,6 +108,10 @@ build/peers/venv-%/.installed: benchmarks/peers/requirements/%.txt
 
 $(QUALITY_MODEL) $(PEER_CALIBRATION): | $(INSTALLED)
 	cd studies/quality && snakemake --cores all $(patsubst studies/quality/%,%,$@)
+
+tables: $(INSTALLED)
+	python docs/tables.py --write
+	python tests/report/headless_browser.py results/report.html docs/images/report.png
 
 check: $(INSTALLED)
 	ruff format --check .

@@ -93,7 +93,12 @@ def test_every_command_of_the_pages_runs(page: str) -> None:
 
 def paragraphs(text: str) -> list[str]:
     """What is prose: no code, tables, headings, comments or heads of pages."""
-    text = re.sub(r"\A---\n.*?\n---\n|```.*?```|<!--.*?-->", "\n\n", text, flags=re.DOTALL)
+    text = re.sub(
+        r"\A---\n.*?\n---\n|^ *```.*?^ *```|<!--.*?-->",
+        "\n\n",
+        text,
+        flags=re.DOTALL | re.MULTILINE,
+    )
     found = [part.strip() for part in re.split(r"\n\s*\n", text)]
     return [part for part in found if part and not part.startswith(("#", "|", "!["))]
 
@@ -108,3 +113,14 @@ def test_the_readme_is_short() -> None:
     assert max(map(len, numbers)) <= 3
     assert len(re.findall(r"^\| (?!---|run |folder |method )", text, re.MULTILINE)) <= 4 + 8 + 5
     assert (ROOT / "docs/images/report.png").stat().st_size < 300_000
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*sorted(ROOT.glob("docs/**/*.md")), ROOT / "CONTRIBUTING.md"],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_prose_of_the_documentation_is_wrapped(page: Path) -> None:
+    lines = [line for part in paragraphs(page.read_text()) for line in part.splitlines()]
+    shown = [line for line in lines if not line.lstrip().startswith("|")]
+    assert [line for line in shown if len(line) > 100] == []
