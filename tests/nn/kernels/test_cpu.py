@@ -203,8 +203,9 @@ def test_only_what_is_used_without_gradients_computes_packed(
     with torch.no_grad(), monkeypatch.context() as patch:
         patch.setattr(type(layer), "dequantize", None)
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
-    many = torch.randn(cpu.MOST_ROWS + 1, layer.in_features)
+    many = torch.randn(70, layer.in_features)
     torch.testing.assert_close(layer(many), many @ layer.dequantize().t(), rtol=1e-5, atol=1e-4)
+    assert layer.dense_store.held == 0
     leaf = x.clone().requires_grad_()
     layer(leaf).sum().backward()
     torch.testing.assert_close(leaf.grad, layer.dequantize().sum(0).expand(2, -1))

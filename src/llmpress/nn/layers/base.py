@@ -38,6 +38,7 @@ class CompressedLinear(nn.Module, ABC):
         kind: The layer's name in an artifact.
         trainable: Names of the float tensors that finetuning may change.
         rebuilt_in_training: Whether training needs more than is stored, unpacked for each use.
+        has_compiled: Whether the library for CPUs multiplies by what is stored.
         has_factors: Whether the weight is a product of two `factors`.
         notes: What the method has to say of how it went, for the record: numbers by name. Not
             stored with the layer.
@@ -49,6 +50,7 @@ class CompressedLinear(nn.Module, ABC):
     kind: ClassVar[str]
     trainable: tuple[str, ...] = ()
     rebuilt_in_training: ClassVar[bool] = True
+    has_compiled: ClassVar[bool] = False
     has_factors: ClassVar[bool] = False
 
     bias: nn.Parameter | None
@@ -136,7 +138,8 @@ class CompressedLinear(nn.Module, ABC):
         compresses and trains gives the same with the library and without.
         """
         return (
-            self.dense_store is not None
+            self.has_compiled
+            and self.dense_store is not None
             and uses_compiled(x)
             and not (torch.is_grad_enabled() and needs_gradient(x, self.changing()))
             and not torch.compiler.is_compiling()
@@ -166,7 +169,8 @@ class CompressedLinear(nn.Module, ABC):
     ) -> tuple[Tensor, ...] | None:
         """Return weights that are kept between calls, for `linear`; None where they cannot be.
 
-        That is: on a GPU, where gradients are needed, while compiling, and where there is no room.
+        That is: on a GPU, where gradients are needed, while compiling, where there is no room, and
+        where products come from what is stored.
 
         Args:
             x: What they will be multiplied with.
@@ -181,6 +185,7 @@ class CompressedLinear(nn.Module, ABC):
             or not x.is_cpu
             or (torch.is_grad_enabled() and needs_gradient(x, changing))
             or torch.compiler.is_compiling()
+            or self.computes_packed(x)
         ):
             return None
         dtype = product_dtype(x)

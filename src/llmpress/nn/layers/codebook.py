@@ -31,6 +31,7 @@ class CodebookLinear(CompressedLinear):
     """
 
     kind = "codebook"
+    has_compiled = True
     codes: Tensor
 
     def __init__(

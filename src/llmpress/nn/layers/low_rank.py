@@ -24,6 +24,7 @@ class LowRankLinear(CompressedLinear):
     """
 
     kind = "low_rank"
+    has_compiled = True
     trainable = ("A", "B")
     rebuilt_in_training = False
     has_factors = True

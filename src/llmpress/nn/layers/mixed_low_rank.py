@@ -56,6 +56,7 @@ class MixedLowRankLinear(CompressedLinear):
     """
 
     kind = "mixed_low_rank"
+    has_compiled = True
     has_factors = True
     sigma: Tensor
     scale: Tensor
@@ -216,6 +217,11 @@ class MixedLowRankLinear(CompressedLinear):
 
         output: Tensor = checkpoint(product, x, use_reentrant=False, preserve_rng_state=False)
         return output
+
+    def computes_packed(self, x: Tensor) -> bool:
+        """Whether to multiply ``x`` by packed vectors on a CPU; not where some are unquantized."""
+        is_packed = all(num_bits != UNQUANTIZED for _, num_bits in self.groups)
+        return is_packed and super().computes_packed(x)
 
     @classmethod
     def sum_by_row(cls, layers: Sequence[Self], owners: Sequence[int]) -> SumByRow | None:

@@ -27,6 +27,7 @@ class QuantizedLinear(CompressedLinear):
     """
 
     kind = "quantized"
+    has_compiled = True
     codes: Tensor
     zero_points: Tensor
 

@@ -17,6 +17,7 @@ class SignLinear(CompressedLinear):
     """Packed signs, row by row, a set bit standing for ``+1``; one fp32 scale for the matrix."""
 
     kind = "sign"
+    has_compiled = True
     trainable = ("scale",)
     signs: Tensor
 
