@@ -30,7 +30,7 @@ PACKAGE = SOURCE / "llmpress"
 METHODS = PACKAGE / "methods"
 METHOD_TEMPLATE = "src/llmpress/methods/${item.method}"
 CODE_FOLDERS = ("src/", "workflow/")
-NOT_DATA = {".py", ".pyc", ".typed"}
+NOT_DATA = {".py", ".pyc", ".so", ".typed"}
 # Files or folders of one package that a stage names; of more it names the package. Each entry
 # stands in dvc.lock once for each run.
 FEW = 2
