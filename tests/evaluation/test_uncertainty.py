@@ -6,12 +6,16 @@ from statistics import fmean
 
 import pytest
 
-from llmpress.evaluation.uncertainty import distinguishable, paired_difference, standard_error
+from llmpress.evaluation.uncertainty import paired_difference, standard_error
 
 WINDOWS = 8
 # As on SmolLM2's validation text: two runs share most of what spreads their windows.
 SPREAD, OWN_SPREAD = 0.3, 0.025
 TRIALS = 2000
+
+
+def distinguishable(first: list[float], second: list[float], level: float = 0.95) -> bool:
+    return paired_difference(first, second).is_distinguishable(level)
 
 
 def runs(factor: float, draw: random.Random, windows: int = WINDOWS) -> tuple[list[float], ...]:

@@ -297,15 +297,15 @@ def test_both_engines_say_a_mistake_in_one_line(checkout: Project) -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_the_table_of_kinds_is_what_the_stages_do(kind: Kind) -> None:
-    made, evaluated = STAGES[kind.made_by], STAGES[kind.evaluated_by]
-    assert made["do"]["outs"] == [f"data/{kind.folder}/${{key}}"]
+    out, evaluated = f"data/{kind.folder}/${{key}}", STAGES[kind.evaluated_by]
+    made = [s for s in STAGES.values() if "do" in s and s["do"]["outs"] == [out]]
     assert evaluated["foreach"] == f"${{{kind.section}}}"
     assert (
         f"data/{kind.folder}/${{{'key' if kind.original else 'item'}}}" in evaluated["do"]["deps"]
     )
     if kind.original:
-        assert made["foreach"] == evaluated["foreach"]
-        assert made["foreach"].strip("${}") in SECTIONS_OF_FOLDER[kind.folder]
+        assert evaluated["foreach"] in [stage["foreach"] for stage in made]
+        assert evaluated["foreach"].strip("${}") in SECTIONS_OF_FOLDER[kind.folder]
         assert all(kind.original in entry for entry in PARAMS[kind.section].values())
     assert kind.name in SIZES
 

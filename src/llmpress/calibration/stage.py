@@ -1,20 +1,21 @@
 """Calibrate a model on disk with some text: what stage, command and Python share."""
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from llmpress.calibration.files import save_calibration
 from llmpress.calibration.settings import CalibrationSettings
 from llmpress.calibration.texts import read_texts, text_artifacts
-from llmpress.core.artifacts import artifact_folder, claim
+from llmpress.core.artifacts import artifact_folder, claim, fingerprint
 from llmpress.core.devices import pick_device
 from llmpress.core.errors import ConfigError
-from llmpress.core.places import Place
+from llmpress.core.resume import BlockStore, scratch_folder
 from llmpress.data.corpora import Text, text_paths, token_windows
 from llmpress.models.checkpoints.delta_files import DeltaFolder
 from llmpress.models.checkpoints.dense_view import dense_checkpoint
@@ -109,41 +110,73 @@ def calibrate_model(
 
 
 @contextmanager
-def calibration_of(
-    model: Path | str,
+def calibrated_artifact(
+    out: Path,
     *,
+    stage: str,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, Path | None],
+    model: Path | None,
     text: Text | None,
     calibration: Path | str | None,
     windows: int,
     length: int,
-    seed: int,
-    device: str | torch.device | None,
-    target: Place,
+    device: torch.device,
+    scratch: Path | str | None,
+    force: bool,
     delta: Path | str | None = None,
-) -> Iterator[Path | None]:
-    """Give the calibration that was named, or one made from text for the moment, or none.
+) -> Iterator[tuple[Path, BlockStore, Path | None]]:
+    """Make an artifact block by block, with a calibration; a rerun continues after the last block.
 
-    The latter lies beside the folder that is being written.
+    Args:
+        out: The artifact's folder.
+        stage: What makes it.
+        settings: The settings it is made with, its seed among them.
+        inputs: Folders it is made from, by role; the calibration is added.
+        model: What is calibrated on ``text``.
+        text: As for `calibrate_model`.
+        calibration: What that wrote, instead of ``text``.
+        windows: Token windows of each text.
+        length: Tokens of a window.
+        device: Where to compute.
+        scratch: Folder for the finished blocks; by default beside ``out``.
+        force: Replace ``out`` where it exists.
+        delta: What is put on ``model`` to be calibrated.
+
+    Yields:
+        The folder to write into, finished blocks, and the calibration: the one that was named, or
+        one made from text for the moment, beside the folder that is being written, or none.
 
     Raises:
-        ConfigError: Both.
+        ArtifactError: An input is missing or damaged, or ``out`` is not free.
+        ConfigError: Both a text and a calibration.
     """
     if text and calibration:
         raise ConfigError(
             "`text` and `calibration` exclude each other: give one of them (--text, --calibration)"
         )
-    if not text:
-        yield None if calibration is None else Path(calibration)
-        return
-    near = target.folder
-    with tempfile.TemporaryDirectory(prefix=f"{near.name}.", dir=near.parent) as temporary:
-        yield calibrate_model(
-            model,
-            text=text,
-            out=Path(temporary) / "calibration",
-            windows=windows,
-            length=length,
-            delta=delta,
-            seed=seed,
-            device=device,
+    known = None if calibration is None else Path(calibration)
+    read = (*inputs.values(), model, known, *text_paths(text))
+    with ExitStack() as held:
+        target = held.enter_context(claim(out, force=force, inputs=read))
+        if text:
+            near = target.folder
+            temporary = tempfile.TemporaryDirectory(prefix=f"{near.name}.", dir=near.parent)
+            known = calibrate_model(
+                model or Path(),
+                text=text,
+                out=Path(held.enter_context(temporary)) / "calibration",
+                windows=windows,
+                length=length,
+                delta=delta,
+                seed=settings["seed"],
+                device=device,
+            )
+        roles = {role: p for role, p in {**inputs, "calibration": known}.items() if p is not None}
+        prints = {role: fingerprint(path) for role, path in roles.items()}
+        task, kept = f"{stage.replace('_', '-')}-{out.name}", Path(scratch or scratch_folder(out))
+        store = held.enter_context(BlockStore(task, {**settings, **prints}, kept))
+        folder = artifact_folder(
+            target, stage=stage, settings=settings, inputs=roles, seconds=store.seconds
         )
+        yield held.enter_context(folder), store, known

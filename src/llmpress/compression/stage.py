@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 from llmpress.calibration.files import check_calibration, load_statistics
-from llmpress.calibration.stage import calibration_of
+from llmpress.calibration.stage import calibrated_artifact
 from llmpress.compression.layers import compress_layers, model_shapes
 from llmpress.compression.writing import write_compressed_model
-from llmpress.core.artifacts import artifact_folder, claim, fingerprint
+from llmpress.core.artifacts import fingerprint
 from llmpress.core.devices import pick_device
 from llmpress.core.errors import ArtifactError, SourceError
-from llmpress.core.resume import BlockStore, scratch_folder
-from llmpress.data.corpora import Text, text_paths
+from llmpress.data.corpora import Text
 from llmpress.methods.base import Method, Shape
 from llmpress.methods.registry import check_statistics, choose_method, method_name
 from llmpress.models.architectures import WORTH_SAYING, left_out
@@ -76,59 +75,47 @@ def compress_model(
     chosen = choose_method(method, settings)
     check_statistics(chosen, given=bool(text or calibration))
     out, model, place = Path(out), model_folder(model), pick_device(device)
-    with (
-        claim(out, force=force, inputs=(model, calibration, *text_paths(text))) as target,
-        calibration_of(
-            model,
-            text=text,
-            calibration=calibration,
-            windows=windows,
-            length=length,
+    with calibrated_artifact(
+        out,
+        stage="compress",
+        settings={"method": method_name(chosen), **asdict(chosen), "seed": seed},
+        inputs={"model": model},
+        model=model,
+        text=text,
+        calibration=calibration,
+        windows=windows,
+        length=length,
+        device=place,
+        scratch=scratch,
+        force=force,
+    ) as (folder, store, known):
+        checkpoint = Checkpoint(model)
+        if is_compressed(checkpoint):
+            raise ArtifactError(f"{model}: is compressed already; compress its original")
+        if known:
+            check_calibration(known, fingerprint(model), model.name)
+        plain = skeleton(checkpoint)
+        blocks = model_shapes(plain)
+        if not any(blocks):
+            raise SourceError(
+                f"{model}: {checkpoint.config.model_type} has no linear layer inside its "
+                "decoder blocks (nn.Linear), so there is nothing to compress"
+            )
+        check_complete(checkpoint, plain)
+        _warn_of_rest(blocks, left_out(plain))
+        model_weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
+        layers = compress_layers(
+            blocks,
+            checkpoint,
+            chosen,
+            load_statistics(known) if known else None,
+            model_weights=model_weights,
             seed=seed,
             device=place,
-            target=target,
-        ) as known,
-    ):
-        decided = {"method": method_name(chosen), **asdict(chosen), "seed": seed}
-        inputs = {"model": model} | ({"calibration": known} if known else {})
-        store = BlockStore(
-            f"compress-{out.name}",
-            {**decided, **{role: fingerprint(path) for role, path in inputs.items()}},
-            Path(scratch or scratch_folder(out)),
+            store=store,
         )
-        with (
-            store,  # kept until the artifact is complete
-            artifact_folder(
-                target, stage="compress", settings=decided, inputs=inputs, seconds=store.seconds
-            ) as folder,
-        ):
-            checkpoint = Checkpoint(model)
-            if is_compressed(checkpoint):
-                raise ArtifactError(f"{model}: is compressed already; compress its original")
-            if known:
-                check_calibration(known, fingerprint(model), model.name)
-            plain = skeleton(checkpoint)
-            blocks = model_shapes(plain)
-            if not any(blocks):
-                raise SourceError(
-                    f"{model}: {checkpoint.config.model_type} has no linear layer inside its "
-                    "decoder blocks (nn.Linear), so there is nothing to compress"
-                )
-            check_complete(checkpoint, plain)
-            _warn_of_rest(blocks, left_out(plain))
-            model_weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
-            layers = compress_layers(
-                blocks,
-                checkpoint,
-                chosen,
-                load_statistics(known) if known else None,
-                model_weights=model_weights,
-                seed=seed,
-                device=place,
-                store=store,
-            )
-            write_compressed_model(checkpoint, layers, model_weights, folder)
-            check_complete(Checkpoint(folder))
+        write_compressed_model(checkpoint, layers, model_weights, folder)
+        check_complete(Checkpoint(folder))
     return out
 
 

@@ -15,7 +15,6 @@ class Kind:
         name: In results.
         section: Section of params.yaml that names them; models to evaluate are a list.
         folder: Where their artifacts lie, below data/.
-        made_by: Stage that makes one.
         evaluated_by: Stage that measures one.
         label: In the report.
         original: Key of an entry that names the model it is compared with; a model's is itself.
@@ -25,7 +24,6 @@ class Kind:
     name: KindName
     section: str
     folder: str
-    made_by: str
     evaluated_by: str
     label: str
     original: str | None = None
@@ -43,7 +41,6 @@ KINDS = (
         name="model",
         section="evaluation.models",
         folder="models",
-        made_by="fetch_model",
         evaluated_by="evaluate_model",
         label="model",
     ),
@@ -51,7 +48,6 @@ KINDS = (
         name="compressed",
         section="runs",
         folder="compressed",
-        made_by="compress",
         evaluated_by="evaluate",
         label="weights",
         original="model",
@@ -60,7 +56,6 @@ KINDS = (
         name="delta",
         section="delta_runs",
         folder="compressed",
-        made_by="compress_delta",
         evaluated_by="evaluate_delta",
         label="delta",
         original="finetuned",
@@ -69,7 +64,6 @@ KINDS = (
         name="finetuned",
         section="finetunes",
         folder="finetuned",
-        made_by="finetune",
         evaluated_by="evaluate_finetuned",
         label="weights, finetuned",
         original="model",
@@ -79,7 +73,6 @@ KINDS = (
         name="trained",
         section="trainings",
         folder="trained",
-        made_by="train",
         evaluated_by="evaluate_trained",
         label="trained on a task",
         original="model",

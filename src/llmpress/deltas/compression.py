@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from llmpress.calibration.files import check_calibration, load_statistics, load_windows
-from llmpress.calibration.stage import calibration_of
+from llmpress.calibration.stage import calibrated_artifact
 from llmpress.compression.layers import compress_layers
-from llmpress.core.artifacts import artifact_folder, claim, fingerprint, read_provenance
+from llmpress.core.artifacts import fingerprint, read_provenance
 from llmpress.core.devices import pick_device
 from llmpress.core.errors import ArtifactError, ConfigError
 from llmpress.core.records import LayerRecord, Records, total_size, write_records
-from llmpress.core.resume import BlockStore, scratch_folder
-from llmpress.data.corpora import Text, text_paths
+from llmpress.core.resume import BlockStore
+from llmpress.data.corpora import Text
 from llmpress.deltas.sequential import SequentialStatistics
 from llmpress.methods.base import InputStatistics, Method, Shape
 from llmpress.methods.registry import check_statistics, choose_method, method_name
@@ -158,64 +158,45 @@ def compress_delta(
     out, place = Path(out), pick_device(device)
     model = None if base is None else model_folder(base)
     opened = DeltaFolder(Path(delta), "delta")
-    read = (opened.folder, model, calibration, *text_paths(text))
-    with (
-        claim(out, force=force, inputs=read) as target,
-        calibration_of(
-            model or Path(),
-            text=text,
-            calibration=calibration,
-            windows=windows,
-            length=length,
-            seed=seed,
-            device=place,
-            target=target,
-            delta=delta,
-        ) as known,
-    ):
-        name = method_name(chosen)
-        order = {"sequential": True} if sequential else {}
-        decided = {"method": name, **asdict(chosen), **order, "seed": seed}
-        given = {
+    name, order = method_name(chosen), {"sequential": True} if sequential else {}
+    with calibrated_artifact(
+        out,
+        stage="compress_delta",
+        settings={"method": name, **asdict(chosen), **order, "seed": seed},
+        inputs={
             "delta": opened.folder,
-            "calibration": known,
+            "calibration": None,
             "base": model if sequential else None,
-        }
-        inputs = {role: path for role, path in given.items() if path is not None}
-        store = BlockStore(
-            f"compress-delta-{out.name}",
-            {**decided, **{role: fingerprint(path) for role, path in inputs.items()}},
-            Path(scratch or scratch_folder(out)),
+        },
+        model=model,
+        text=text,
+        calibration=calibration,
+        windows=windows,
+        length=length,
+        device=place,
+        scratch=scratch,
+        force=force,
+        delta=delta,
+    ) as (folder, store, known):
+        if known:
+            _check_calibration(known, opened)
+        statistics = load_statistics(known) if known else None
+        ordered = None
+        if sequential and model is not None and known and statistics is not None:
+            tuned = FinetunedCheckpoint(dense_checkpoint(model), opened)
+            walk = BlockWalk(tuned.skeleton(), tuned, device=place, autocast=True)
+            ordered = SequentialStatistics(walk, load_windows(known)[0], statistics)
+        write_compressed_delta(
+            opened,
+            chosen,
+            statistics,
+            folder,
+            method_name=name,
+            seed=seed,
+            store=store,
+            sequential=ordered,
+            device=place,
         )
-        with (
-            store,  # kept until the artifact is complete
-            artifact_folder(
-                target,
-                stage="compress_delta",
-                settings=decided,
-                inputs=inputs,
-                seconds=store.seconds,
-            ) as folder,
-        ):
-            if known:
-                _check_calibration(known, opened)
-            statistics = load_statistics(known) if known else None
-            ordered = None
-            if sequential and model is not None and known and statistics is not None:
-                tuned = FinetunedCheckpoint(dense_checkpoint(model), opened)
-                walk = BlockWalk(tuned.skeleton(), tuned, device=place, autocast=True)
-                ordered = SequentialStatistics(walk, load_windows(known)[0], statistics)
-            write_compressed_delta(
-                opened,
-                chosen,
-                statistics,
-                folder,
-                method_name=name,
-                seed=seed,
-                store=store,
-                sequential=ordered,
-                device=place,
-            )
     return out
 
 

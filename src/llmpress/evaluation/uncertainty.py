@@ -55,11 +55,6 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Differ
     return Difference(fmean(differences), standard_error(differences), len(differences))
 
 
-def distinguishable(first: Sequence[float], second: Sequence[float], level: float = 0.95) -> bool:
-    """Tell whether two results on the same windows or items differ by more than chance."""
-    return paired_difference(first, second).is_distinguishable(level)
-
-
 def with_error(value: float, error: float | None, sign: str = "") -> str:
     """Return ``0.341 ± 0.029``: two digits of the error, as many decimals of both.
 

@@ -7,19 +7,16 @@ from typing import Any
 import torch
 
 from llmpress.calibration.files import check_calibration, load_windows
-from llmpress.calibration.stage import calibration_of
+from llmpress.calibration.stage import calibrated_artifact
 from llmpress.core.artifacts import (
     PROVENANCE,
-    artifact_folder,
-    claim,
     fingerprint,
     read_provenance,
 )
 from llmpress.core.devices import pick_device
 from llmpress.core.errors import ConfigError
 from llmpress.core.params import build
-from llmpress.core.resume import BlockStore, scratch_folder
-from llmpress.data.corpora import Text, text_paths
+from llmpress.data.corpora import Text
 from llmpress.methods.base import Method, Tunable
 from llmpress.methods.registry import build_method, known_methods, method_class, method_name
 from llmpress.models.checkpoints.files import Checkpoint
@@ -92,51 +89,39 @@ def finetune_model(
             f"{compressed}: {method_name(method)} has nothing to finetune block by block; "
             "compress with cluscomp or lillama"
         )
-    read = (compressed, original, calibration, *text_paths(text))
-    with (
-        claim(out, force=force, inputs=read) as target,
-        calibration_of(
-            original,
-            text=text,
-            calibration=calibration,
-            windows=windows,
-            length=length,
-            seed=seed,
-            device=place,
-            target=target,
-        ) as known,
-    ):
-        inputs = {"compressed": compressed, "model": original, "calibration": Path(str(known))}
-        decided = {
-            "run": compressed.name,
-            "method": method_name(method),
-            **asdict(how),
-            "method_settings": asdict(method),
-            "seed": seed,
-        }
-        fingerprints = {role: fingerprint(path) for role, path in inputs.items()}
-        check_calibration(inputs["calibration"], fingerprints["model"], original.name)
-        store = BlockStore(
-            f"finetune-{out.name}",
-            {**decided, **fingerprints},
-            Path(scratch or scratch_folder(out)),
+    decided = {
+        "run": compressed.name,
+        "method": method_name(method),
+        **asdict(how),
+        "method_settings": asdict(method),
+        "seed": seed,
+    }
+    with calibrated_artifact(
+        out,
+        stage="finetune",
+        settings=decided,
+        inputs={"compressed": compressed, "model": original},
+        model=original,
+        text=text,
+        calibration=calibration,
+        windows=windows,
+        length=length,
+        device=place,
+        scratch=scratch,
+        force=force,
+    ) as (folder, store, known):
+        taught = Path(str(known))  # one was named, or made
+        check_calibration(taught, fingerprint(original), original.name)
+        student_checkpoint = Checkpoint(compressed)
+        teacher, student = (
+            BlockWalk(skeleton(c), c, device=place, autocast=how.autocast)
+            for c in (Checkpoint(original), student_checkpoint)
         )
-        with (
-            store,  # kept until the artifact is complete
-            artifact_folder(
-                target, stage="finetune", settings=decided, inputs=inputs, seconds=store.seconds
-            ) as folder,
-        ):
-            student_checkpoint = Checkpoint(compressed)
-            teacher, student = (
-                BlockWalk(skeleton(c), c, device=place, autocast=how.autocast)
-                for c in (Checkpoint(original), student_checkpoint)
-            )
-            taken, validation = load_windows(inputs["calibration"])
-            blocks = tune_blocks(
-                teacher, student, method, taken, validation, how, seed=seed, store=store
-            )
-            rewrite_model(student_checkpoint, blocks, folder)
+        taken, validation = load_windows(taught)
+        blocks = tune_blocks(
+            teacher, student, method, taken, validation, how, seed=seed, store=store
+        )
+        rewrite_model(student_checkpoint, blocks, folder)
     return out
 
 

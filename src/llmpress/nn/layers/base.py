@@ -1,7 +1,7 @@
 """What every compressed linear layer has in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -14,9 +14,6 @@ from llmpress.nn.layers.rebuilt import rebuilt_product
 
 if TYPE_CHECKING:
     from llmpress.nn.layers.dense_store import DenseStore
-
-Spec = Mapping[str, Any]
-"""Constructor arguments of a layer, JSON-representable: what shapes and widths its tensors have."""
 
 SumByRow = Callable[[Tensor, Tensor], Tensor]
 """``y [rows, out]``, ``x [rows, in]`` -> their sum with what each row's own layer adds."""
