@@ -3,14 +3,18 @@
 import ast
 import importlib
 import inspect
+import re
 import shutil
+import subprocess
+import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_artifacts import Make
+from tiny_artifacts import WEIGHT_METHODS, Make
 from tiny_models import library_text
 from transformers import AutoModelForCausalLM
 
@@ -318,3 +322,49 @@ def test_users_import_from_the_package_itself(folder: str) -> None:
             if not entry and not f"{module}.".startswith(tuple(f"{a}." for a in allowed)):
                 found.append(f"{file.name}: {module}")
     assert found == []
+
+
+WITHOUT = """
+import sys
+from importlib.machinery import PathFinder
+
+class Declared(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.partition(".")[0] in sys.argv[1].split(","):
+            return None
+        return super().find_spec(name, path, target)
+
+sys.meta_path[:] = [Declared if finder is PathFinder else finder for finder in sys.meta_path]
+from pathlib import Path
+import torch, llmpress
+model, text, out, *packed = sys.argv[2:]
+text = Path(text)
+small = llmpress.compress_model(
+    model, method="cluscomp", bits=4, iterations=1, text=text, windows=2, length=32, out=out,
+)
+for folder in (small, *packed):
+    with torch.inference_mode():
+        assert llmpress.load_model(folder)(torch.arange(8)[None]).logits.isfinite().all()
+llmpress.export_dense(small, out=out + "-dense")
+print(llmpress.compare_models(model, small, text=text, windows=2, length=32).other_size.ratio)
+"""
+
+
+def test_the_library_needs_what_it_declares_and_nothing_else(
+    tiny_model_folder: Path, compressed: Make, tmp_path: Path
+) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    entries = [entry for extra in ("workflow", "adapters") for entry in extras[extra]]
+    others = {re.split(r"[<>=!;\[ ]", entry)[0].replace("-", "_") for entry in entries} - {"jinja2"}
+    assert {"pandas", "datasets", "lm_eval"} <= others
+    (tmp_path / "text.txt").write_text("def f(x):\n    return x\n\n" * 2000)
+    packed = [str(compressed(name)) for name in WEIGHT_METHODS]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, ",".join(others), tiny_model_folder,
+         tmp_path / "text.txt", tmp_path / "small", *packed],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) > 1
