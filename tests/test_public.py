@@ -301,6 +301,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *(*FRONT, "llmpress.cli", "llmpress.planning", "llmpress.methods.base"),
         *("llmpress.data.chats", "llmpress.models.generation"),  # for `generate` alone
         "llmpress.nn.kernels",  # for `doctor` alone
+        *("llmpress.report", "llmpress.evaluation.uncertainty"),  # for `report` and `compare`
     ),
     "examples": ("llmpress.methods.base", "llmpress.nn.layers"),  # for a method of one's own
     "workflow/scripts": (*FRONT, "llmpress.report", "llmpress.data"),
