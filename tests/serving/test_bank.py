@@ -19,6 +19,7 @@ from llmpress.deltas.compression import compress_delta
 from llmpress.deltas.extraction import extract_delta
 from llmpress.methods.registry import build_method
 from llmpress.nn.layers import AdaptedLinear, CompressedLinear
+from llmpress.serving.rows import PerRow
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 Edit = Callable[[PreTrainedModel], object]
@@ -106,6 +107,31 @@ def test_one_call_loads_base_and_delta(
     assert half.dtype == torch.bfloat16
     with pytest.raises(ArtifactError, match=r"tiny-model .*tiny-finetuned"):
         llmpress.load_finetuned(tiny_finetuned_folder, deltas["tuned"])
+
+
+def test_what_rows_need_is_built_once_and_never_for_others(
+    deltas: Deltas, bank: DeltaBank, tiny_windows: Tensor
+) -> None:
+    windows = tiny_windows[:2]
+    one, other = ["tuned", None], ["biased", "tuned"]
+
+    def used(rows: list[str | None]) -> tuple[Tensor, dict[str, int]]:
+        bank.use(rows)
+        modules = {n: id(m) for n, m in bank.model.named_modules() if isinstance(m, PerRow)}
+        return logits(bank.model, windows), modules
+
+    first, modules = used(one)
+    second, others = used(other)
+    assert modules
+    assert not {*modules.values()} & {*others.values()}
+    for rows, expected, built in ((one, first, modules), (other, second, others)):
+        found, again = used(rows)
+        assert again == built
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    bank.use(None)
+    bank.remove("tuned")
+    bank.add("tuned", deltas["biased"])
+    torch.testing.assert_close(used(one)[0][0], second[0], **TOLERANCE)
 
 
 def test_rows_of_a_mixed_batch_are_those_of_each_model_alone(

@@ -28,6 +28,9 @@ from llmpress.models.experts import expert_matrix
 from llmpress.nn.layers.base import frozen
 from llmpress.serving.rows import Name, PerRow, Rows
 
+MOST_BATCHES = 8
+"""Assignments of tenants to rows for which modules are kept; building takes longer than a step."""
+
 
 @dataclass
 class _Tenant:
@@ -80,6 +83,7 @@ class DeltaBank:
         self._base = base_fingerprint(model, None if base_folder is None else Path(base_folder))
         self._tenants: dict[str, _Tenant] = {}
         self._rows: Name | list[Name] = None
+        self._built: dict[tuple[Name, ...], dict[str, PerRow]] = {}  # the newest last
         self._swap = Swap()
         setattr(model, CARRIED, self)
 
@@ -133,6 +137,7 @@ class DeltaBank:
         if name in _distinct(self._rows):
             raise ValueError(f"delta {name!r} is in use; use(None) first")
         del self._tenants[name]
+        self._built.clear()
 
     def nbytes(self, name: str) -> int:
         """Return the bytes that a delta holds in memory beside the base: all tensors of its own.
@@ -164,6 +169,8 @@ class DeltaBank:
         for name in _distinct(wanted):
             self._check_known(name)
         if isinstance(wanted, list):
+            if wanted == self._rows:
+                return
             self._check_separable(_distinct(wanted))
         self._take_off()
         self._put_on(wanted)
@@ -177,6 +184,7 @@ class DeltaBank:
         if getattr(self.model, CARRIED, None) is self:
             self._take_off()
             self._tenants.clear()
+            self._built.clear()
             delattr(self.model, CARRIED)
 
     def _take_off(self) -> None:
@@ -198,13 +206,19 @@ class DeltaBank:
 
     def _put_on_rows(self, names: list[Name]) -> None:
         tenants = {name: self._tenants[name] for name in _distinct(names)}
-        shared = Rows(names)
+        built = self._built.pop(tuple(names), {})
+        shared = next(iter(built.values())).rows if built else Rows(names)
         changed = dict.fromkeys(name for t in tenants.values() for name in (*t.deltas, *t.twins))
         for module in changed:
             deltas = {name: t.deltas[module] for name, t in tenants.items() if module in t.deltas}
             twins = {name: t.twins[module] for name, t in tenants.items() if module in t.twins}
             base = self.model.get_submodule(module)
-            swap_module(self.model, module, PerRow(base, shared, deltas, twins), self._swap)
+            if module not in built or built[module].base is not base:
+                built[module] = PerRow(base, shared, deltas, twins)
+            swap_module(self.model, module, built[module], self._swap)
+        self._built[tuple(names)] = built
+        while len(self._built) > MOST_BATCHES:
+            self._built.pop(next(iter(self._built)))
         for tenant in tenants.values():
             for owner, attribute, value in tenant.delta.sizes:
                 if attribute == "vocab_size" and value > getattr(owner, attribute):
