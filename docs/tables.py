@@ -12,9 +12,11 @@ A table that is made of results stands between two comments, the first of which 
     ...
     <!-- /table -->
 
-The file is a CSV with a column ``name``. A column's value is a format string over one of its rows;
-a part of which the row has nothing stays empty. ``rows`` are names with their labels, in order;
-without it all rows are shown.
+The file is a CSV with a column ``name``; of several files, with spaces between, all rows count.
+A column's value is a format string over one of its rows, or a list of some, of which the first is
+taken that the row has everything for; without one the cell stays empty. ``rows`` are names with
+their labels, in order, or sorted by the column that ``sort`` names; without it all rows are shown.
+``same`` gives columns of another file the names that they have here.
 
     python docs/tables.py --check    # exit status 1 when a table differs
     python docs/tables.py --write    # correct them
@@ -31,7 +33,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/**/*.md", "studies/*.md")
-TABLE = re.compile(r"(<!-- table: (\S+)\n(.*?)-->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- table: ([^\n]+)\n(.*?)-->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 FIELD = re.compile(r"\{(\w+)(:[^}]*)?\}")
 
 
@@ -44,29 +46,39 @@ def filled(page: str, root: Path = ROOT) -> str:
     return TABLE.sub(lambda m: f"{m[1]}{_table(m[2], yaml.safe_load(m[3]), root)}{m[5]}", page)
 
 
-def _table(source: str, shape: dict[str, Any], root: Path) -> str:
-    if not (root / source).is_file():
-        raise ValueError(f"{source} does not exist: run its study first, see studies/README.md")
-    with (root / source).open(newline="", encoding="utf-8") as file:
-        known = {row["name"]: row for row in csv.DictReader(file)}
+def _table(sources: str, shape: dict[str, Any], root: Path) -> str:
+    known: dict[str, dict[str, str]] = {}
+    for source in sources.split():
+        known |= _rows(root / source, shape.get("same", {}))
     labels = shape.get("rows") or {name: name for name in known}
     if missing := labels.keys() - known.keys():
-        raise ValueError(f"{source} has no row {', '.join(sorted(missing))}")
+        raise ValueError(f"{sources}: no row {', '.join(sorted(missing))}")
+    rows = [known[name] | {"label": label} for name, label in labels.items()]
+    if "sort" in shape:
+        rows.sort(key=lambda row: float(row[shape["sort"]]))
     columns = shape["columns"]
     lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
-    for name, label in labels.items():
-        row = known[name] | {"label": label}
-        lines.append(" | ".join(_cell(value, row, source) for value in columns.values()))
+    lines += [" | ".join(_cell(value, row, rows) for value in columns.values()) for row in rows]
     return "".join(f"| {line} |\n" for line in lines)
 
 
-def _cell(template: str, row: dict[str, str], source: str) -> str:
-    for name, _ in FIELD.findall(template):
-        if name not in row:
-            raise ValueError(f"{source} has no column {name!r}")
-        if row[name] == "":
-            return ""
-    return FIELD.sub(lambda field: _value(row[field[1]], field[2]), template)
+def _rows(file: Path, same: dict[str, str]) -> dict[str, dict[str, str]]:
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist: run its study first, see studies/README.md")
+    with file.open(newline="", encoding="utf-8") as lines:
+        read = list(csv.DictReader(lines))
+    return {row["name"]: row | {new: row[old] for new, old in same.items() if old in row}
+            for row in read}  # fmt: skip
+
+
+def _cell(layout: str | list[str], row: dict[str, str], rows: list[dict[str, str]]) -> str:
+    for template in [layout] if isinstance(layout, str) else layout:
+        names = [name for name, _ in FIELD.findall(template)]
+        if unknown := [name for name in names if not any(name in other for other in rows)]:
+            raise ValueError(f"no column {', '.join(unknown)}")
+        if all(row.get(name, "") != "" for name in names):
+            return FIELD.sub(lambda field: _value(row[field[1]], field[2]), template)
+    return ""
 
 
 def _value(text: str, layout: str | None) -> str:

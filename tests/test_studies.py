@@ -80,3 +80,20 @@ def test_a_table_without_its_results_is_an_error(
         (tmp_path / "rows.csv").write_text(rows)
     with pytest.raises(ValueError, match=named):
         TABLES["filled"](PAGE, tmp_path)
+
+
+def test_a_table_of_two_files_is_sorted_and_takes_what_a_row_has(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(ROWS)
+    (tmp_path / "peers.csv").write_text("name,bits,perplexity\npeer,3,25\n")
+    page = PAGE.replace("rows.csv", "rows.csv peers.csv")
+    page = page.replace('"{wiki:.1f} ± {error:.1f}"', '["{wiki:.1f} ± {error:.1f}", "{wiki:.1f}"]')
+    page = page.replace(
+        "rows: {two: the second, one: the first}",
+        "same: {wiki: perplexity}\nsort: bits\nrows: {one: first, peer: theirs, two: second}",
+    )
+    table = TABLES["filled"](page, tmp_path).splitlines()[-5:-2]
+    assert table == [
+        "| second | 3.0 | 30.0 |",
+        "| theirs | 3.0 | 25.0 |",
+        "| first | 3.0 | 20.0 ± 1.0 |",
+    ]
