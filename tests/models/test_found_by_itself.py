@@ -1,6 +1,5 @@
 """Installed, llmpress is found without being imported; not installed, nothing opens its models."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -21,7 +20,6 @@ from llmpress.models.checkpoints.files import Checkpoint, CheckpointWriter
 ROOT = Path(__file__).parents[2]
 HEADS = ("AutoModelForCausalLM", "AutoModel", "AutoModelForSequenceClassification")
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
-SERVER = ("fastapi", "uvicorn", "openai")
 
 
 @pytest.fixture
@@ -103,18 +101,36 @@ def test_lm_eval_measures_the_compressed_model(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, SERVER)),
-    reason=f"`transformers serve` needs {', '.join(SERVER)}",
-)
-def test_transformers_serves_it(fresh: Run, compressed: Make) -> None:
+def test_transformers_serves_it_to_a_client_of_openai(
+    fresh: Run, compressed: Make, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(compressed("rtn"), tmp_path / "served"))
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     code = (
-        "from transformers.cli.serving.model_manager import ModelManager\n"
-        f"model = ModelManager().load_model_and_processor({str(compressed('rtn'))!r})[0]\n"
-        "print(type(model.model.layers[0].mlp.up_proj).__name__)"
+        "import socket, subprocess, sys, time, openai\n"
+        "with socket.socket() as free: free.bind(('127.0.0.1', 0)); port = free.getsockname()[1]\n"
+        "command = [sys.executable, '-m', 'transformers.cli.transformers', 'serve']\n"
+        "command += ['--host', '127.0.0.1', '--port', str(port), '--device', 'cpu']\n"
+        "server = subprocess.Popen(command, stdout=2)\n"
+        "client = openai.OpenAI(base_url=f'http://127.0.0.1:{port}/v1', api_key='x', timeout=60)\n"
+        "asked = [{'role': 'user', 'content': 'import os'}]\n"
+        "try:\n"
+        "    for wait in range(120):\n"
+        "        try: socket.create_connection(('127.0.0.1', port)).close(); break\n"
+        "        except OSError: time.sleep(0.5)\n"
+        f"    made = client.chat.completions.create(model={str(folder)!r}, messages=asked,\n"
+        "        max_tokens=4, temperature=0)\n"
+        "    print(repr(made.choices[0].message.content))\n"
+        "finally: server.terminate(); server.wait()\n"
     )
     done = fresh("-c", code)
-    assert done.stdout.endswith("QuantizedLinear\n"), done.stderr
+    model, tokenizer = llmpress.load_model(folder, dtype="auto"), llmpress.load_tokenizer(folder)
+    asked = [{"role": "user", "content": "import os"}]
+    ids = tokenizer.apply_chat_template(
+        asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).input_ids
+    new = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
+    assert done.stdout == f"{tokenizer.decode(new, skip_special_tokens=True)!r}\n", done.stderr
 
 
 @pytest.mark.slow

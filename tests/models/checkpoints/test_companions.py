@@ -1,11 +1,14 @@
 """What lies beside a model's weights comes along: the same tokens from source and artifact."""
 
+import base64
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sentencepiece import SentencePieceTrainer
+from tiny_models import library_text
 from transformers import AutoTokenizer
 
 import llmpress
@@ -40,6 +43,35 @@ def slow(folder: Path) -> None:
     (folder / "added_tokens.json").write_text(json.dumps({"<|call|>": 511}), encoding="utf-8")
 
 
+def sentencepiece_of(name: str, tokenizer_class: str) -> Callable[[Path], None]:
+    def kind(folder: Path) -> None:
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+        with (folder / name).open("wb") as file:
+            SentencePieceTrainer.train(  # 300 pieces and the bytes
+                sentence_iterator=iter("\n".join(library_text(("xml", "json"))).splitlines()),
+                model_writer=file, vocab_size=600, model_type="bpe", byte_fallback=True,
+                pad_id=3, minloglevel=2,
+            )  # fmt: skip
+        named = {"tokenizer_class": tokenizer_class, "eos_token": "</s>", "unk_token": "<unk>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(named), encoding="utf-8")
+        added = {"<|call|>": 600}
+        (folder / "added_tokens.json").write_text(json.dumps(added), encoding="utf-8")
+
+    return kind
+
+
+def tiktoken(folder: Path) -> None:
+    """The bytes and some pairs of them, in ranks."""
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    ranks = [bytes([n]) for n in range(256)] + [b"in", b"re", b" s", b"def", b"import"]
+    lines = [f"{base64.b64encode(word).decode()} {rank}" for rank, word in enumerate(ranks)]
+    (folder / "tokenizer.model").write_text("\n".join(lines), encoding="utf-8")
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|call|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named), encoding="utf-8")
+
+
 def templates(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = {
@@ -49,7 +81,17 @@ def templates(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("kind", [as_it_is, slow, templates])
+KINDS = {
+    "as-it-is": as_it_is,
+    "slow": slow,
+    "templates": templates,
+    "llama": sentencepiece_of("tokenizer.model", "LlamaTokenizer"),
+    "t5": sentencepiece_of("spiece.model", "T5Tokenizer"),
+    "tiktoken": tiktoken,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_a_copy_gives_the_same_tokens(
     kind: Callable[[Path], None], tiny_model_folder: Path, tmp_path: Path
 ) -> None:
@@ -64,6 +106,7 @@ def test_a_copy_gives_the_same_tokens(
     assert ours.chat_template == theirs.chat_template
     for text in AWKWARD:
         assert ours(text).input_ids == theirs(text).input_ids
+    assert len(set(theirs(AWKWARD[2]).input_ids)) > 4  # and they are tokens
 
 
 FILES_WITH_CODE = ("config.json", "tokenizer_config.json")
