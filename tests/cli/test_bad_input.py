@@ -447,6 +447,7 @@ def test_a_mistake_in_params(case: str, tmp_path: Path, monkeypatch: pytest.Monk
     }
     content, message = params[case]
     Path("params.yaml").write_text(content)
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
     key = {"method": "a", "run": "rtn-3bi"}.get(case, "x")
     done = llmpress("plan", key)
     assert re.search(message, done.error), done.error

@@ -54,9 +54,9 @@ def test_a_model_of_linears_is_left_out_nowhere(
     assert "stay as they are" not in caplog.text
 
 
-def test_a_router_of_another_name_stays_as_it_is() -> None:
+def test_a_router_of_another_name_stays_as_it_is(tmp_path: Path) -> None:
     config = AutoConfig.for_model("afmoe", num_hidden_layers=2, num_experts=4, num_dense_layers=0)
-    model = empty_model(config)
+    model = empty_model(config, tmp_path)
     linears = {name for block in block_linears(model) for name in block}
     chooses = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "router" in n}
     assert len(chooses) == 2

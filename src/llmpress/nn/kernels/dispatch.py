@@ -39,7 +39,12 @@ def uses_triton(x: Tensor) -> bool:
 
 
 def uses_compiled(x: Tensor) -> bool:
-    """Whether products with ``x`` may come from the library that is compiled for this CPU."""
+    """Whether products with ``x`` may come from the library that is compiled for this CPU.
+
+    torch.compile cannot look into it, nor may it while it is loaded.
+    """
+    if torch.compiler.is_compiling():
+        return False
     return _forced is None and x.is_cpu and x.dtype in DTYPES and library() is not None
 
 

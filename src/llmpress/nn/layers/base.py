@@ -139,7 +139,6 @@ class CompressedLinear(nn.Module, ABC):
             and self.dense_store is not None
             and uses_compiled(x)
             and not (torch.is_grad_enabled() and needs_gradient(x, self.changing()))
-            and not torch.compiler.is_compiling()
         )
 
     def changing(self) -> list[Tensor]:

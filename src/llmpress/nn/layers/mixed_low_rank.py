@@ -223,6 +223,10 @@ class MixedLowRankLinear(CompressedLinear):
         is_packed = all(num_bits != UNQUANTIZED for _, num_bits in self.groups)
         return is_packed and super().computes_packed(x)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made of: without addresses of this layer's tensors."""
+        return {**self.__dict__, "_sums": (None, {})}
+
     @classmethod
     def sum_by_row(cls, layers: Sequence[Self], owners: Sequence[int]) -> SumByRow | None:
         """Return the kernel that reads packed vectors; None where one is not quantized."""
