@@ -24,7 +24,7 @@ import llmpress
 from llmpress.core.artifacts import verify
 
 pytestmark = pytest.mark.slow
-TRIALS = int(os.environ.get("LLMPRESS_TRIALS", "3"))
+TRIALS = int(os.environ.get("LLMPRESS_TRIALS", "4"))
 TEXT = ["--text", "text.txt", "--windows", "4", "--length", "32"]
 STEPS = ["--set", "check_every=1", "--set", "held_out=2", "--batch-size", "2", "--length", "32"]
 COMMANDS: dict[str, list[str]] = {  # of the second of two settings the older artifact is made
