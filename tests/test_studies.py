@@ -23,6 +23,7 @@ def test_a_study_is_the_pipeline_with_other_params(study: Path) -> None:
         name: f"../../{name}" for name in SHARED
     }
     assert (study / "data/tasks/.gitkeep").is_file()
+    assert Repo(study).index.stages
     assert f"[{study.name}]({study.name}/params.yaml)" in (ROOT / "studies/README.md").read_text()
 
 
