@@ -19,6 +19,7 @@ class EvaluationSettings(Settings):
 
     Attributes:
         corpora: Names of the corpora on whose text likelihood is measured.
+        split: Which part of them: ``validation`` while settings are chosen, ``test`` for a table.
         windows: Token windows per corpus, the first ones of that part.
         length: Tokens per window.
         dtype: Precision of likelihood and divergence. bfloat16 alone moves the predictions by some
@@ -28,11 +29,10 @@ class EvaluationSettings(Settings):
         sample_tokens: Tokens of each sample text.
         own_tasks: Further tasks with their items, by the model that is asked them: a fine-tuned
             one, and with it everything that is compared with it.
-        split: Which part of the corpora: ``validation`` while settings are chosen, ``test`` for a
-            table.
     """
 
     corpora: Corpora
+    split: Literal["validation", "test"]
     windows: Count
     length: Tokens
     dtype: DType
@@ -40,7 +40,6 @@ class EvaluationSettings(Settings):
     task_dtype: DType
     sample_tokens: Count
     own_tasks: Mapping[Model, Tasks] = field(default_factory=dict)
-    split: Literal["validation", "test"] = "test"
 
     def tasks_of(self, model: str) -> dict[str, int | None]:
         """Return the items by task that a model, and what is compared with it, is asked."""
