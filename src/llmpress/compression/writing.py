@@ -40,7 +40,7 @@ def write_compressed_model(
         if name not in replaced:
             tensor = source.tensor(name)
             writer.add(name, tensor.to(kept_dtype(tensor, linear=name in linears)))
-    writer.close(entries)
+    writer.close(source.guard(entries))
     write_json(folder / "config.json", model_config(source, None, entries))
     copy_companions(source.folder, folder)
     write_records(folder, Records(tuple(records), total_size(records, model_weights)))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -62,6 +63,7 @@ class LLMPressQuantizer(HfQuantizer):
 
     requires_calibration = True  # only checkpoints that are already compressed are loaded
     quantization_config: LLMPressConfig
+    _guards: Sequence[str] = ()
 
     def validate_environment(self, *_: Any, **__: Any) -> None:
         """Refuse artifacts of a format this version does not know."""
@@ -79,9 +81,11 @@ class LLMPressQuantizer(HfQuantizer):
         layers = self._layers_in(model)
         insert_layers(model, layers)
         _forbid_initialisation(model, layers)
+        prefix = f"{model.base_model_prefix}."
+        self._guards = [name.removeprefix(prefix) for name in _guards(checkpoint_files or ())]
         known = model._keys_to_ignore_on_load_unexpected or ()
-        guard = re.escape(guard_name(layers))
-        model._keys_to_ignore_on_load_unexpected = {*known, rf"(^|\.){guard}$"}
+        guards = {rf"(^|\.){re.escape(name)}$" for name in self._guards}
+        model._keys_to_ignore_on_load_unexpected = {*known, *guards}
 
     def _layers_in(self, model: "PreTrainedModel") -> dict[str, Mapping[str, Any]]:
         """Return the layers by their names in a model, which one without a head cuts short."""
@@ -101,9 +105,10 @@ class LLMPressQuantizer(HfQuantizer):
         return []
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[Any, dict[str, Any]]:
-        """Return what is saved: the model's tensors and the `guard_name`."""
-        guard = {guard_name(self._layers_in(model)): torch.empty(0, dtype=torch.uint8)}
-        return {**model.state_dict(), **guard}, {}
+        """Return what is saved: the model's tensors and the guard that it was loaded with."""
+        prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+        guards = {prefix + name: torch.empty(0, dtype=torch.uint8) for name in self._guards}
+        return {**model.state_dict(), **guards}, {}
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """Compressed models can be saved again."""
@@ -123,18 +128,19 @@ def own_quantization(config: Any) -> dict[str, Any] | None:
     return found if found.get("quant_method") == QUANT_METHOD else None
 
 
-def guard_name(layers: Iterable[str]) -> str:
-    """Return the name of a tensor without values that only llmpress passes over.
+def is_guard(shape: Sequence[int]) -> bool:
+    """Whether a stored tensor of this shape is none, but keeps others from opening the model."""
+    return tuple(shape) == (0,)
 
-    To whoever knows nothing of compressed layers it is a weight of another shape: loading fails,
-    where transformers would otherwise warn and go on with random weights.
 
-    Args:
-        layers: Full names of the compressed layers.
-    """
-    first = min(layers, key=lambda name: (".experts." in name, name))
-    group, inside, _ = first.partition(".experts.")
-    return f"{group}.experts.down_proj" if inside else f"{first}.weight"  # as transformers fuses
+def _guards(files: Iterable[str | Path]) -> list[str]:
+    """Return the names of the tensors in these files that only llmpress passes over."""
+    found = []
+    for file in files:
+        with safe_open(file, framework="pt") as shard:
+            names = shard.keys()
+            found += [name for name in names if is_guard(shard.get_slice(name).get_shape())]
+    return found
 
 
 def check_format(version: int) -> None:

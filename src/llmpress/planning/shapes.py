@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from llmpress.calibration.linear_calls import linear_calls
 from llmpress.compression.layers import model_shapes
@@ -24,6 +25,7 @@ from llmpress.core.errors import ArtifactError
 from llmpress.methods.base import Method, Shape
 from llmpress.models.architectures import decoder_blocks
 from llmpress.models.checkpoints.compressed import DENSE_DTYPE, kept_dtype
+from llmpress.models.checkpoints.conversion import guard_name
 from llmpress.models.checkpoints.delta_files import DELTA_SHARD_BYTES
 from llmpress.models.checkpoints.files import (
     DTYPES,
@@ -31,10 +33,10 @@ from llmpress.models.checkpoints.files import (
     WEIGHTS,
     Checkpoint,
     empty_model,
+    fused_model,
     read_config,
 )
 from llmpress.models.experts import SeparateExperts
-from llmpress.models.quantizer import guard_name
 from llmpress.nn.layers import CompressedLinear
 
 TRACE_TOKENS = 8
@@ -51,6 +53,7 @@ class ModelShapes:
         tensors: Every stored tensor by name, on the meta device; tied ones once.
         hidden: Width of the hidden states.
         vocabulary: Rows of the output embedding.
+        config: What transformers builds the model of.
     """
 
     blocks: tuple[dict[str, Shape], ...]
@@ -58,11 +61,17 @@ class ModelShapes:
     tensors: Mapping[str, Tensor]
     hidden: int
     vocabulary: int
+    config: PretrainedConfig
 
     @cached_property
     def linears(self) -> dict[str, Shape]:
         """All compressible linears by full name."""
         return {name: shape for block in self.blocks for name, shape in block.items()}
+
+    @cached_property
+    def fused(self) -> PreTrainedModel:
+        """The model on the meta device, as transformers builds it."""
+        return fused_model(self.config)
 
     @cached_property
     def num_weights(self) -> int:
@@ -129,7 +138,8 @@ def read_shapes(source: Path) -> ModelShapes:
         raise ArtifactError(f"{folder}/config.json: no linear layer in any decoder block")
     text_config = config.get_text_config()
     inputs = _inputs(model, blocks)
-    return ModelShapes(blocks, inputs, stored, text_config.hidden_size, text_config.vocab_size)
+    sizes = (text_config.hidden_size, text_config.vocab_size)
+    return ModelShapes(blocks, inputs, stored, *sizes, config)
 
 
 def _inputs(model: nn.Module, blocks: tuple[dict[str, Shape], ...]) -> tuple[dict[str, int], ...]:
@@ -225,8 +235,9 @@ def model_bytes(model: ModelShapes, method: Method) -> int:
         for name, t in sorted(model.tensors.items())
         if name.removesuffix(".weight") not in layers
     }
-    guard = {guard_name(layers): empty(0, dtype=torch.uint8)} if layers else {}
-    return files_bytes([_packed(model, method) | rest | guard], MODEL_SHARD_BYTES)
+    guard = guard_name(model.fused, layers)
+    last = {guard: empty(0, dtype=torch.uint8)} if guard else {}
+    return files_bytes([_packed(model, method) | rest | last], MODEL_SHARD_BYTES)
 
 
 def delta_bytes(

@@ -280,7 +280,7 @@ def _begin_compressed(start: Path, settings: FinetuningSettings, device: torch.d
         writer = CheckpointWriter(folder)
         for name in checkpoint.names():
             writer.add(name, best[name] if name in best else checkpoint.tensor(name))
-        writer.close(compressed_layers(checkpoint))
+        writer.close(checkpoint.guard(compressed_layers(checkpoint)))
         shutil.copyfile(start / "config.json", folder / "config.json")
         copy_companions(start, folder)
         write_records(folder, finetuned)

@@ -35,7 +35,7 @@ def rewrite_model(
     for name in compressed.names():
         if name not in trained:
             writer.add(name, compressed.tensor(name))
-    writer.close(compressed_layers(compressed))
+    writer.close(compressed.guard(compressed_layers(compressed)))
     shutil.copyfile(compressed.folder / "config.json", folder / "config.json")
     copy_companions(compressed.folder, folder)
     if records := layer_records(compressed.folder):

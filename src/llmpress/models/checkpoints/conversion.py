@@ -7,7 +7,7 @@ is read. Experts, which transformers keep fused, go by one tensor a matrix; see
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from functools import partial
 from typing import Any, NamedTuple
@@ -107,10 +107,14 @@ def stored_tensors(
     return published
 
 
-def names_in_model(model: PreTrainedModel) -> dict[str, str]:
+def names_in_model(model: PreTrainedModel, prefix: str = "") -> dict[str, str]:
     """Return, by its name in a published checkpoint, what a tensor of the model is called in it.
 
     Tensors that a checkpoint holds in other pieces than the model are left out.
+
+    Args:
+        model: As transformers builds it, experts fused; on any device.
+        prefix: Of the names that are asked for: all, or those of a block.
     """
     seen: list[str] = []
 
@@ -121,7 +125,8 @@ def names_in_model(model: PreTrainedModel) -> dict[str, str]:
         seen.append(name)
         return torch.empty(like.shape, dtype=like.dtype, device="meta")[index]
 
-    own = model_tensors(model, leaves(model.state_dict())).tensors
+    known = {n: t for n, t in model.state_dict().items() if n.startswith(prefix)}
+    own = model_tensors(model, leaves(known)).tensors
     names: dict[str, str] = {}
     for stored, tensor in stored_tensors(model, leaves(own)).items():
         seen.clear()
@@ -129,3 +134,24 @@ def names_in_model(model: PreTrainedModel) -> dict[str, str]:
         if len(seen) == 1 and own[seen[0]].shape == tensor.shape:
             names[stored] = seen[0]
     return names
+
+
+def guard_name(model: PreTrainedModel, layers: Iterable[str]) -> str | None:
+    """Return the name of a tensor without values that only llmpress passes over.
+
+    To whoever knows nothing of compressed layers it is a weight of another shape: loading fails,
+    where transformers would otherwise warn and go on with random weights. It has the name that
+    published checkpoints give the weight, which all versions of transformers know.
+
+    Args:
+        model: As transformers builds it, experts fused; on any device.
+        layers: Full names of the compressed layers; without any there is no guard.
+    """
+    first = min(layers, key=lambda name: (".experts." in name, name), default=None)
+    if first is None:
+        return None
+    block = re.match(r".*?\.\d+\.", first)
+    published = names_in_model(model, block[0] if block else "")
+    group, inside, _ = first.partition(".experts.")
+    fused = f"{group}.experts.down_proj" if inside else f"{first}.weight"  # as it is in the model
+    return next((n for n, own in published.items() if own == f"{first}.weight"), fused)

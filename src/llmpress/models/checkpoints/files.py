@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,16 @@ from llmpress.core.companions import COMPANIONS
 from llmpress.core.errors import ArtifactError, SourceError
 from llmpress.core.shards import ShardWriter
 from llmpress.models.architectures import block_linears
-from llmpress.models.checkpoints.conversion import Converted, model_tensors, stored_tensors
+from llmpress.models.checkpoints.conversion import (
+    Converted,
+    guard_name,
+    model_tensors,
+    stored_tensors,
+)
 from llmpress.models.checkpoints.lazy import Index, LazyTensor
 from llmpress.models.checkpoints.quantized_source import check_codes, quantization_of, weights_of
 from llmpress.models.experts import separate_experts
-from llmpress.models.quantizer import guard_name, own_quantization
+from llmpress.models.quantizer import is_guard, own_quantization
 
 __all__ = ["Checkpoint", "CheckpointWriter", "block_linears", "copy_companions", "linear_bits"]
 
@@ -137,9 +142,8 @@ class Checkpoint:
         return found
 
     def _found(self) -> Converted:
-        if (own := own_quantization(self.config)) is not None:  # under the model's names
-            guard = guard_name(own.get("layers") or [""])
-            return Converted({n: t for n, t in self._stored.items() if n != guard}, [])
+        if own_quantization(self.config) is not None:  # under the model's names
+            return Converted({n: t for n, t in self._stored.items() if not is_guard(t.shape)}, [])
         try:
             converted = model_tensors(fused_model(self.config), self._stored)
         except UNBUILDABLE as error:
@@ -203,6 +207,10 @@ class Checkpoint:
     def skeleton(self) -> PreTrainedModel:
         """Build the model with parameters on the meta device and buffers in memory."""
         return empty_model(self.config, self.folder)
+
+    def guard(self, layers: Iterable[str]) -> str | None:
+        """Return the `guard_name` of this model with these layers compressed."""
+        return guard_name(fused_model(self.config), layers)
 
     def published(self, dtype: torch.dtype | None = None) -> dict[str, LazyTensor]:
         """Return what transformers would save of the model, unread, by the names in its files.
@@ -346,14 +354,14 @@ class CheckpointWriter:
         """Add one tensor; it is written when its shard is full."""
         self._shards.add(name, tensor)
 
-    def close(self, compressed: Collection[str] = ()) -> None:
+    def close(self, guard: str | None = None) -> None:
         """Write what is left, name the shards, and write the index if there are several.
 
         Args:
-            compressed: Names of compressed layers, which only llmpress is to open.
+            guard: What `guard_name` says of a model that only llmpress is to open.
         """
-        if compressed:
-            self.add(guard_name(compressed), torch.empty(0, dtype=torch.uint8))
+        if guard:
+            self.add(guard, torch.empty(0, dtype=torch.uint8))
         files = self._shards.close()
         if len(files) > 1:
             weight_map = {name: file for file, names in files.items() for name in names}
