@@ -19,7 +19,7 @@ from tables import append_rows, origin
 from torch import Tensor
 
 from llmpress.core.environment import hardware
-from llmpress.numerics.low_rank import output_directions
+from llmpress.numerics.low_rank import OutputDirections
 
 
 def whole_svd(delta: Tensor, rank: int) -> Tensor:
@@ -29,7 +29,7 @@ def whole_svd(delta: Tensor, rank: int) -> Tensor:
 
 def whole_gram(delta: Tensor, rank: int) -> Tensor:
     """All eigenvectors of the Gram matrix in fp64: what delta_come does."""
-    return output_directions(delta, torch.eye(delta.shape[1])).vectors[:, :rank]
+    return OutputDirections(delta, torch.eye(delta.shape[1])).leading(rank)
 
 
 def part_of_gram(delta: Tensor, rank: int) -> Tensor:

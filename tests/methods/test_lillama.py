@@ -13,7 +13,7 @@ from llmpress.methods.lillama import Lillama
 from llmpress.methods.lillama.budget import candidate_ranks, num_stored
 from llmpress.numerics.linalg import relative_output_error
 from llmpress.numerics.low_rank import (
-    output_directions,
+    OutputDirections,
     output_energy,
     output_factors,
     weight_factors,
@@ -83,7 +83,8 @@ def test_directions_are_orthonormal_and_hold_all_energy(
     shape: tuple[int, int], directions: int
 ) -> None:
     weight, moment = torch.randn(shape), correlated(shape[1], directions)
-    energy, vectors = output_directions(weight, moment)
+    found = OutputDirections(weight, moment)
+    energy, vectors = found.energy, found.leading(24)
     torch.testing.assert_close(output_energy(weight, moment), energy, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(vectors.t() @ vectors, torch.eye(24).double())
     outputs = weight.double() @ moment.double() @ weight.double().t()
@@ -93,6 +94,9 @@ def test_directions_are_orthonormal_and_hold_all_energy(
         energy,
         rtol=1e-6,
         atol=1e-5 * float(energy[0]),
+    )
+    torch.testing.assert_close(
+        found.leading(4) @ found.leading(4).t(), vectors[:, :4] @ vectors[:, :4].t()
     )
 
 

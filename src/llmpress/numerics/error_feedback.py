@@ -3,12 +3,16 @@
 Dimensions: ``W [rows, n]``, ``H = E[x xᵀ] [n, n]``.
 """
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
 BLOCK_COLUMNS = 128
 
 
+@np.errstate(all="ignore")  # as torch does
 def feed_errors_back(
     columns: Tensor, factor: Tensor, scales: Tensor, zero_points: Tensor, num_bits: int
 ) -> Tensor:
@@ -28,15 +32,25 @@ def feed_errors_back(
     largest_code = (1 << num_bits) - 1
     inverse_scales = torch.where(scales > 0, 1 / scales, 0.0)
     pivots = factor.diagonal().tolist()
-    codes = torch.empty(columns.shape, dtype=torch.int32, device=columns.device)
+    rounded = torch.empty_like(columns)
+    errors = torch.empty_like(columns[:BLOCK_COLUMNS])
+    on_host = columns.device.type == "cpu"
+    lib: Any = np if on_host else torch  # NumPy takes half the time to begin an operation
     for start in range(0, count, BLOCK_COLUMNS):
         stop = min(start + BLOCK_COLUMNS, count)
-        errors = torch.empty_like(columns[start:stop])
-        for i in range(start, stop):
-            code = (columns[i] * inverse_scales[i]).add_(zero_points[i]).round_()
-            codes[i] = code.clamp_(0, largest_code)
-            error = columns[i].sub(code.sub_(zero_points[i]).mul_(scales[i])).div_(pivots[i])
-            columns[i + 1 : stop].addr_(factor[i, i + 1 : stop], error, alpha=-1)
-            errors[i - start] = error
-        columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    return codes
+        block = [t[start:stop] for t in (columns, inverse_scales, scales, zero_points, rounded)]
+        block.append(errors[: stop - start])
+        rows = zip(*((t.numpy() if on_host else t) for t in block), strict=True)
+        for i, (column, inverse_scale, scale, zero_point, code, error) in enumerate(rows, start):
+            lib.multiply(column, inverse_scale, out=code)
+            code += zero_point
+            (np.rint if on_host else torch.round)(code, out=code)
+            lib.clip(code, 0, largest_code, out=code)
+            lib.subtract(code, zero_point, out=error)
+            error *= scale
+            lib.subtract(column, error, out=error)
+            error /= pivots[i]
+            rest = columns[i + 1 : stop]
+            rest.addr_(factor[i, i + 1 : stop], errors[i - start], alpha=-1)
+        columns[stop:].addmm_(factor[start:stop, stop:].T, errors[: stop - start], alpha=-1)
+    return rounded.int()

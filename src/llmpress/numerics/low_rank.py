@@ -4,30 +4,14 @@ Dimensions: ``W [out, in]`` a weight, ``H = E[x xᵀ] [in, in]`` the second mome
 the diagonal of how much an error of each output counts.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from llmpress.numerics.linalg import truncated_svd
 
 
-class OutputDirections(NamedTuple):
+class OutputDirections:
     """Orthonormal directions of weighted outputs ``G^½ W x``, by falling energy.
-
-    Attributes:
-        energy: Mean square of the outputs along each, fp64 ``[min(out, in)]``.
-        vectors: Its columns, fp64 ``[out, min(out, in)]``.
-    """
-
-    energy: Tensor
-    vectors: Tensor
-
-
-def output_directions(
-    weight: Tensor, second_moment: Tensor, importance: Tensor | None = None
-) -> OutputDirections:
-    """Return the principal directions of ``G^½ y``, ``y = W x``.
 
     They are the eigenvectors of ``G^½ W H Wᵀ G^½``, found from the smaller side: where the outputs
     are more than the inputs, from those of ``Lᵀ Wᵀ G W L`` with ``L Lᵀ = H``.
@@ -36,19 +20,30 @@ def output_directions(
         weight: ``W [out, in]``.
         second_moment: ``H [in, in]``.
         importance: Diagonal of G, positive ``[out]``; ones if None.
+
+    Attributes:
+        energy: Mean square of the outputs along each, fp64 ``[min(out, in)]``.
     """
-    moment, outputs = _smaller_moment(weight, second_moment, importance)
-    energy, vectors = torch.linalg.eigh(moment)  # ascending
-    if outputs is None:
-        return OutputDirections(energy.flip(0).clamp(min=0), vectors.flip(1))
-    directions = torch.linalg.qr(outputs @ vectors.flip(1)).Q  # orthonormal where energy is 0, too
-    return OutputDirections(energy.flip(0).clamp(min=0), directions)
+
+    def __init__(
+        self, weight: Tensor, second_moment: Tensor, importance: Tensor | None = None
+    ) -> None:
+        moment, self._outputs = _smaller_moment(weight, second_moment, importance)
+        ascending, self._vectors = torch.linalg.eigh(moment)
+        self.energy: Tensor = ascending.flip(0).clamp(min=0)
+
+    def leading(self, rank: int) -> Tensor:
+        """Return the first ``rank`` of them as columns, fp64 ``[out, rank]``."""
+        vectors = self._vectors[:, self._vectors.shape[1] - rank :].flip(1)
+        if self._outputs is None:
+            return vectors
+        return torch.linalg.qr(self._outputs @ vectors).Q  # orthonormal where energy is 0, too
 
 
 def output_energy(
     weight: Tensor, second_moment: Tensor, importance: Tensor | None = None
 ) -> Tensor:
-    """Return the energy of `output_directions` alone, fp64 ``[min(out, in)]``, in half the time."""
+    """Return the energy of `OutputDirections` alone, fp64 ``[min(out, in)]``, in half the time."""
     moment, _ = _smaller_moment(weight, second_moment, importance)
     energy: Tensor = torch.linalg.eigvalsh(moment)
     return energy.flip(0).clamp(min=0)
@@ -96,7 +91,7 @@ def output_factors(
     """
     if not 1 <= rank <= min(weight.shape):
         raise ValueError(f"rank={rank}: allowed are 1 to {min(weight.shape)}")
-    U = output_directions(weight, second_moment, importance).vectors[:, :rank]
+    U = OutputDirections(weight, second_moment, importance).leading(rank)
     root = torch.ones_like(U[:, 0]) if importance is None else importance.double().sqrt()
     B = (U * root.unsqueeze(1)).t() @ weight.double()
     A = U / root.unsqueeze(1)

@@ -41,7 +41,7 @@ from llmpress.nn.layers.mixed_low_rank import (
     group_bits,
 )
 from llmpress.numerics.grids import fitting_bytes
-from llmpress.numerics.low_rank import OutputDirections, output_directions
+from llmpress.numerics.low_rank import OutputDirections
 
 PAPER_WIDTH = 4096
 """Matrix width that ``ranks`` are meant for; narrower matrices take proportionally fewer."""
@@ -231,7 +231,7 @@ class DeltaCoMe(Method):
         )
         if self.allocation == "greedy":
             groups = self._search_groups(groups, delta / scale, directions, rounding)
-        done = rounding.round_all(delta / scale, directions.vectors, groups)
+        done = rounding.round_all(delta / scale, directions, groups)
         layer = MixedLowRankLinear.from_vectors(
             [V for V, _, _ in done.vectors],
             [U for _, U, _ in done.vectors],
@@ -292,7 +292,7 @@ class DeltaCoMe(Method):
     ) -> OutputDirections:
         """Return the directions that the delta is cut along."""
         identity = torch.eye(delta.shape[1], device=delta.device)
-        return output_directions(
+        return OutputDirections(
             delta,
             identity if self.basis == "weight" else moment,
             importance if self.basis == "loss" else None,
@@ -384,7 +384,7 @@ class DeltaCoMe(Method):
 
         def attempt(ranks: Sequence[int]) -> tuple[float, list[Group]]:
             groups = groups_of(self._affordable(ranks, count, self.bits, shape), self.precisions)
-            left = rounding.round_all(delta, directions.vectors, groups).residual
+            left = rounding.round_all(delta, directions, groups).residual
             return float(((left @ rounding.moment) * left).sum()), groups
 
         ranks = [0] * len(self.precisions)

@@ -15,6 +15,7 @@ from llmpress.nn.layers.mixed_low_rank import UNQUANTIZED, Vectors, dequantize_v
 from llmpress.numerics.error_feedback import feed_errors_back
 from llmpress.numerics.grids import SMALLEST_SCALE, fit_grid
 from llmpress.numerics.linalg import damped_inverse_cholesky
+from llmpress.numerics.low_rank import OutputDirections
 
 SYSTEM_DAMPENING = 1e-4
 """Added to what is factorized, as a fraction of its mean diagonal entry."""
@@ -81,18 +82,21 @@ class TripletRounding:
             "left_seconds": 0.0,
         }
 
-    def round_all(self, delta: Tensor, directions: Tensor, groups: Sequence[Group]) -> Rounded:
+    def round_all(
+        self, delta: Tensor, directions: OutputDirections, groups: Sequence[Group]
+    ) -> Rounded:
         """Round group after group; each sees what the ones before have left.
 
         Args:
             delta: ``[out, in]``.
-            directions: Orthonormal directions of the weighted outputs, fp64 ``[out, triplets]``.
+            directions: Of the weighted outputs.
             groups: How many of them have which precision.
         """
         done: list[tuple[Vectors, Vectors, Tensor]] = []
         residual = delta
+        leading = directions.leading(sum(group.rank for group in groups))
         for rank, num_bits in groups:
-            own, directions = directions[:, :rank], directions[:, rank:]
+            own, leading = leading[:, :rank], leading[:, rank:]
             started = time.perf_counter()
             V, left = self._right(residual, own, num_bits)
             rounded = time.perf_counter()
