@@ -182,10 +182,31 @@ def test_methods_are_named_or_given(name: str, folders: dict[str, Path], tmp_pat
     method = llmpress.build_method("rtn", {"num_bits": 4, "group_size": 16})
     with pytest.raises(ConfigError, match="settings already"):
         call(name, folders, tmp_path / "out", method=method)
-    with pytest.raises(ConfigError, match="gptq needs calibration"):
+    assert not list(tmp_path.iterdir())
+
+
+NEEDY: dict[str, dict[str, Any]] = {  # settings that need calibration
+    "gptq": {"bits": 4},
+    "bitdelta": {},
+    "svd": {"rank": 4, "whiten": True},
+    "lillama": {"rank": 4},
+}
+
+
+@pytest.mark.parametrize("needy", NEEDY)
+@pytest.mark.parametrize("name", [name for name in WRITERS if "method" in WRITERS[name][1]])
+def test_calibration_that_is_needed_is_asked_for_once(
+    name: str, needy: str, folders: dict[str, Path], tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    source = folders[WRITERS[name][0][0]]
+    with pytest.raises(ConfigError, match=f"{needy} needs calibration"):
+        getattr(llmpress, name)(source, method=needy, out=tmp_path / "out", **NEEDY[needy])
+    with pytest.raises(ArtifactError, match="nowhere"):  # nothing is noted of work not begun
         getattr(llmpress, name)(
-            folders[WRITERS[name][0][0]], method="gptq", bits=4, out=tmp_path / "out"
+            tmp_path / "nowhere", method="cluscomp", bits=4, out=tmp_path / "out"
         )
+    assert not caplog.text
     assert not list(tmp_path.iterdir())
 
 

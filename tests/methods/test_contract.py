@@ -247,14 +247,27 @@ def test_bad_weights_are_refused(name: str, example: Example, bad: str) -> None:
 def test_missing_or_unfit_statistics_are_refused(name: str, example: Example) -> None:
     method = method_class(name)(**example.settings)
     layer = realistic_layer(48, 60)
+    assert (method.need == "needed") == example.needs_statistics
+    assert method.uses_statistics or method.need == "not used"
     if not example.needs_statistics:
         assert not method.requires_statistics
         return
-    assert method.uses_statistics
     nan = InputStatistics(torch.full((60, 60), float("nan")), 100)
     for statistics in (None, InputStatistics(torch.eye(59), 100), nan):
         with pytest.raises(ValueError, match="statistics"):
             method.compress(layer.weight, statistics)
+
+
+@pytest.mark.parametrize(("name", "example"), CASES)
+def test_statistics_that_are_not_used_change_nothing(name: str, example: Example) -> None:
+    method = method_class(name)(**example.settings)
+    if method.need != "not used":
+        return
+    layer = realistic_layer(48, 60)
+    alone, known = (method.compress(layer.weight, s) for s in (None, layer.statistics))
+    assert not method.spreads_budget
+    for key, tensor in alone.tensors().items():
+        torch.testing.assert_close(known.tensors()[key], tensor, rtol=0, atol=0)
 
 
 BUDGETED = [n for n in known_methods() if "bits" in {f.name for f in fields(method_class(n))}]

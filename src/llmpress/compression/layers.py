@@ -1,5 +1,6 @@
 """Compress every linear layer of a model or of a delta, block by block, with a record of each."""
 
+import logging
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,11 +15,14 @@ from llmpress.core.progress import progress
 from llmpress.core.records import DENSE, LayerRecord
 from llmpress.core.resume import NOT_A_BLOCK, BlockStore
 from llmpress.methods.base import InputStatistics, Method, Shape
+from llmpress.methods.registry import method_name
 from llmpress.models.architectures import block_linears
 from llmpress.models.checkpoints.compressed import kept_dtype
 from llmpress.models.walk import TensorSource
 from llmpress.nn.layers import CompressedLinear, build_layer, layer_entry
 from llmpress.numerics.linalg import relative_output_error, relative_weight_error
+
+logger = logging.getLogger(__name__)
 
 
 class SequentialInputs(Protocol):
@@ -76,6 +80,8 @@ def compress_layers(
     """
     shapes = {name: shape for block in blocks for name, shape in block.items()}
     plan = _plan(shapes, source, method, statistics, model_weights, device, store)
+    if statistics is None and method.need == "used":
+        logger.warning("note: %s does better with calibration (text)", method_name(method))
     for index, block in enumerate(progress(blocks, "compress blocks")):
         finished = store.load(index)
         if finished is None:

@@ -19,6 +19,9 @@ from llmpress.nn.layers import CompressedLinear
 Chain = Literal["teacher", "student"]
 """Whose hidden states enter a block: the original model's or the compressed model's."""
 
+Need = Literal["needed", "used", "not used"]
+"""What statistics of its input are to a method: it raises, or does worse, without them, or not."""
+
 Sensitivity = float | list[float]
 """How much the loss rises per unit of a layer's relative error, or at each size it may get."""
 
@@ -108,8 +111,9 @@ class Method(ABC):
     """Settings of a method as fields, and `compress`.
 
     Attributes:
-        uses_statistics: Whether `compress` does better with `InputStatistics`, or needs them.
-        requires_statistics: Whether `compress` raises without them.
+        uses_statistics: Whether `compress` does better with `InputStatistics`, or needs them, with
+            any settings; `need` says it of these.
+        requires_statistics: Whether `compress` raises without them, with all settings.
         size_from_shape: Whether `empty_layer` has exactly the bytes of what `compress` makes;
             otherwise they depend on the values, within the method's budget.
     """
@@ -117,6 +121,13 @@ class Method(ABC):
     uses_statistics: ClassVar[bool] = False
     requires_statistics: ClassVar[bool] = False
     size_from_shape: ClassVar[bool] = True
+
+    @property
+    def need(self) -> Need:
+        """What statistics are to `plan` and `compress` with these settings."""
+        if self.requires_statistics:
+            return "needed"
+        return "used" if self.uses_statistics else "not used"
 
     @property
     def spreads_budget(self) -> bool:

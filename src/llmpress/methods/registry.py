@@ -3,7 +3,6 @@
 import difflib
 import importlib
 import inspect
-import logging
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import fields
@@ -15,8 +14,6 @@ from llmpress.core.params import build
 from llmpress.methods.base import Method
 
 OTHERS = ("base", "registry")
-
-logger = logging.getLogger(__name__)
 
 
 def known_methods() -> list[str]:
@@ -85,18 +82,16 @@ def choose_method(method: str | Method, settings: Mapping[str, Any]) -> Method:
 
 
 def check_statistics(method: Method, *, given: bool) -> None:
-    """Check that a method gets the statistics it needs; say so where it could use some.
+    """Check that a method gets the statistics it needs.
 
     Raises:
         ConfigError: There are none for a method that needs them.
     """
-    if method.requires_statistics and not given:
+    if method.need == "needed" and not given:
         raise ConfigError(
             f"{method_name(method)} needs calibration: give some `text`, or a `calibration` "
             "(--text, --calibration)"
         )
-    if method.uses_statistics and not given:
-        logger.warning("note: %s does better with calibration (text)", method_name(method))
 
 
 def method_name(method: Method) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor
 from llmpress.methods.base import (
     InputStatistics,
     Method,
+    Need,
     Shape,
     Work,
     checked_statistics,
@@ -28,6 +29,11 @@ class BitDelta(Method):
     uses_statistics: ClassVar[bool] = True
 
     scale: Literal["mean", "output"] = "output"
+
+    @property
+    def need(self) -> Need:
+        """Statistics are needed for ``output`` alone."""
+        return "needed" if self.scale == "output" else "not used"
 
     def __post_init__(self) -> None:
         if self.scale not in ("mean", "output"):

@@ -23,6 +23,7 @@ from torch.nn import functional
 from llmpress.methods.base import (
     InputStatistics,
     Method,
+    Need,
     Sensitivity,
     Shape,
     Term,
@@ -88,6 +89,12 @@ class ClusComp(Method, Tunable):
     iterations: int = 20
     loss: Literal["relative_mse", "mse"] = "relative_mse"
     own_target: bool = False
+
+    @property
+    def need(self) -> Need:
+        """Statistics weight vectors, feed errors back, and spread a budget."""
+        helped = self.weighted or self.feedback or self.spreads_budget
+        return "used" if helped else "not used"
 
     def __post_init__(self) -> None:
         fixed = self.num_entries is not None and self.vector_size is not None

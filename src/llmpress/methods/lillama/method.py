@@ -18,6 +18,7 @@ from torch.nn import functional
 from llmpress.methods.base import (
     InputStatistics,
     Method,
+    Need,
     Sensitivity,
     Shape,
     Term,
@@ -82,6 +83,13 @@ class Lillama(Method, Tunable):
             raise ValueError(f"rank={self.rank}: must be positive")
         if not 0 < self.keep < 1 or self.rank_step < 1:
             raise ValueError(f"keep={self.keep}, rank_step={self.rank_step}: out of range")
+
+    @property
+    def need(self) -> Need:
+        """Statistics are needed unless it starts from the weights, and spread a budget."""
+        if self.start != "weights":
+            return "needed"
+        return "used" if self.spreads_budget else "not used"
 
     @property
     def spreads_budget(self) -> bool:

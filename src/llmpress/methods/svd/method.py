@@ -10,6 +10,7 @@ from torch import Tensor
 from llmpress.methods.base import (
     InputStatistics,
     Method,
+    Need,
     Shape,
     Work,
     checked_statistics,
@@ -42,6 +43,11 @@ class SVD(Method):
     keep: float | None = None
     bits: float | None = None
     whiten: bool = False
+
+    @property
+    def need(self) -> Need:
+        """Statistics are needed to ``whiten`` alone."""
+        return "needed" if self.whiten else "not used"
 
     def __post_init__(self) -> None:
         given = {"rank": self.rank, "keep": self.keep, "bits": self.bits}
