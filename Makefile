@@ -3,6 +3,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 INSTALLED := $(VENV)/.installed
+TESTED := $(VENV)/.installed-dev
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Without compiled modules beside them every job compiles torch and transformers again: 3 seconds each.
 unexport PYTHONDONTWRITEBYTECODE
@@ -23,31 +24,31 @@ help:
 	@echo "make tables    put the numbers of results/report.csv and a picture of the report into the documentation"
 	@echo "make check     format, lint, types, workflow, documentation: what CI runs before the tests"
 	@echo "make docs      build the documentation into build/site/index.html"
-	@echo "make lock      write the versions in $(VENV) into requirements.lock"
+	@echo "make lock      write the versions in $(VENV) into requirements.lock and requirements-dev.lock"
 	@echo "make clean     remove logs and caches, but neither data, nor results, nor $(VENV)"
 
 report: $(INSTALLED)
 	snakemake --cores all --quiet rules progress host reason -- results/report.html
 
 # One thread per process: the two workers share the cores.
-quick: $(INSTALLED)
+quick: $(TESTED)
 	OMP_NUM_THREADS=1 pytest -n 2 -m "not gpu and not slow"
 
-test: $(INSTALLED)
+test: $(TESTED)
 	OMP_NUM_THREADS=1 pytest -n 2 -m "not gpu"
 
-test-gpu: $(INSTALLED)
+test-gpu: $(TESTED)
 	pytest -m gpu
 
 # What a GPU can tell within ten minutes; steps=loops for one of them.
-gpu-session: $(INSTALLED)
+gpu-session: $(TESTED)
 	python benchmarks/gpu_session.py $(if $(DRY),--dry --out build/gpu-session) $(steps)
 
 ARTIFACTS := compressed/rtn-3bit compressed/gptq-3bit compressed/svd-90 compressed/lillama-90 compressed/cluscomp-3bit
 DELTAS := delta-come delta-svd delta-bitdelta delta-magnitude
 
 # Nothing is timed before it is right.
-bench: $(INSTALLED)
+bench: $(TESTED)
 	pytest -q tests/nn/kernels
 	python benchmarks/loading.py --base data/models/smollm2 \
 	  $(addprefix data/,models/smollm2 $(ARTIFACTS) $(addprefix compressed/,$(DELTAS)))
@@ -109,11 +110,11 @@ build/peers/venv-%/.installed: benchmarks/peers/requirements/%.txt
 $(QUALITY_MODEL) $(PEER_CALIBRATION): | $(INSTALLED)
 	cd studies/quality && snakemake --cores all $(patsubst studies/quality/%,%,$@)
 
-tables: $(INSTALLED)
+tables: $(TESTED)
 	python docs/tables.py --write
 	python tests/report/headless_browser.py results/report.html docs/images/report.png
 
-check: $(INSTALLED)
+check: $(TESTED)
 	ruff format --check .
 	ruff check .
 	mypy
@@ -125,16 +126,14 @@ check: $(INSTALLED)
 	python docs/tables.py --check
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
-docs: $(INSTALLED)
+docs: $(TESTED)
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 	@echo "The documentation is in $(CURDIR)/build/site/index.html; with a search: mkdocs serve"
 
-# The versions as they are installed; to change one, pip install it first. A local version such as
-# torch's +cpu belongs to one machine's index and is cut off.
-lock: $(INSTALLED)
-	@{ echo "# What make installs, from 'make lock'. To change a version: .venv/bin/pip install NAME==VERSION && make lock"; \
-	  pip freeze --all --exclude pip --exclude llmpress | sed 's/+[a-z0-9.]*$$//' | LC_ALL=C sort -f; } > requirements.lock
-	@touch $(INSTALLED)
+# The versions as they are installed; to change one, pip install it first.
+lock: $(TESTED)
+	python workflow/lock.py
+	@touch $(INSTALLED) $(TESTED)
 
 clean:
 	rm -rf logs scratch build dist dvc_plots .pytest_cache .ruff_cache .mypy_cache .hypothesis
@@ -148,4 +147,9 @@ $(INSTALLED): requirements.lock pyproject.toml setup.py llmpress.pth src/llmpres
 	python -m pip install --quiet --upgrade pip==26.3
 	python -m pip install --no-compile -r requirements.lock
 	python -m pip install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# What tests, checks and the documentation need beside it.
+$(TESTED): requirements-dev.lock $(INSTALLED)
+	python -m pip install --no-compile -r requirements-dev.lock
 	@touch $@
