@@ -212,3 +212,17 @@ def test_tenants_of_a_bank_get_what_each_gets_alone(
         found = bank.model(tokens).logits
     for row, expected in enumerate(alone):
         torch.testing.assert_close(found[row], expected[row], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU here")
+@pytest.mark.parametrize("method", METHODS)
+def test_the_second_gpu_computes_what_the_first_does(
+    method: str, compressed: Make, tiny_windows: Tensor
+) -> None:
+    assert torch.cuda.current_device() == 0
+    with torch.no_grad():
+        first, second = (
+            load_model(compressed(method), device=name)(tiny_windows.to(name)).logits.cpu()
+            for name in ("cuda:0", "cuda:1")
+        )
+    torch.testing.assert_close(second, first)

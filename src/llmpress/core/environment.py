@@ -22,11 +22,11 @@ RECORDED_PACKAGES = (
 
 
 def peak_memory_bytes() -> int:
-    """Return the process's largest resident set so far, plus the largest GPU allocation."""
+    """Return the process's largest resident set so far, plus the largest allocation of each GPU."""
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 1 if sys.platform == "darwin" else 1024
-    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return resident * unit + device
+    gpus = range(torch.cuda.device_count())
+    return resident * unit + sum(map(torch.cuda.max_memory_allocated, gpus))
 
 
 def hardware() -> dict[str, Any]:

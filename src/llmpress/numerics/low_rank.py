@@ -34,10 +34,10 @@ class OutputDirections:
 
     def leading(self, rank: int) -> Tensor:
         """Return the first ``rank`` of them as columns, fp64 ``[out, rank]``."""
-        vectors = self._vectors[:, self._vectors.shape[1] - rank :].flip(1)
-        if self._outputs is None:
-            return vectors
-        return torch.linalg.qr(self._outputs @ vectors).Q  # orthonormal where energy is 0, too
+        vectors: Tensor = self._vectors[:, self._vectors.shape[1] - rank :].flip(1)
+        if self._outputs is not None:
+            vectors = torch.linalg.qr(self._outputs @ vectors).Q  # also where energy is 0
+        return vectors
 
 
 def output_energy(

@@ -1,5 +1,6 @@
 """Every kernel compiles for the GPUs it is written for; make bench compiles every variant."""
 
+import ast
 import csv
 import os
 import subprocess
@@ -21,6 +22,24 @@ VARIANTS = {
     "delta_matmul bf16 rows=8": ["_delta_left_kernel", "_delta_right_kernel"],
     "kmeans fp32 d=3": ["_assign_kernel"],
 }
+
+
+def launches(function: ast.FunctionDef) -> bool:
+    """Whether a function starts a kernel: ``kernel[grid](...)``."""
+    calls = (node for node in ast.walk(function) if isinstance(node, ast.Call))
+    return any(isinstance(call.func, ast.Subscript) for call in calls)
+
+
+def test_kernels_start_on_the_device_of_their_tensors() -> None:
+    """On a second GPU: Triton starts them on the current one."""
+    folder, found = ROOT / "src/llmpress/nn/kernels", {}
+    for file in folder.rglob("*.py"):
+        for function in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(function, ast.FunctionDef) and launches(function):
+                names = [d.id for d in function.decorator_list if isinstance(d, ast.Name)]
+                found[function.name] = "on_its_device" in names
+    assert len(found) == 7
+    assert all(found.values()), found
 
 
 @pytest.mark.slow

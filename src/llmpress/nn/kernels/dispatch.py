@@ -1,10 +1,10 @@
 """Which implementation runs: Triton's on a GPU, the compiled one on a CPU, else plain torch."""
 
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
-from typing import Literal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache, wraps
+from typing import Literal, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch import Tensor
 from llmpress.nn.kernels.cpu import DTYPES, library
 
 Backend = Literal["triton", "reference"]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _forced: Backend | None = None
 
@@ -71,3 +73,15 @@ def num_splits(programs: int, most: int, device: torch.device) -> int:
         device: Where they run.
     """
     return max(1, min(most, -(-2 * num_processors(device) // programs)))
+
+
+def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
+    """Start kernels on the GPU that holds the first argument: Triton takes the current one."""
+
+    @wraps(launch)
+    def launched(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = cast("Tensor", args[0])
+        with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+            return launch(*args, **kwargs)
+
+    return launched

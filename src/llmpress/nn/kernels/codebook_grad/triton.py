@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmpress.nn.kernels.bits import aligned, load_codes
+from llmpress.nn.kernels.dispatch import on_its_device
 from llmpress.nn.kernels.tiles import operand_dtype, padded_size
 from llmpress.nn.packing import code_width
 
@@ -64,6 +65,7 @@ def _codebook_grad_kernel(
     tl.atomic_add(out_ptr + codes * VECTOR_SIZE + entry[None, :], acc, mask=mask)
 
 
+@on_its_device
 def codebook_grad_triton(
     x: Tensor, gradient: Tensor, codes: Tensor, num_entries: int, vector_size: int
 ) -> Tensor:

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmpress.nn.kernels.bits import aligned, load_codes
+from llmpress.nn.kernels.dispatch import on_its_device
 from llmpress.nn.kernels.tiles import padded_size
 from llmpress.nn.packing import code_width
 
@@ -43,6 +44,7 @@ def _codebook_dequantize_kernel(
     tl.store(out_ptr + row + channel[None, :, :], weight.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@on_its_device
 def codebook_weight_triton(
     codes: Tensor,
     codebook: Tensor,

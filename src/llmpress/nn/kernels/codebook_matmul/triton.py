@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmpress.nn.kernels.bits import aligned, load_codes
-from llmpress.nn.kernels.dispatch import num_splits
+from llmpress.nn.kernels.dispatch import num_splits, on_its_device
 from llmpress.nn.kernels.tiles import operand_dtype, padded_size, rows_of_tile
 from llmpress.nn.packing import code_width
 
@@ -90,6 +90,7 @@ def _codebook_matmul_kernel(
     )
 
 
+@on_its_device
 def codebook_matmul_triton(
     x: Tensor, codes: Tensor, codebook: Tensor, scales: Tensor | None, out_features: int
 ) -> Tensor:

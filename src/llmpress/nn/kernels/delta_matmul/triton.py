@@ -20,6 +20,7 @@ from torch import Tensor
 from llmpress.nn.kernels.bits import load_codes_of_width
 from llmpress.nn.kernels.delta_matmul.reference import TripletGroup, rows_by_tenant
 from llmpress.nn.kernels.delta_matmul.triton_row import row_left_kernel, row_right_kernel
+from llmpress.nn.kernels.dispatch import on_its_device
 from llmpress.nn.kernels.runs import RUN
 from llmpress.nn.kernels.tiles import operand_dtype
 
@@ -244,6 +245,7 @@ def work_tables(
     }
 
 
+@on_its_device
 def delta_matmul_triton(x: Tensor, y: Tensor, tables: dict[str, Tensor], group_size: int) -> Tensor:
     """Return ``y [M, out]`` with every row's delta added; ``z`` is fp32."""
     out = y.clone()

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmpress.nn.kernels.dispatch import on_its_device
 from llmpress.nn.kernels.kmeans.sums import ClusterSums
 
 
@@ -48,6 +49,7 @@ def _assign_kernel(
     tl.store(codes_ptr + offs_n, tl.min(index, axis=1), mask=mask_n)
 
 
+@on_its_device
 def nearest_centroid_triton(points: Tensor, centroids: Tensor) -> Tensor:
     """Return the index of the nearest centroid of each point, int64 ``[N]``; the first of equals.
 

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmpress.nn.kernels.bits import load_codes
+from llmpress.nn.kernels.dispatch import on_its_device
 
 
 @triton.jit
@@ -38,6 +39,7 @@ def _quantized_dequantize_kernel(
     )
 
 
+@on_its_device
 def quantized_weight_triton(
     codes: Tensor,
     scales: Tensor,

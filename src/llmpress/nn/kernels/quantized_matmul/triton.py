@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmpress.nn.kernels.bits import aligned, load_codes
-from llmpress.nn.kernels.dispatch import num_splits
+from llmpress.nn.kernels.dispatch import num_splits, on_its_device
 from llmpress.nn.kernels.runs import RUN, product_with_runs
 from llmpress.nn.kernels.tiles import operand_dtype, rows_of_tile
 
@@ -134,6 +134,7 @@ def _quantized_matmul_kernel(
     )
 
 
+@on_its_device
 def quantized_matmul_triton(
     x: Tensor,
     codes: Tensor,
