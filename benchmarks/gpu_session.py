@@ -43,6 +43,9 @@ def steps(out: Path, dry: bool) -> dict[str, Step]:
     real = ("--model", "Llama-2-7B up")
     rows = [part for count in (1, 4, 16, 64, 2048) for part in ("--rows", str(count))]
     sizes = tiny if dry else (*real, *rows)
+    block = ("--model", "Llama-2-7B", "--out", str(out / "gpu_blocks.csv"), "--windows")
+    width = ("--fraction", "0.03125", "--only", "compress rtn")
+    block += ("4", "--length", "32", *width) if dry else ("32", "--length", "2048")
 
     def op(name: str, seconds: int) -> Step:
         return Step((*ops, *sizes, "--op", name), seconds)
@@ -57,6 +60,7 @@ def steps(out: Path, dry: bool) -> dict[str, Step]:
         "backward": Step((*own, "backward", *to, *small), 30),
         "syncs": Step((*own, "syncs", *to, *small), 60),
         "delta": op("delta_matmul", 50),
+        "blocks": Step((python, str(HERE / "blocks.py"), "measure", *block), 120),
     }
 
 
