@@ -183,7 +183,7 @@ def _measured(
         weight_error = relative_weight_error(weight, approximation)
         if moment is not None:
             output_error = relative_output_error(weight, approximation, moment)
-    kept = 8 * kept_dtype(weight, linear=True).itemsize * weight.numel()
+    kept = 8 * kept_dtype(weight.dtype, linear=True).itemsize * weight.numel()
     bits = kept if layer is None else layer.stored_bits()
     return LayerRecord(
         name=name,

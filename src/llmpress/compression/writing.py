@@ -38,8 +38,8 @@ def write_compressed_model(
     linears = {f"{record.name}.weight" for record in records}
     for name in source.names():
         if name not in replaced:
-            tensor = source.tensor(name)
-            writer.add(name, tensor.to(kept_dtype(tensor, linear=name in linears)))
+            kept = kept_dtype(source.dtype(name), linear=name in linears)
+            writer.add(name, source.tensor(name).to(kept))
     writer.close(source.guard(entries))
     write_json(folder / "config.json", model_config(source, None, entries))
     copy_companions(source.folder, folder)

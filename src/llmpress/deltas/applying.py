@@ -16,7 +16,7 @@ from llmpress.models.checkpoints.dense_view import delta_layer
 from llmpress.models.checkpoints.files import empty_model
 from llmpress.models.checkpoints.finetuned_config import changed_config, computed_changes
 from llmpress.models.experts import SeparateExperts, separate_experts
-from llmpress.models.loading import forbid_saving, load_model
+from llmpress.models.loading import forbid_saving, load_model, loaded_dtype
 from llmpress.models.quantizer import own_quantization
 from llmpress.nn.layers import AdaptedLinear, CompressedLinear, keep_dense
 from llmpress.nn.layers.base import frozen
@@ -256,9 +256,12 @@ def fitted_delta(model: PreTrainedModel, folder: Path, base: tuple[Path, str] | 
 def _around(model: PreTrainedModel, stored: DeltaFolder) -> PreTrainedModel:
     """Return a model of the fine-tuned model's configuration that shares the base's tensors.
 
-    Parameters that the base does not have, or not of this shape, stay on the meta device.
+    Parameters that the base does not have, or not of this shape, stay on the meta device, in the
+    dtype that transformers loads them in.
     """
-    changed = empty_model(changed_config(model.config, stored.config), stored.folder)
+    config = changed_config(model.config, stored.config)
+    config.dtype = model.dtype
+    changed = empty_model(config, stored.folder)
     if type(changed) is not type(model):
         raise ArtifactError(
             f"{stored.folder}: changes the configuration of a {type(changed).__name__}, the model "
@@ -275,10 +278,12 @@ def _around(model: PreTrainedModel, stored: DeltaFolder) -> PreTrainedModel:
             module._buffers[key] = buffer.to(on)
     places = changed.state_dict()
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    for name, tensor in tensors.items():
-        if name in places and places[name].shape == tensor.shape:
-            owner, _, attribute = name.rpartition(".")
-            setattr(modules[owner], attribute, tensor)
+    for name, place in places.items():
+        own, (owner, _, attribute) = tensors.get(name), name.rpartition(".")
+        if own is not None and own.shape == place.shape:
+            setattr(modules[owner], attribute, own)
+        elif place.is_floating_point():
+            getattr(modules[owner], attribute).data = place.to(loaded_dtype(changed, name, place))
     changed.train(model.training)
     return changed
 
@@ -331,11 +336,12 @@ def _add_exact(delta: ModelDelta, name: str, stored: DeltaFolder) -> None:
         raise ArtifactError(
             f"{stored.folder}: the model has no place for the tensor {name}"
         ) from None
+    like = next(p for p in model.parameters() if not p.is_meta)
+    dtype = like.dtype if old is None else old.dtype
     if old is not None and old.is_meta:  # the base has none
         old = None
-    like = old if old is not None else next(p for p in model.parameters() if not p.is_meta)
     tensor = stored.exact(name, None if old is None else old.detach())
-    new = tensor.to(device=like.device, dtype=like.dtype, copy=True)
+    new = tensor.to(device=like.device if old is None else old.device, dtype=dtype, copy=True)
     is_buffer = attribute in dict(module.named_buffers(recurse=False))
     delta.tensors.setdefault(owner, {})[attribute] = new if is_buffer else frozen(new)
     if old is not None and old.shape != new.shape:

@@ -83,8 +83,7 @@ def load_model(
     source: dict[str, Any] = {"pretrained_model_name_or_path": folder}
     if checkpoint.quantization:  # by somebody else: transformers is given the weights
         opens = type(checkpoint.skeleton())
-        tensors = {name: checkpoint.tensor(name) for name in checkpoint.names()}
-        source = {"pretrained_model_name_or_path": None, "state_dict": tensors}
+        source = {"pretrained_model_name_or_path": None, "state_dict": checkpoint.read()}
         source["config"] = checkpoint.config
     opened: Any = opens.from_pretrained(
         **source,
@@ -130,6 +129,20 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
         reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
         raise ArtifactError(f"{folder}: its tokenizer cannot be read ({reason})") from None
     return tokenizer
+
+
+def loaded_dtype(model: PreTrainedModel, name: str, place: torch.Tensor) -> torch.dtype:
+    """Return what transformers loads a tensor in, which for some is fp32 whatever is asked for.
+
+    Args:
+        model: Built in the dtype that is asked for.
+        name: Of the tensor in the model.
+        place: The tensor there.
+    """
+    known: Any = model
+    plan: dict[str, torch.dtype] = known._get_dtype_plan(model.config.dtype)
+    kept = (dtype for part, dtype in plan.items() if re.search(part.replace("*", ".*"), name))
+    return next(kept, place.dtype)
 
 
 @torch.no_grad()

@@ -231,7 +231,7 @@ def model_bytes(model: ModelShapes, method: Method) -> int:
     """Return the bytes of a compressed model; raises as `planned_layers` does."""
     layers = planned_layers(model, method)
     rest = {
-        name: t.to(kept_dtype(t, linear=name.removesuffix(".weight") in model.linears))
+        name: t.to(kept_dtype(t.dtype, linear=name.removesuffix(".weight") in model.linears))
         for name, t in sorted(model.tensors.items())
         if name.removesuffix(".weight") not in layers
     }

@@ -18,6 +18,7 @@ from llmpress.deltas.compression import compress_delta
 from llmpress.deltas.extraction import extract_delta
 from llmpress.models.checkpoints.files import Checkpoint, refuse_quantized
 from llmpress.models.loading import load_model
+from llmpress.planning import shapes
 from llmpress.training.adapters import open_base
 
 TOKENS = torch.arange(3, 99).view(2, 48)
@@ -25,6 +26,7 @@ TEXT = ["def f(x):\n    return x\n" * 200]
 BLOCK = [48, 32]
 """The last block of the tiny model's matrices, of 64 or 176 rows, is cut off."""
 
+RTN: dict[str, Any] = {"num_bits": 4, "group_size": 16}
 Convert = Callable[[Tensor], dict[str, Tensor]]
 
 
@@ -87,13 +89,20 @@ VARIANTS: dict[str, tuple[Convert, dict[str, Any]]] = {
 }
 
 
-def quantized(source: Path, out: Path, convert: Convert, settings: dict[str, Any]) -> Path:
-    """A copy of a model whose linears in blocks are codes with scales."""
+def quantized(
+    source: Path,
+    out: Path,
+    convert: Convert,
+    settings: dict[str, Any],
+    which: tuple[str, ...] = ("proj",),
+) -> Path:
+    """A copy of a model whose linears, by default those in blocks, are codes with scales."""
     out.mkdir()
     tensors: dict[str, Tensor] = {}
     for name, tensor in load_file(source / "model.safetensors").items():
         layer = name.removesuffix("weight")
-        own = convert(tensor) if name.endswith("proj.weight") else {"weight": tensor}
+        codes = name.endswith(tuple(f"{end}.weight" for end in which))
+        own = convert(tensor.float()) if codes else {"weight": tensor}
         tensors |= {f"{layer}{part}": value.contiguous() for part, value in own.items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     own = {"quantization_config": settings} if settings else {}
@@ -163,16 +172,58 @@ def test_a_quantized_model_is_not_trained(tiny_model_folder: Path, tmp_path: Pat
         refuse_quantized(source)  # as training all weights does
 
 
-def test_transformers_dequantizes_alike(tiny_model_folder: Path, tmp_path: Path) -> None:
-    def even(weight: Tensor) -> dict[str, Tensor]:
-        scale = weight.abs().max() / 448
-        grid = scale.reshape(1, 1).repeat(weight.shape[0] // 16, weight.shape[1] // 16)
-        return {"weight": fp8(weight, scale), "weight_scale_inv": grid}
+def even(weight: Tensor) -> dict[str, Tensor]:
+    """One scale, as a grid of blocks that fits."""
+    scale = weight.abs().max() / 448
+    grid = scale.reshape(1, 1).repeat(weight.shape[0] // 16, weight.shape[1] // 16)
+    return {"weight": fp8(weight, scale), "weight_scale_inv": grid}
 
-    settings = {"quant_method": "fp8", "weight_block_size": [16, 16], "dequantize": True}
-    source = quantized(tiny_model_folder, tmp_path / "source", even, settings)
+
+EVEN = {"quant_method": "fp8", "weight_block_size": [16, 16], "dequantize": True}
+
+
+def test_transformers_dequantizes_alike(tiny_model_folder: Path, tmp_path: Path) -> None:
+    source = quantized(tiny_model_folder, tmp_path / "source", even, EVEN)
     theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     assert_near(load_model(source), logits(theirs), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_is_not_compressed_is_what_transformers_dequantizes(
+    dtype: torch.dtype, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=dtype)
+    plain.config.tie_word_embeddings = False
+    plain.lm_head.weight = torch.nn.Parameter(plain.model.embed_tokens.weight.flip(0))
+    plain.save_pretrained(tmp_path / "plain")
+    source = quantized(tmp_path / "plain", tmp_path / "source", even, EVEN, ("proj", "lm_head"))
+    theirs = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    assert theirs.dtype == dtype
+    wanted = dict(theirs.named_parameters())
+
+    packed = llmpress.compress_model(source, method="lillama", rank=32, start="weights",
+                                     out=tmp_path / "packed", device="cpu")  # fmt: skip
+    stored, dense = load_file(packed / "model.safetensors"), 0
+    for name, tensor in stored.items():
+        if name in wanted and tensor.numel():
+            torch.testing.assert_close(tensor, wanted[name].data, rtol=0, atol=0)
+            dense += name.endswith("proj.weight")
+    assert "lm_head.weight" in stored
+    assert dense
+    planned = shapes.model_bytes(shapes.read_shapes(source), llmpress.build_method("rtn", RTN))
+    small = llmpress.compress_model(source, method="rtn", out=tmp_path / "small", **RTN)
+    assert planned == (small / "model.safetensors").stat().st_size
+    for record in read_json(packed / "layers.json")["layers"]:
+        if record["kind"] == "dense":
+            assert record["stored_bits"] == 8 * stored[f"{record['name']}.weight"].nbytes
+
+    whole = load_file(llmpress.export_dense(source, out=tmp_path / "dense", dtype=dtype)
+                      / "model.safetensors")  # fmt: skip
+    for name, parameter in wanted.items():
+        torch.testing.assert_close(whole[name], parameter.data, rtol=0, atol=0)
+    delta = extract_delta(tiny_model_folder, source, out=tmp_path / "delta")
+    (head,) = [t for n, t in load_file(delta / "delta.safetensors").items() if "lm_head" in n]
+    torch.testing.assert_close(head, wanted["lm_head.weight"].data, rtol=0, atol=0)
 
 
 OTHERS = ["gptq", "awq", "bitsandbytes", "mxfp4", "hqq", "torchao", "quanto", "aqlm", "vptq"]

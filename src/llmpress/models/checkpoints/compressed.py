@@ -36,12 +36,12 @@ def compressed_layers(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     return dict(quantization["layers"])
 
 
-def kept_dtype(tensor: torch.Tensor, *, linear: bool) -> torch.dtype:
+def kept_dtype(own: torch.dtype, *, linear: bool) -> torch.dtype:
     """Return what a tensor that is not compressed is stored in: what the original has it in.
 
     A ``linear`` of a decoder block that a method leaves dense takes 16 bits a weight at most.
     """
-    return DENSE_DTYPE if linear and tensor.dtype.itemsize > DENSE_DTYPE.itemsize else tensor.dtype
+    return DENSE_DTYPE if linear and own.itemsize > DENSE_DTYPE.itemsize else own
 
 
 def model_config(

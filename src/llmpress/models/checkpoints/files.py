@@ -70,7 +70,8 @@ class Checkpoint:
     A tensor is read when it is asked for and has a file mapping of its own, so that its pages are
     let go with it: a walk over all tensors never holds more than those in use. Tensors go by the
     names they have in the model, which for some architectures are not those in the file. Of a
-    model that somebody else quantized the weights are read, in fp32, never their codes.
+    model that somebody else quantized the weights are read, never their codes: in fp32 those of
+    the decoder blocks' linears, all others in the model's dtype, as transformers dequantizes them.
 
     Attributes:
         folder: Where it lies.
@@ -97,7 +98,8 @@ class Checkpoint:
             check_codes(self.folder, dtypes, self.quantization.get("quant_method"))
         if self.quantization:
             del self.config.quantization_config
-            self._stored = weights_of(self.folder, self._stored, self.quantization)
+            own = self.config.dtype if isinstance(self.config.dtype, torch.dtype) else torch.float32
+            self._stored = weights_of(self.folder, self._stored, self.quantization, own)
 
     def _files(self) -> list[Path]:
         """Return the files that transformers reads: one, whatever else is there, or shards."""
@@ -191,7 +193,21 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor."""
-        return self._tensor(name).read()
+        tensor = self._tensor(name).read()
+        stays = not self.quantization or name in self._block_weights
+        return tensor if stays else tensor.to(self.dtype(name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return what a tensor is stored in, or dequantized to by transformers."""
+        return self._tensor(name).dtype
+
+    def read(self) -> dict[str, Tensor]:
+        """Read all tensors, of a model that somebody else quantized all that were in fp32."""
+        return {name: self._tensor(name).read() for name in self.names()}
+
+    @cached_property
+    def _block_weights(self) -> set[str]:
+        return {f"{n}.weight" for block in block_linears(self.skeleton()) for n in block}
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Read all tensors whose name starts with ``prefix``, which is cut off."""
@@ -218,11 +234,10 @@ class Checkpoint:
         Args:
             dtype: Of the weights of linears in decoder blocks; None for their own, as of the rest.
         """
-        linears = {f"{n}.weight" for block in block_linears(self.skeleton()) for n in block}
 
         def read(name: str, index: Index) -> Tensor:
             tensor = self.tensor(name)[index]
-            return tensor.to(dtype) if dtype and name in linears else tensor
+            return tensor.to(dtype) if dtype and name in self._block_weights else tensor
 
         own = {n: LazyTensor(self.shape(n), torch.float32, partial(read, n)) for n in self.names()}
         return stored_tensors(fused_model(self.config), own)
@@ -281,8 +296,7 @@ def refuse_quantized(folder: Path) -> None:
 
 def linear_bits(checkpoint: Checkpoint) -> tuple[int, int]:
     """Return how many weights the decoder blocks' linears have, and the bits they are read in."""
-    names = [f"{n}.weight" for block in block_linears(checkpoint.skeleton()) for n in block]
-    tensors = [checkpoint._tensor(name) for name in names]
+    tensors = [checkpoint._tensor(name) for name in sorted(checkpoint._block_weights)]
     return (
         sum(tensor.numel() for tensor in tensors),
         sum(8 * tensor.dtype.itemsize * tensor.numel() for tensor in tensors),

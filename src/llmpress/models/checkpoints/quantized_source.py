@@ -78,7 +78,10 @@ def check_codes(folder: Path, dtypes: Mapping[str, str], method: str | None) -> 
 
 
 def weights_of(
-    folder: Path, stored: Mapping[str, LazyTensor], settings: Mapping[str, Any]
+    folder: Path,
+    stored: Mapping[str, LazyTensor],
+    settings: Mapping[str, Any],
+    dtype: torch.dtype,
 ) -> dict[str, LazyTensor]:
     """Return what a quantized model's files hold, unread: weights in the place of their codes.
 
@@ -86,6 +89,7 @@ def weights_of(
         folder: For the message.
         stored: What the files hold, by its names there.
         settings: What `quantization_of` returned.
+        dtype: What transformers dequantizes to, and these say of themselves; they are read in fp32.
     """
     suffix, block = SCALES[settings["quant_method"]], settings.get("weight_block_size")
 
@@ -105,7 +109,7 @@ def weights_of(
     weights = {}
     for name, tensor in stored.items():
         if name.removesuffix(".weight") + suffix in stored and name.endswith(".weight"):
-            weights[name] = LazyTensor(tensor.shape, torch.float32, partial(read, name))
+            weights[name] = LazyTensor(tensor.shape, dtype, partial(read, name))
         elif not name.endswith(BESIDE):
             weights[name] = tensor
     return weights
