@@ -1,13 +1,11 @@
 """Collect how long stages took: the table of records that `llmpress plan` comes with.
 
-    python benchmarks/records.py [PROJECT ...]
+    python benchmarks/records.py
 
-reads results/*.csv here and the finished stages of projects, and writes the table: of what was done
-repeatedly the median. On a GPU single layers were measured, in parts: what their loops add up to is
-a record of one layer.
+reads results/*.csv here and writes the table: of what was done repeatedly the median. On a GPU
+single layers were measured, in parts: what their loops add up to is a record of one layer.
 """
 
-import argparse
 import csv
 import json
 import tempfile
@@ -21,14 +19,13 @@ from transformers import LlamaConfig
 
 from llmpress.calibration.settings import CalibrationSettings
 from llmpress.core.errors import ConfigError
-from llmpress.core.params import build, read_params
-from llmpress.evaluation.settings import EvaluationSettings, SpeedSettings
+from llmpress.core.params import build
+from llmpress.evaluation.settings import EvaluationSettings
 from llmpress.methods.base import Method, Shape
 from llmpress.methods.registry import build_method, known_methods
 from llmpress.planning import ModelShapes, read_shapes, stages
-from llmpress.planning.plan import project_records
 from llmpress.planning.records import SHIPPED, Record
-from llmpress.planning.stages import TaskText
+from llmpress.planning.stages import GENERATED_TASK
 from llmpress.training.settings import FinetuningSettings, TrainingSettings
 from llmpress.tuning.settings import TuningSettings
 
@@ -46,24 +43,14 @@ SMOLLM2 = LlamaConfig(
     tie_word_embeddings=True,
     dtype="float32",
 )
-TEXTS = {"arithmetic": TaskText(45, 60, 32, 4000), "calls": TaskText(48, 67, 64, 4000)}
-TIMED = {
-    "rtn": {"num_bits": 3, "group_size": 64},
-    "gptq": {"num_bits": 3, "group_size": 64},
-    "cluscomp": {"bits": 3.3},
-    "lillama": {"reduction": 0.079},
-}
+TEXTS = {"calls": GENERATED_TASK}
 CODEBOOKS = ((16, 1), (256, 2), (65536, 4), (8192, 6))
 
 
 def main() -> None:
     """Write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("projects", nargs="*", type=Path, help="folders with a params.yaml")
     model = smollm2()
     records = [*default_run(model), *benchmark_records(model), *gpu_records()]
-    for project in parser.parse_args().projects:
-        records += project_records(read_params(project / "params.yaml"), project)
     alike = [replace(r, work=float(f"{r.work:.4g}"), seconds=0.0) for r in records]
     rows: dict[Record, list[float]] = {}
     for record, seconds in zip(alike, (r.seconds for r in records), strict=True):
@@ -123,7 +110,7 @@ def default_run(model: ModelShapes) -> Iterator[Record]:
         match stage:
             case "train_task":
                 trained = build(TrainingSettings, values, stage)
-                need = stages.train(model, trained, "", TEXTS[values["task"]], None)
+                need = stages.train(model, trained, "", GENERATED_TASK)
             case "extract_delta":
                 need = stages.extract_delta(model)
             case "calibrate":
@@ -137,7 +124,7 @@ def default_run(model: ModelShapes) -> Iterator[Record]:
             case "train":
                 start = build_method("cluscomp", {"bits": 4.3}) if method == "compressed" else None
                 settings = build(FinetuningSettings, values, stage)
-                need = stages.train(model, settings, method, TEXTS["arithmetic"], start)
+                need = stages.train(model, settings, method, GENERATED_TASK, start)
             case "reference":
                 need = stages.reference(model, build(EvaluationSettings, values, stage))
             case "evaluate":
@@ -145,8 +132,7 @@ def default_run(model: ModelShapes) -> Iterator[Record]:
                 measured = build(EvaluationSettings, values, stage)
                 need = stages.evaluate(model, measured, TEXTS, kind)
             case "speed":
-                timed = [(model, build_method(run, TIMED[run])) for run in values["runs"]]
-                need = stages.speed(timed, build(SpeedSettings, values, stage))
+                continue
         seconds, processor, threads = float(row["seconds"]), row["processor"], int(row["threads"])
         verb = stage.partition("_")[0]
         yield Record(verb, method, "smollm2", need.work, seconds, processor, "", threads)

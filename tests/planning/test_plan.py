@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,15 @@ import yaml
 from planning_examples import write_config
 from typer.testing import CliRunner, Result
 
-from llmpress.calibration.settings import CalibrationSettings
 from llmpress.cli.plan import duration_text, plan
 from llmpress.core.errors import ArtifactError, ConfigError
-from llmpress.methods.registry import build_method
 from llmpress.planning import (
     Machine,
     ModelShapes,
     measure_machine,
     plan_project,
-    read_shapes,
-    stages,
 )
-from llmpress.planning.plan import project_records
-from llmpress.planning.stages import Need
+from llmpress.planning.records import read_records
 
 PARAMS: dict[str, Any] = yaml.safe_load("""
 seed: 0
@@ -138,21 +133,6 @@ def test_rows_of_runs_and_of_what_they_are_made_from(
     assert made.seconds == pytest.approx(sum(row.time.seconds for row in made.rows if row.time))
 
 
-def test_runs_that_are_timed_are_one_row(project: Path, machine: Machine) -> None:
-    def row(*runs: str) -> Need:
-        timed = {**PARAMS, "speed": {"runs": [*runs]}}
-        (found,) = (
-            r for r in plan_project(timed, machine, root=project).rows if r.stage == "speed"
-        )
-        assert found.need is not None
-        assert found.time is not None
-        return found.need
-
-    one, two = row("three-bit"), row("three-bit", "clusters")
-    assert two.work == pytest.approx(2 * one.work)
-    assert two.host_bytes < 1.1 * one.host_bytes  # one after the other
-
-
 def test_other_params_are_planned_in_the_project(project: Path) -> None:
     (project / "examples").mkdir()
     (project / "params.yaml").rename(project / "examples/all.yaml")
@@ -195,14 +175,15 @@ def test_a_local_model_is_planned_before_it_is_fetched_others_are_not_guessed(
     assert unknown.fits
 
 
-def test_a_given_model_stands_for_every_model(
-    tmp_path: Path, machine: Machine, llama_70b: ModelShapes
+def test_what_a_large_model_lacks_is_said(
+    tmp_path: Path, machine: Machine, llama_70b: ModelShapes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("llmpress.planning.plan.read_shapes", lambda _: llama_70b)
+    source = {"path": str(write_tiny(tmp_path / "elsewhere")), "license": "MIT"}
     shutil.copy(DVC_YAML, tmp_path)
-    made = plan_project(PARAMS, machine, model=llama_70b, root=tmp_path)
+    made = plan_project({**PARAMS, "models": {"tiny": source}}, machine, root=tmp_path)
 
     rows = {f"{row.stage} {row.name}": row for row in made.rows}
-    assert all(row.need for row in made.rows)
     assert not rows["compress three-bit"].problems
     assert "`length`" in rows["evaluate three-bit"].problems[0]
     assert "`batch_size`" in rows["train_task tiny-sums"].problems[0]
@@ -210,14 +191,13 @@ def test_a_given_model_stands_for_every_model(
 
 def test_artifacts_that_are_there_need_no_disk(project: Path, machine: Machine) -> None:
     before = plan_project(PARAMS, machine, names=["three-bit"], root=project)
-    write_provenance(project / "data/compressed/three-bit")
+    (project / "data/compressed/three-bit").mkdir(parents=True)
     after = plan_project(PARAMS, machine, names=["three-bit"], root=project)
 
     assert [row.present for row in after.rows] == [False, True, False, False]
     need = before.rows[1].need
     assert need is not None
-    written = need.artifact_bytes + need.scratch_bytes
-    assert before.disk_missing_bytes - after.disk_missing_bytes == written
+    assert before.disk_missing_bytes - after.disk_missing_bytes == need.artifact_bytes
     assert after.disk_bytes == before.disk_bytes
 
 
@@ -225,10 +205,9 @@ def test_artifacts_that_are_there_need_no_disk(project: Path, machine: Machine) 
     ("poor", "word"),
     [
         ({"memory_available_bytes": 1000}, "memory: "),
-        ({"disk_free_bytes": 1000}, "disk: "),
         ({"device_memory_free_bytes": 1000, "gpu": "a GPU"}, "GPU memory: "),
     ],
-    ids=["memory", "disk", "GPU"],
+    ids=["memory", "GPU"],
 )
 def test_what_does_not_fit_is_said(
     poor: dict[str, Any], word: str, project: Path, machine: Machine
@@ -243,7 +222,7 @@ def test_artifacts_that_fit_one_by_one_may_not_fit_together(
     project: Path, machine: Machine
 ) -> None:
     needs = [row.need for row in plan_project(PARAMS, machine, root=project).rows if row.need]
-    largest = max(need.artifact_bytes + need.scratch_bytes for need in needs)
+    largest = max(need.artifact_bytes for need in needs)
 
     made = plan_project(PARAMS, replace(machine, disk_free_bytes=largest), root=project)
 
@@ -265,79 +244,29 @@ def test_a_gpu_takes_the_work_and_the_host_the_rest(project: Path, machine: Mach
         assert there.need.host_bytes + there.need.device_bytes == here.need.host_bytes
 
 
-def write_provenance(folder: Path, **about: object) -> None:
-    folder.mkdir(parents=True)
-    hardware = {"processor": "a processor", "gpu": None, "threads": 1}
-    (folder / "provenance.json").write_text(json.dumps({"hardware": hardware, **about}))
+def test_seconds_are_those_of_the_records_scaled_by_work(project: Path, machine: Machine) -> None:
+    known = next(r for r in read_records() if (r.stage, r.method) == ("compress", "rtn"))
+    here = replace(machine, processor=known.processor)
+
+    _, row, *_ = plan_project(PARAMS, here, names=["three-bit"], root=project).rows
+
+    assert row.need is not None
+    assert row.time is not None
+    assert row.time.seconds == pytest.approx(known.seconds * row.need.work / known.work)
+    assert row.time.machine == known.processor
 
 
-def test_finished_stages_tell_how_long_others_take(project: Path, machine: Machine) -> None:
-    """By the settings that they had then, on whatever model is asked for."""
-    then = {"corpora": ["text"], "windows": 8, "length": 64, "seed": 0}
-    write_provenance(project / "data/calibration/tiny", settings=then, seconds=40.0)
-    settings = {"method": "rtn", **asdict(build_method("rtn", {"num_bits": 4})), "seed": 0}
-    write_provenance(project / "data/compressed/three-bit", settings=settings, seconds=3.0)
-    small, wide = read_shapes(project / "data/models/tiny"), write_tiny(project / "wide", 128)
-    layout = read_shapes(wide)
+def test_a_delta_that_is_there_tells_what_else_it_holds(project: Path, machine: Machine) -> None:
+    def planned() -> list[int]:
+        rows = plan_project(PARAMS, machine, names=["signs"], root=project).rows
+        return [r.need.artifact_bytes for r in rows if r.need and "delta" in r.stage]
 
-    made = plan_project(PARAMS, machine, names=["three-bit"], model=layout, root=project)
+    alone = planned()
+    (project / "data/deltas/tiny-sums").mkdir(parents=True)
+    header = {"exact": {"model.norm.weight": 64}}
+    (project / "data/deltas/tiny-sums/delta.json").write_text(json.dumps(header))
 
-    calibration, compression, *_ = (row.time for row in made.rows)
-    assert calibration is not None
-    assert compression is not None
-    earlier, now = (
-        CalibrationSettings(("text",), windows=windows, length=length)
-        for windows, length in ((8, 64), (2, 32))
-    )
-    scaled = stages.calibrate(layout, now).work / stages.calibrate(small, earlier).work
-    assert calibration.seconds == pytest.approx(40.0 * scaled)
-    method = build_method("rtn", {"num_bits": 3})
-    scaled = stages.compress(layout, method).work / stages.compress(small, method).work
-    assert compression.seconds == pytest.approx(3.0 * scaled)
-    assert calibration.machine == compression.machine == "this processor"
-
-
-def test_an_evaluation_leaves_a_record(project: Path) -> None:
-    evaluation = {"windows": 2, "length": 32, "dtype": "float32", "task_items": {"sums": 4}}
-    hardware = {"processor": "a processor", "gpu": None, "threads": 1}
-    about: dict[str, Any] = {
-        "evaluation": {**evaluation, "tokens_scored": {"text": 62}},
-        "provenance": {"evaluation": {"seconds": {"all": 5.0}, "hardware": hardware}},
-    }
-    (project / "results/details").mkdir(parents=True)
-    (project / "results/details/tiny.json").write_text(json.dumps(about))
-
-    (record,) = project_records(PARAMS, project)
-
-    assert (record.stage, record.seconds, record.processor) == ("evaluate", 5.0, "a processor")
-
-
-@pytest.mark.parametrize(
-    "about", [{}, {"settings": {"method": "gptq"}, "seconds": 3.0}], ids=["too old", "other method"]
-)
-def test_what_tells_nothing_is_passed_over(about: dict[str, Any], project: Path) -> None:
-    write_provenance(project / "data/compressed/three-bit", **about)
-    assert project_records(PARAMS, project) == []
-
-
-@pytest.mark.parametrize("generates", [True, False])
-def test_items_of_a_task_that_is_there_are_measured(
-    generates: bool, project: Path, machine: Machine
-) -> None:
-    def training() -> int:
-        row = plan_project(PARAMS, machine, names=["tiny-sums"], root=project).rows[0]
-        assert row.need is not None
-        return row.need.host_bytes
-
-    guessed = training()
-    folder = project / "data/tasks/sums"
-    folder.mkdir(parents=True)
-    config = {"output_type": "generate_until"} if generates else {}
-    (folder / "task.yaml").write_text(yaml.safe_dump(config))
-    for digits in (10, 1000):
-        item = {"query": "1" * digits, "target": "2"}
-        (folder / "train.jsonl").write_text(json.dumps(item) + "\n")
-        assert (training() > guessed) == (digits > 70)
+    assert all(now > before for now, before in zip(planned()[:2], alone[:2], strict=True))
 
 
 @pytest.mark.usefixtures("project")
@@ -345,7 +274,7 @@ def test_json_has_every_number_with_its_unit() -> None:
     made = json.loads(run("--json").stdout)
 
     assert set(made["rows"][0]) == {"stage", "name", "need", "time", "present", "problems"}
-    needs = {"work", "artifact_bytes", "device_bytes", "host_bytes", "scratch_bytes"}
+    needs = {"work", "artifact_bytes", "device_bytes", "host_bytes", "by"}
     assert set(made["rows"][0]["need"]) == needs
     assert set(made) >= {"memory_bytes", "disk_bytes", "disk_missing_bytes", "seconds"}
     assert made["machine"]["memory_available_bytes"] == 16 * 10**9
@@ -388,11 +317,12 @@ def test_one_compression_without_a_params_file(project: Path) -> None:
         ("--model {} --method rnt", "'rtn'"),
         ("--model {} --method rtn --set num_bit=3", "'num_bits'"),
         ("--model {} --method rtn three-bit", "leave the names"),
-        ("--model {} --set bits=3", "need a --method"),
+        ("--model {}", "need a --method"),
+        ("--set bits=3", "need a --method"),
         ("--method rtn", "needs a --model"),
-        ("--model nowhere", "no model here"),
+        ("--model nowhere --method rtn", "no model here"),
     ],
-    ids=["method", "setting", "names", "no method", "no model", "nowhere"],
+    ids=["method", "setting", "names", "model alone", "no method", "no model", "nowhere"],
 )
 def test_mistakes_on_the_command_line(arguments: str, message: str, project: Path) -> None:
     result = run(*arguments.format(project / "data/models/tiny").split())

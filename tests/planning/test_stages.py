@@ -26,7 +26,7 @@ EVALUATION = EvaluationSettings(
     split="test",
     sample_tokens=12,
 )
-SUMS = TaskText(45, 60, 0, 4000)
+SUMS = TaskText(45, 60, 0)
 TUNING = TuningSettings(epochs=1, learning_rate=1e-2, batch_size=2)
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {"num_bits": 3, "group_size": 64}),
@@ -72,7 +72,7 @@ def need(model: ModelShapes, stage: str, run: str = "") -> Need:
     method = build_method(*RUNS[run]) if run else None
     if stage == "train_task":
         settings = TrainingSettings("x", 40, "sums", batch_size=8)
-        return stages.train(model, settings, "", SUMS, None)
+        return stages.train(model, settings, "", SUMS)
     if stage == "extract_delta":
         return stages.extract_delta(model)
     if stage == "calibrate":
@@ -148,19 +148,6 @@ def test_depth_changes_work_and_not_memory(
     assert (shallow.host_bytes, shallow.device_bytes) == (deep.host_bytes, deep.device_bytes)
     assert shallow.artifact_bytes < 0.65 * deep.artifact_bytes
     assert deep.work == pytest.approx(2 * shallow.work)
-
-
-def test_true_sequential_order_walks_the_model_beside(smollm2: ModelShapes) -> None:
-    method = build_method("svd", {"bits": 1.0})
-    alone, walking = (
-        stages.compress_delta(smollm2, method, sequential=order) for order in (None, CALIBRATION)
-    )
-
-    assert walking.work > alone.work
-    assert walking.device_bytes >= alone.device_bytes + 4 * smollm2.block_weights
-    states = 4 * 576 * 512 * 16
-    assert walking.host_bytes == alone.host_bytes + 2 * states
-    assert walking.artifact_bytes == alone.artifact_bytes
 
 
 @pytest.mark.parametrize("key", ["windows", "length"])

@@ -40,18 +40,30 @@ class InputMoments:
         for name, total in sums.items():
             if not bool(torch.isfinite(total).all()):
                 raise NumericalError(f"{name}: its inputs hold NaN or Inf during calibration")
-        for name in self._widths.keys() - self.leaders.keys():
-            self.leaders[name] = _leader_of_unseen(name)
+        self.complete_leaders()
         widths = {n: width for n, width in self._widths.items() if self.leaders[n] == n}
         return second_moments(sums, self.tokens, widths)
 
+    def complete_leaders(self) -> None:
+        """Give an expert that saw no token the leader that it would have had.
+
+        Raises:
+            SourceError: Another linear was never used.
+        """
+        for name in self._widths.keys() - self.leaders.keys():
+            self.leaders[name] = _leader_of_unseen(name)
+
+    def follow(self, call: LinearCall) -> None:
+        """Note whose input a linear shares."""
+        if call.name not in self.leaders:
+            shared = (name for name, seen in self._last.items() if seen is call.x)
+            self.leaders[call.name] = next(shared, call.name)
+        self._last[call.name] = call.x
+
     def add(self, call: LinearCall) -> None:
         """Add one use of a linear."""
-        leader = self.leaders.get(call.name)
-        if leader is None:
-            leader = next((n for n, seen in self._last.items() if seen is call.x), call.name)
-            self.leaders[call.name] = leader
-        self._last[call.name] = call.x
+        self.follow(call)
+        leader = self.leaders[call.name]
         if leader == call.name:
             flat = rows(call.x.detach(), call.axis).float()  # [tokens, in]
             with torch.autocast(flat.device.type, enabled=False):  # sums must stay fp32

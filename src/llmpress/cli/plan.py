@@ -10,7 +10,7 @@ import typer
 from llmpress.cli.options import AsJson, Bits, Set
 
 if TYPE_CHECKING:
-    from llmpress.planning import Plan, PlanRow
+    from llmpress.planning.plan import Plan, PlanRow
 
 DOES_NOT_FIT = 3
 
@@ -25,8 +25,7 @@ Params = Annotated[Path, typer.Option(help="The file of settings.")]
 PlannedModel = Annotated[
     Path | None,
     typer.Option(
-        help="A model folder or a config.json: stands for every model of params.yaml, or is what "
-        "--method compresses. Weights are not needed."
+        help="What --method compresses: a model folder or a config.json, weights are not needed."
     ),
 ]
 PlannedMethod = Annotated[
@@ -46,8 +45,8 @@ def plan(
 ) -> None:
     """Say what each stage will need in memory, disk and time, and whether it fits this machine.
 
-    Bytes are counted from the model's shapes. Times are those of finished stages, scaled by work:
-    this project's, or the records that llmpress comes with. The last column says whose they are.
+    Bytes are counted from the model's shapes. Times are those of the records that llmpress comes
+    with, scaled by work. The last column says on which machine, and how many times the work.
 
     Exit codes: 0 when everything fits, 3 when something does not, 1 for a mistake.
 
@@ -60,21 +59,19 @@ def plan(
     from llmpress.planning import measure_machine, plan_compression, plan_project, read_shapes
 
     quiet()
-    shapes = None if model is None else read_shapes(model)
     if method is not None:
-        if shapes is None or model is None:
+        if model is None:
             raise ConfigError("--method needs a --model: a model folder or a config.json")
         if names:
             raise ConfigError("--method plans one compression: leave the names of runs out")
-        name = model.parent.name if model.is_file() else model.name
+        name, shapes = model.parent.name if model.is_file() else model.name, read_shapes(model)
         made = plan_compression(name, chosen_method(method, bits, set_), shapes, measure_machine())
-    elif set_ or bits is not None:
-        raise ConfigError("--set and --bits need a --method; runs have theirs in params.yaml")
+    elif set_ or bits is not None or model is not None:
+        raise ConfigError("--model, --set and --bits need a --method; runs have theirs")
     else:
         content, beside = read_params(params), params.absolute().parent
         root = beside if (beside / "dvc.yaml").is_file() else Path()
-        machine = measure_machine(root)
-        made = plan_project(content, machine, names=names or (), model=shapes, root=root)
+        made = plan_project(content, measure_machine(root), names=names or (), root=root)
     if as_json:
         print_json(asdict(made))
     else:
@@ -115,6 +112,9 @@ def _cells(row: "PlanRow") -> dict[str, str]:
     from llmpress.cli.output import bytes_text
 
     need, time = row.need, row.time
+    by = "no record" if need else ""
+    if time:
+        by = f"{time.machine}, ×{time.factor:.{0 if time.factor > 10 else 1}f}"
     fits = "NO" if row.problems else "yes, made" if row.present else "yes"
     return {
         "stage": row.stage,
@@ -124,7 +124,7 @@ def _cells(row: "PlanRow") -> dict[str, str]:
         "disk": bytes_text(need.artifact_bytes) if need else "—",
         "fits": fits if need else "unknown",
         "time": duration_text(time.seconds) if time else "—",
-        "by records": time.basis if time else "no record" if need else "",
+        "by the record of": by,
     }
 
 

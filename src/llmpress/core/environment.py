@@ -4,12 +4,15 @@ import os
 import platform
 import resource
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]  # its stubs are a package of their own
 import torch
 
+CGROUP = Path("/sys/fs/cgroup")
 RECORDED_PACKAGES = (
     "llmpress",
     "torch",
@@ -27,6 +30,15 @@ def peak_memory_bytes() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     gpus = range(torch.cuda.device_count())
     return resident * unit + sum(map(torch.cuda.max_memory_allocated, gpus))
+
+
+def available_memory_bytes() -> int:
+    """Return what can be allocated without swapping, within the limit of a container."""
+    available = int(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError):  # no limit
+        limit, used = (int((CGROUP / f"memory.{n}").read_text()) for n in ("max", "current"))
+        available = min(available, max(0, limit - used))
+    return available
 
 
 def hardware() -> dict[str, Any]:

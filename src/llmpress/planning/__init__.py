@@ -6,21 +6,13 @@ needs, ``records`` how long such stages took, and ``plan`` walks the stages of a
 May import from core up to serving.
 """
 
-from llmpress.planning.plan import (
-    Machine,
-    Plan,
-    PlanRow,
-    measure_machine,
-    plan_compression,
-    plan_project,
-)
+from llmpress.planning.plan import Machine, Plan, measure_machine, plan_compression, plan_project
 from llmpress.planning.shapes import ModelShapes, read_shapes
 
 __all__ = [
     "Machine",
     "ModelShapes",
     "Plan",
-    "PlanRow",
     "measure_machine",
     "plan_compression",
     "plan_project",

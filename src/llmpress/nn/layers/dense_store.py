@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-import psutil  # type: ignore[import-untyped]  # its stubs are a package of their own
 import torch
 from torch import Tensor
 
+from llmpress.core.environment import available_memory_bytes
 from llmpress.core.errors import ConfigError
 from llmpress.nn.layers.blocked import stored_bytes
 
@@ -56,7 +56,7 @@ class DenseStore:
     def limit(self) -> int:
         """Bytes that may be kept."""
         if self._limit is None:
-            self._limit = psutil.virtual_memory().available // 2
+            self._limit = available_memory_bytes() // 2
         return self._limit
 
     @property
