@@ -1,4 +1,4 @@
-# make report | quick | test | test-gpu | gpu-session | bench | study | removal | deltas | peers | tables | check | docs | lock | clean: each makes .venv first when it is missing or out of date.
+# make report | quick | test | test-gpu | gpu-session | bench | study | removal | deltas | tables | check | docs | lock | clean: each makes .venv first when it is missing or out of date.
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Without compiled modules beside them every job compiles torch and transformers again: 3 seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help report quick test test-gpu gpu-session bench study removal deltas peers tables check docs lock clean
+.PHONY: help report quick test test-gpu gpu-session bench study removal deltas tables check docs lock clean
 
 help:
 	@echo "make report    run the pipeline up to results/report.html"
@@ -20,7 +20,6 @@ help:
 	@echo "make study NAME=quality   a pipeline of its own for a question, see studies/README.md"
 	@echo "make removal   low rank against removed blocks at several sizes, hours on two cores -> benchmarks/results/removal.csv"
 	@echo "make deltas    delta methods on three fine-tuned partners, hours on two cores -> benchmarks/results/deltas.csv"
-	@echo "make peers     measure other quantizers (peers-hqq: one) -> benchmarks/results/quality_peers.csv"
 	@echo "make tables    put the numbers of results/report.csv and a picture of the report into the documentation"
 	@echo "make check     format, lint, types, workflow, documentation: what CI runs before the tests"
 	@echo "make docs      build the documentation into build/site/index.html"
@@ -90,22 +89,6 @@ deltas: $(INSTALLED) | $(QUALITY_MODEL)
 	  python $(CURDIR)/workflow/scripts/train_task.py $$name --params $(CURDIR)/benchmarks/deltas.yaml || exit 1; done
 	for name in $(PARTNERS); do python benchmarks/deltas.py $(QUALITY_MODEL) $(DELTA_STUDY)/data/models/$$name \
 	  $$(test -d $(DELTA_STUDY)/data/tasks/$$name && echo --task $(DELTA_STUDY)/data/tasks/$$name) || exit 1; done
-
-# Other tools, each in an environment of its own that holds exactly its requirements; minutes to hours.
-PEERS := hqq gptqmodel llmcompressor autoround
-
-peers: $(addprefix peers-,$(PEERS))
-
-$(addprefix peers-,$(PEERS)): peers-%: build/peers/venv-%/.installed $(INSTALLED) | $(PEER_CALIBRATION)
-	HF_HUB_OFFLINE=1 benchmarks/peers/run.sh $*
-
-.PRECIOUS: build/peers/venv-%/.installed
-build/peers/venv-%/.installed: benchmarks/peers/requirements/%.txt
-	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --upgrade pip==26.3
-	$(@D)/bin/python -m pip install $(shell grep -hE '^(torch|numpy|setuptools|wheel|ninja|packaging)==' $<)
-	$(@D)/bin/python -m pip install --no-compile --no-build-isolation -r $<
-	@touch $@
 
 $(QUALITY_MODEL) $(PEER_CALIBRATION): | $(INSTALLED)
 	cd studies/quality && snakemake --cores all $(patsubst studies/quality/%,%,$@)

@@ -29,7 +29,7 @@ SOURCE = Path("src")
 PACKAGE = SOURCE / "llmpress"
 METHODS = PACKAGE / "methods"
 METHOD_TEMPLATE = "src/llmpress/methods/${item.method}"
-CODE_FOLDERS = ("src/", "workflow/")
+CODE_FOLDERS = ("src/", "workflow/scripts/")
 NOT_DATA = {".py", ".pyc", ".so", ".typed"}
 # Files or folders of one package that a stage names; of more it names the package. Each entry
 # stands in dvc.lock once for each run.
@@ -120,8 +120,8 @@ def rewrite(text: str, root: Path = Path()) -> str:
     content = yaml.load(text)
     for definition in content["stages"].values():
         template = definition.get("do", definition)
-        data = [path for path in template["deps"] if not path.startswith(CODE_FOLDERS)]
         script, *library = code_dependencies(template, root)
+        data = [p for p in template["deps"] if p != script and not p.startswith(CODE_FOLDERS)]
         # Changed in place: the comments and the blank line after the list hang on it.
         template["deps"][:] = [script, *data, *library]
     out = io.StringIO()

@@ -34,7 +34,7 @@ SMALL = {
         "if TYPE_CHECKING:\n    from llmpress.typed import T\n"
     ),
 }
-MOST_ENTRIES = 140  # of code, in all of dvc.yaml: each stands in dvc.lock once for each run
+MOST_ENTRIES = 155  # of code, in all of dvc.yaml: each stands in dvc.lock once for each run
 
 
 def test_dvc_yaml_names_exactly_the_code_of_each_stage(monkeypatch: pytest.MonkeyPatch) -> None:

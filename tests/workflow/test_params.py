@@ -75,11 +75,12 @@ NEEDED_BY = {
     "tasks": ("finetuned_models", "deltas", "delta_runs", "trainings", "evaluation.own_tasks"),
     "finetuned_models": ("deltas", "delta_runs", "trainings", "evaluation.own_tasks"),
     "deltas": ("delta_runs", "trainings"),
-    "calibrations": ("runs", "finetunes", "trainings", "deltas", "delta_runs", "speed"),
+    "calibrations": ("runs", "finetunes", "trainings", "deltas", "delta_runs", "peers", "speed"),
     "runs": ("finetunes", "trainings", "deltas", "delta_runs", "speed"),
     "delta_runs": ("trainings",),
     "finetunes": (),
     "trainings": (),
+    "peers": (),
     "speed": (),
     "evaluation.own_tasks": (),
 }

@@ -1,4 +1,4 @@
-"""Evaluate one model, run, delta run, finetune or training of params.yaml."""
+"""Evaluate one model, run, delta run, finetune, training or peer of params.yaml."""
 
 import os
 from dataclasses import asdict
@@ -23,8 +23,8 @@ METRICS, DETAILS = Path("results/metrics"), Path("results/details")
 
 def main(
     key: str = typer.Argument(
-        help="One of `evaluation.models`, or a key of `runs`, `delta_runs`, `finetunes` or "
-        "`trainings`."
+        help="One of `evaluation.models`, or a key of `runs`, `delta_runs`, `finetunes`, "
+        "`trainings` or `peers`."
     ),
     params: Path = typer.Option(Path("params.yaml"), help="The file of settings."),
 ) -> None:

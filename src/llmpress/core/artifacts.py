@@ -28,6 +28,8 @@ from llmpress.core.places import Place, claimed, holds, strangers, write_whole
 PROVENANCE = "provenance.json"
 TRAINING = "training.json"
 """What was trained end to end, on what, with which losses; in what training made."""
+PEER = "peer.json"
+"""True size of what another tool made, beside the dense weights that it stands for."""
 WEIGHTS_INDEX = "model.safetensors.index.json"
 """Says which shard each tensor is in, where a model has several."""
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")

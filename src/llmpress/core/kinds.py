@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-KindName = Literal["model", "compressed", "delta", "finetuned", "trained"]
+KindName = Literal["model", "compressed", "delta", "finetuned", "trained", "peer"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,14 @@ KINDS = (
         original="model",
         start="start",
     ),
+    Kind(
+        name="peer",
+        section="peers",
+        folder="peers",
+        evaluated_by="evaluate_peer",
+        label="weights, by another tool",
+        original="model",
+    ),
 )
 """In the order of dvc.yaml."""
 SECTIONS_OF_FOLDER = {
@@ -85,5 +93,6 @@ SECTIONS_OF_FOLDER = {
     "compressed": ("runs", "delta_runs"),
     "finetuned": ("finetunes",),
     "trained": ("trainings",),
+    "peers": ("peers",),
 }
 """Which sections of params.yaml name the artifacts of a folder below data/."""

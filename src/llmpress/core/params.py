@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 SECTIONS = (
     *("seed", "models", "corpora", "tasks", "finetuned_models", "deltas", "calibrations", "runs"),
-    *("delta_runs", "finetunes", "trainings", "evaluation", "speed"),
+    *("delta_runs", "finetunes", "trainings", "peers", "evaluation", "speed"),
 )
 """Of params.yaml; all but ``seed``, ``evaluation`` and ``speed`` map names to settings."""
 

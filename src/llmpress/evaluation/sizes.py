@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from llmpress.core.artifacts import PROVENANCE, folder_bytes, read_provenance
+from llmpress.core.artifacts import PEER, PROVENANCE, folder_bytes, read_json, read_provenance
 from llmpress.core.errors import ArtifactError
 from llmpress.core.records import Totals, has_records, read_records
 from llmpress.evaluation.metrics import Cost, Size
@@ -59,6 +59,20 @@ def delta_size(folder: Path) -> Size:
     return _recorded_size(folder, totals, BF16_BYTES * (totals.compressed_weights + exact))
 
 
+def peer_size(folder: Path) -> Size:
+    """Return the size of what another tool made: as it packs it, not of the dense weights."""
+    made = read_json(folder / PEER)
+    weights, bits, stored = made["compressed_weights"], made["stored_bits"], made["model_bytes"]
+    return Size(
+        bits_per_weight=bits / weights,
+        compressed_weights=weights,
+        stored_bits=bits,
+        model_weights=made["model_weights"],
+        model_bytes=stored,
+        ratio=BF16_BYTES * made["model_weights"] / stored,
+    )
+
+
 def cost(folder: Path) -> Cost:
     """Return what making the artifact took; zeros for a model that was only fetched or trained."""
     provenance = origin(folder)
@@ -72,7 +86,7 @@ def cost(folder: Path) -> Cost:
             finetune_seconds=seconds,
             finetune_peak_memory_bytes=memory,
         )
-    if stage not in ("compress", "compress_delta"):
+    if stage not in ("compress", "compress_delta", "peer"):
         seconds, memory = 0.0, 0
     return Cost(
         compress_seconds=seconds,

@@ -27,6 +27,7 @@ from llmpress.evaluation.sizes import (
     delta_size,
     model_size,
     origin,
+    peer_size,
     trained_size,
 )
 from llmpress.evaluation.subjects import Subject, folder_subject
@@ -42,6 +43,7 @@ SIZES: Mapping[str, Callable[[Path, Path], metrics.Size]] = {
     "finetuned": lambda folder, _: compressed_size(folder),
     "delta": lambda folder, _: delta_size(folder),
     "trained": trained_size,
+    "peer": lambda folder, _: peer_size(folder),
 }
 
 

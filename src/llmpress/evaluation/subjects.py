@@ -27,7 +27,7 @@ MODELS = Path("data/models")
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, run, delta run, finetune or training.
+    """A model, run, delta run, finetune, training or peer.
 
     Attributes:
         name: In params.yaml.
@@ -111,6 +111,8 @@ def folder_subject(
     stage = origin(folder).get("stage")
     if stage in ("finetune", "train"):
         kind = "finetuned" if stage == "finetune" else "trained"
+    elif stage == "peer":
+        kind = "peer"
     if original is None and kind != "model":
         raise ConfigError(f"{folder}: name the `original` that it is compared with too")
     return Subject(
@@ -127,8 +129,8 @@ def find_subject(params: Mapping[str, Any], name: str) -> Subject:
 
     Args:
         params: Content of params.yaml.
-        name: Of one of ``evaluation.models``, ``runs``, ``delta_runs``, ``finetunes`` or
-            ``trainings``.
+        name: Of one of ``evaluation.models``, ``runs``, ``delta_runs``, ``finetunes``,
+            ``trainings`` or ``peers``.
 
     Raises:
         ConfigError: It is none of them, or several.

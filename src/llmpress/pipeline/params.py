@@ -18,6 +18,7 @@ from llmpress.data.tasks.source import TaskSource
 from llmpress.deltas.settings import DeltaRun, DeltaSource, read_delta_run
 from llmpress.evaluation.settings import Evaluation, SpeedSettings
 from llmpress.methods.registry import build_method
+from llmpress.pipeline.peers import Peer
 from llmpress.training.settings import Training, TrainingSettings, read_training
 from llmpress.tuning.settings import Finetune, read_finetune
 
@@ -40,6 +41,7 @@ class Params(Settings):
         finetunes: Block-wise finetunings of a compressed model, by name.
         trainings: End-to-end finetunings of a compressed model or delta, or of adapters beside a
             dense one, by name.
+        peers: Compressions of a model by other tools, by name.
         speed: Which runs are timed, and how.
     """
 
@@ -55,6 +57,7 @@ class Params(Settings):
     delta_runs: Mapping[Name, DeltaRun] = field(default_factory=dict)
     finetunes: Mapping[Name, Finetune] = field(default_factory=dict)
     trainings: Mapping[Name, Training] = field(default_factory=dict)
+    peers: Mapping[Name, Peer] = field(default_factory=dict)
     speed: SpeedSettings = field(default_factory=SpeedSettings)
 
 

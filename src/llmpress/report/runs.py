@@ -32,6 +32,7 @@ _DONE = {
     "recovered": "{start}, trained end to end on text.",
     "delta": "What fine-tuning made of {base}, compressed by {method}; compared with {original}.",
     "trained": "{start}, trained end to end on a task.",
+    "peer": "The weights of {original}, compressed by another tool, {method}.",
 }
 
 

@@ -26,7 +26,7 @@ from llmpress.evaluation.metrics import Details, Metrics
 RECOVERED = "recovered"
 """Kind of what was trained on text; what was trained on a task is ``trained``."""
 KIND_LABELS = {kind.name: kind.label for kind in KINDS} | {RECOVERED: "weights, recovered on text"}
-KIND_ORDER = ("model", "compressed", "finetuned", RECOVERED, "delta", "trained")
+KIND_ORDER = ("model", "compressed", "finetuned", RECOVERED, "peer", "delta", "trained")
 SIZE_COLUMNS = (
     "bits_per_weight",
     "compressed_weights",
