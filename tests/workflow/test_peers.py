@@ -70,6 +70,7 @@ def test_every_tool_has_a_folder() -> None:
     assert {*typing.get_args(Tool)} == {folder.parent.name for folder in PEERS.glob("*/run.py")}
 
 
+@pytest.mark.slow
 def test_removed_blocks_are_evaluated_like_a_run(project: Path) -> None:
     params = {"peers": {"blocks": ENTRY}, "evaluation": {"models": ["tiny"]}}
     (project / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
@@ -129,6 +130,7 @@ def test_an_unknown_setting_is_named() -> None:
         peer(PEERS / "block_removal", reduction=0.2, reductions=0.2)
 
 
+@pytest.mark.slow
 def test_an_environment_is_made_once_and_again_when_its_requirements_change(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
