@@ -170,6 +170,14 @@ def test_damaged_outputs_are_restored(project: Project, engine: str) -> None:
     project.assert_as_committed()
 
 
+def test_outputs_that_git_keeps_are_made_again(project: Project) -> None:
+    shutil.rmtree(project.folder / "results")
+    project.snakemake()
+    project.ran()
+    project.assert_up_to_date()
+    project.assert_as_committed()
+
+
 @both_engines
 def test_a_failing_stage_is_named_and_a_rerun_continues(project: Project, engine: str) -> None:
     project.edit('"plain"', '"better"', file="toy/methods/plain/method.py")

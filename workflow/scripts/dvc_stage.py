@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+import yaml
 from dvc.cli import main
 from dvc.config import Config
 
@@ -30,9 +31,19 @@ def run(stage: str, log: Path) -> int:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     with told(stage, log, terminal) as job:
-        job.status = int(main(["--wait-for-lock", "repro", "--single-item", *pull, stage]))
+        repro = ["--wait-for-lock", "repro", "--single-item"]
+        job.status = int(main([*repro, *pull, stage]))
+        if job.status == 0 and not all(map(os.path.exists, outputs(stage))):
+            # one that is kept in Git, not in the cache: with --pull DVC counts it as there
+            job.status = int(main([*repro, "--force", stage]))
         sys.stdout.flush()
     return job.status
+
+
+def outputs(stage: str) -> list[str]:
+    """Return the paths of a finished stage's outputs."""
+    lock = yaml.load(Path("dvc.lock").read_bytes(), yaml.CSafeLoader)
+    return [out["path"] for out in lock["stages"][stage].get("outs", ())]
 
 
 if __name__ == "__main__":
