@@ -133,9 +133,13 @@ def _clean(out: Path) -> None:
 
 
 def _remove(aside: Path) -> None:
-    """Remove an older folder that is not needed any more, and is not to be put back half empty."""
-    aside = aside.rename(aside.with_name(aside.name.removesuffix(ASIDE)))
-    shutil.rmtree(aside, ignore_errors=True)
+    """Remove an older folder that is not needed any more, and is not to be put back half empty.
+
+    Where that fails it stays for the next run to remove: the new one is in its place.
+    """
+    with suppress(OSError):
+        aside = aside.rename(aside.with_name(aside.name.removesuffix(ASIDE)))
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager
