@@ -5,9 +5,9 @@ others, at the top of a file or inside a function, with the packages' data files
 checking alone do not count, nor do files that hold nothing but a docstring; a name of the package
 itself, imported when it is asked for, counts as the module it stands in, and the file that says
 which does not count: naming one more thing there changes no stage. That closure is rounded up
-to folders: a package of which a stage needs more than `FEW` parts counts whole. A stage that loads
-the method named in params.yaml depends on the folder ``methods/${item.method}`` and on what any of
-the methods imports.
+to folders: a package of which a stage needs more than one part counts whole, as each entry stands
+in dvc.lock once for each run. A stage that loads the method named in params.yaml depends on the
+folder ``methods/${item.method}`` and on what any of the methods imports.
 
     python workflow/code_deps.py --check    # exit status 1 when dvc.yaml differs
     python workflow/code_deps.py --write    # correct dvc.yaml
@@ -31,9 +31,6 @@ METHODS = PACKAGE / "methods"
 METHOD_TEMPLATE = "src/llmpress/methods/${item.method}"
 CODE_FOLDERS = ("src/", "workflow/scripts/")
 NOT_DATA = {".py", ".pyc", ".so", ".typed"}
-# Files or folders of one package that a stage names; of more it names the package. Each entry
-# stands in dvc.lock once for each run.
-FEW = 2
 NEVER_WHOLE = (PACKAGE, METHODS)
 
 
@@ -69,7 +66,7 @@ def closure(script: Path, root: Path = Path()) -> set[str]:
 
 
 def rounded(files: set[Path], folder: Path = PACKAGE) -> set[Path]:
-    """Return ``files`` below ``folder`` with every package of which many parts are needed whole.
+    """Return ``files`` below ``folder`` with every package of which several parts are needed whole.
 
     Args:
         files: Paths relative to the project's folder.
@@ -79,7 +76,7 @@ def rounded(files: set[Path], folder: Path = PACKAGE) -> set[Path]:
     parts = {file for file in below if file.parent == folder}
     for name in {file.relative_to(folder).parts[0] for file in below - parts}:
         parts |= rounded(below, folder / name)
-    return parts if len(parts) <= FEW or folder in NEVER_WHOLE else {folder}
+    return parts if len(parts) <= 1 or folder in NEVER_WHOLE else {folder}
 
 
 def code_dependencies(template: dict[str, Any], root: Path = Path()) -> list[str]:
