@@ -34,7 +34,11 @@ from llmpress.nn.kernels.codebook_grad.triton import codebook_grad_triton
 from llmpress.nn.kernels.codebook_matmul.dequantize import codebook_weight_triton
 from llmpress.nn.kernels.codebook_matmul.triton import codebook_matmul_triton
 from llmpress.nn.kernels.delta_matmul.reference import PackedVectors, TripletGroup
-from llmpress.nn.kernels.delta_matmul.triton import delta_matmul_triton, work_tables
+from llmpress.nn.kernels.delta_matmul.triton import (
+    delta_matmul_triton,
+    group_tensors,
+    work_items,
+)
 from llmpress.nn.kernels.kmeans.triton import nearest_centroid_triton
 from llmpress.nn.kernels.quantized_matmul.dequantize import quantized_weight_triton
 from llmpress.nn.kernels.quantized_matmul.triton import quantized_matmul_triton
@@ -189,9 +193,10 @@ def delta_launch(x: Tensor) -> Launch:
         )
 
     delta = [TripletGroup(3, vectors(IN), vectors(OUT), torch.empty(16))]
-    tables = work_tables([delta], [0] * len(x))
+    groups = group_tensors([delta])
+    items = work_items({0: range(len(x))}, groups.ranks, x.device)
     y = empty(len(x), OUT, dtype=x.dtype)
-    return lambda: delta_matmul_triton(x, y, tables, 128)
+    return lambda: delta_matmul_triton(x, y, groups, items, 128)
 
 
 def kmeans_launch(d: int) -> Launch:

@@ -30,7 +30,13 @@ from llmpress.nn.kernels import cpu
 from llmpress.nn.kernels.codebook_grad import codebook_grad
 from llmpress.nn.kernels.codebook_matmul import codebook_matmul, transposed_weight
 from llmpress.nn.kernels.codebook_matmul.reference import codebook_weight
-from llmpress.nn.kernels.delta_matmul import PackedVectors, RowDeltas, TripletGroup, delta_matmul
+from llmpress.nn.kernels.delta_matmul import (
+    PackedDeltas,
+    PackedVectors,
+    RowOwners,
+    TripletGroup,
+    delta_matmul,
+)
 from llmpress.nn.kernels.kmeans import kmeans
 from llmpress.nn.kernels.kmeans.reference import draw_start, kmeans_reference
 from llmpress.nn.kernels.quantized_matmul import quantized_matmul
@@ -315,7 +321,7 @@ def delta_cases(x: Tensor, outputs: int) -> Iterator[Case]:
             for _ in range(count)
         ]
         tenants = [row % count for row in range(rows)]
-        own = RowDeltas(deltas, tenants, GROUP)
+        own = PackedDeltas(deltas, GROUP), RowOwners(tenants)
         factors = [unpacked_factors(delta, inputs, outputs) for delta in deltas]
         # [tenants, in, r] and [tenants, r, out]
         right = torch.stack([V.t().to(x.dtype) for V, _ in factors])
@@ -344,7 +350,7 @@ def delta_cases(x: Tensor, outputs: int) -> Iterator[Case]:
         others = {"base": products(x, base), "loop": loop}
         yield Case(
             f"tenants={count}",
-            lambda o=own: delta_matmul(x, functional.linear(x, base), o),
+            lambda o=own: delta_matmul(x, functional.linear(x, base), *o),
             exact,
             others | ({"batched": batched} if rows <= 64 else {}),  # a copy for each row
             base.nbytes + x.nbytes + count * delta_bytes(deltas[0]) + 2 * rows * outputs,

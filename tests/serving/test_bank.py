@@ -8,71 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from tenants import Deltas, tenant
 from tiny_models import architecture_config, tokenize
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import llmpress
 from llmpress import DeltaBank
 from llmpress.core.errors import ArtifactError
-from llmpress.deltas.compression import compress_delta
-from llmpress.deltas.extraction import extract_delta
-from llmpress.methods.registry import build_method
 from llmpress.nn.layers import AdaptedLinear, CompressedLinear
 from llmpress.serving.rows import PerRow
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
-Edit = Callable[[PreTrainedModel], object]
-Deltas = dict[str, Path]
-
-
-def grow(model: PreTrainedModel) -> None:
-    model.resize_token_embeddings(515, mean_resizing=False)
-
-
-def untie(model: PreTrainedModel) -> None:
-    model.config.tie_word_embeddings = False
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() * 0.9)
-
-
-def add_biases(model: PreTrainedModel) -> None:
-    model.config.attention_bias = True
-    for name, module in model.named_modules():
-        if "self_attn." in name and isinstance(module, nn.Linear):
-            module.bias = nn.Parameter(torch.randn(module.out_features))
-
-
-def tenant(base: Path, out: Path, edit: Edit | None = None, source: Path | None = None) -> Path:
-    """The compressed delta of a model whose tensors all differ a little from its base's."""
-    model = AutoModelForCausalLM.from_pretrained(source or base, dtype=torch.float32)
-    torch.manual_seed(len(out.name))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter) * parameter.abs().mean())
-    if edit is not None:
-        edit(model)
-    model.save_pretrained(out / "finetuned")
-    extract_delta(base, out / "finetuned", out=out / "delta")
-    compress_delta(
-        out / "delta",
-        method=build_method("svd", {"rank": 8}, "svd"),
-        seed=0,
-        device=torch.device("cpu"),
-        scratch=out / "scratch",
-        out=out / "small",
-    )
-    return out / "small"
-
-
-@pytest.fixture(scope="module")
-def deltas(
-    tiny_model_folder: Path, compressed_delta: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Deltas:
-    """Four tenants; only the first shares its embeddings with the base."""
-    root = tmp_path_factory.mktemp("tenants")
-    edits: dict[str, Edit] = {"grown": grow, "untied": untie, "biased": add_biases}
-    made = {name: tenant(tiny_model_folder, root / name, edit) for name, edit in edits.items()}
-    return {"tuned": compressed_delta, **made}
 
 
 @pytest.fixture
@@ -109,7 +56,7 @@ def test_one_call_loads_base_and_delta(
         llmpress.load_finetuned(tiny_finetuned_folder, deltas["tuned"])
 
 
-def test_what_rows_need_is_built_once_and_never_for_others(
+def test_what_rows_need_is_built_once_for_all_assignments(
     deltas: Deltas, bank: DeltaBank, tiny_windows: Tensor
 ) -> None:
     windows = tiny_windows[:2]
@@ -123,15 +70,42 @@ def test_what_rows_need_is_built_once_and_never_for_others(
     first, modules = used(one)
     second, others = used(other)
     assert modules
-    assert not {*modules.values()} & {*others.values()}
-    for rows, expected, built in ((one, first, modules), (other, second, others)):
+    assert modules == others
+    bank.use("grown")
+    for rows, expected in ((one, first), (other, second)):
         found, again = used(rows)
-        assert again == built
+        assert again == modules
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
     bank.use(None)
     bank.remove("tuned")
     bank.add("tuned", deltas["biased"])
     torch.testing.assert_close(used(one)[0][0], second[0], **TOLERANCE)
+
+
+def test_tokens_of_a_packed_batch_have_deltas_of_their_own(
+    bank: DeltaBank, tiny_windows: Tensor
+) -> None:
+    names = ["grown", None, "tuned", "biased", "untied"]
+    x = bank.model.get_input_embeddings()(tiny_windows[: len(names), :3])
+    head, layer = bank.model.lm_head, "model.layers.0.self_attn.q_proj"
+
+    def outputs(x: Tensor) -> list[Tensor]:
+        return [bank.model.get_submodule(layer)(x), bank.model.lm_head(x[:, :1])]
+
+    bank.use(names)
+    expected, logits_ = outputs(x)
+    tokens = [name for name in names for _ in range(3)]
+    bank.use_packed(tokens, names)
+    found = bank.model.get_submodule(layer)(x.flatten(0, 1)[None])
+    torch.testing.assert_close(found, expected.flatten(0, 1)[None], **TOLERANCE)
+    packed = bank.model.lm_head(x[:, 0][None])
+    torch.testing.assert_close(packed, logits_[:, 0][None], **TOLERANCE)
+    bank.use_packed(names, names[::-1])  # as many tokens, and the head's in another order
+    torch.testing.assert_close(bank.model.lm_head(x[:, 0].flip(0)[None]), packed.flip(1))
+    with pytest.raises(ValueError, match=r"5 rows.* 15"):
+        bank.model.get_submodule(layer)(x.flatten(0, 1)[None])
+    bank.use(None)
+    assert bank.model.lm_head is head
 
 
 def test_rows_of_a_mixed_batch_are_those_of_each_model_alone(

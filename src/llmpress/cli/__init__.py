@@ -21,6 +21,7 @@ from llmpress.cli import (
     generate,
     hub,
     inspect,
+    serve,
 )
 from llmpress.cli import methods as methods_command
 from llmpress.cli import plan as plan_command
@@ -41,6 +42,7 @@ app.command()(calibrate.calibrate)
 app.command()(finetune.finetune)
 app.command()(inspect.inspect)
 app.command()(generate.generate)
+app.command()(serve.serve)
 app.command()(compare.compare)
 app.command()(export.export)
 app.command()(plan_command.plan)

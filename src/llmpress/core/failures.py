@@ -29,6 +29,11 @@ OUT_OF_MEMORY = (
     "out of memory: lower windows, length or batch_size, evaluate fewer windows, or take a smaller "
     "model; `llmpress plan` says what each run needs"
 )
+EXTRAS = {
+    **dict.fromkeys(("bitsandbytes", "peft"), "adapters"),
+    **dict.fromkeys(("fastapi", "prometheus_client", "starlette", "uvicorn"), "serve"),
+}
+"""The extra that a package is in; all others are the workflow's."""
 MEMORY_SIGNS = ("out of memory", "can't allocate memory", "Cannot allocate memory")
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
@@ -62,7 +67,7 @@ def script_errors() -> Iterator[None]:
         package = (error.name or "").partition(".")[0]
         if package in ("", "llmpress"):
             raise
-        extra = "adapters" if package in ("bitsandbytes", "peft") else "workflow"
+        extra = EXTRAS.get(package, "workflow")
         message = f"package {package} is not installed: pip install 'llmpress[{extra}]'"
     except KeyboardInterrupt:
         message = "interrupted; the same command continues after the last finished block"

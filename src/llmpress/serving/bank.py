@@ -5,11 +5,12 @@ Rows are the first dimension of what a module is given: ``x [rows, ..., features
 
 import copy
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -28,9 +29,6 @@ from llmpress.models.experts import expert_matrix
 from llmpress.nn.layers.base import frozen
 from llmpress.serving.rows import Name, PerRow, Rows
 
-MOST_BATCHES = 8
-"""Assignments of tenants to rows for which modules are kept; building takes longer than a step."""
-
 
 @dataclass
 class _Tenant:
@@ -40,15 +38,15 @@ class _Tenant:
         delta: What `ModelDelta.put_on` puts on for all rows.
         deltas: What joins a linear's result.
         twins: What is used instead of the base's module.
-        whole: Modules with tensors of their own that other modules lie in.
         nbytes: Of all tensors that are not the base's.
+        inseparable: Why rows cannot have this delta beside others; None where they can.
     """
 
     delta: ModelDelta
     deltas: dict[str, nn.Module] = field(default_factory=dict)
     twins: dict[str, nn.Module] = field(default_factory=dict)
-    whole: list[str] = field(default_factory=list)
     nbytes: int = 0
+    inseparable: str | None = None
 
 
 class DeltaBank:
@@ -82,8 +80,11 @@ class DeltaBank:
         self.model = model
         self._base = base_fingerprint(model, None if base_folder is None else Path(base_folder))
         self._tenants: dict[str, _Tenant] = {}
-        self._rows: Name | list[Name] = None
-        self._built: dict[tuple[Name, ...], dict[str, PerRow]] = {}  # the newest last
+        self._whole: Name = None
+        self._mounted = False  # rows of their own
+        self._used: set[Name] = set()
+        self._rows = Rows()
+        self._built: dict[str, PerRow] = {}
         self._swap = Swap()
         setattr(model, CARRIED, self)
 
@@ -119,13 +120,9 @@ class DeltaBank:
         self._check_open()
         if name in self._tenants:
             raise ValueError(f"delta {name!r} is in the bank already; remove it first")
-        rows = self._rows
-        self._take_off()
-        try:
+        with self._bare():
             delta = fitted_delta(self.model, Path(folder), self._base)
             self._tenants[name] = _tenant(self.model, delta)
-        finally:
-            self._put_on(rows)
 
     def remove(self, name: str) -> None:
         """Forget a delta.
@@ -134,10 +131,10 @@ class DeltaBank:
             ValueError: An unknown name, or a delta in use.
         """
         self._check_known(name)
-        if name in _distinct(self._rows):
+        if name in self._used:
             raise ValueError(f"delta {name!r} is in use; use(None) first")
-        del self._tenants[name]
-        self._built.clear()
+        with self._bare():
+            del self._tenants[name]
 
     def nbytes(self, name: str) -> int:
         """Return the bytes that a delta holds in memory beside the base: all tensors of its own.
@@ -147,6 +144,20 @@ class DeltaBank:
         """
         self._check_known(name)
         return self._tenants[name].nbytes
+
+    def vocabulary(self, name: Name) -> int:
+        """Return how many tokens a delta's embeddings know, those of the base by None.
+
+        Raises:
+            ValueError: An unknown name.
+        """
+        if name is not None:
+            self._check_known(name)
+        found: Any = self.model.get_input_embeddings()
+        place = next(place for place, module in self.model.named_modules() if module is found)
+        base: Any = found.base if isinstance(found, PerRow) else found
+        own = {} if name is None else self._tenants[name].delta.tensors.get(place, {})
+        return len(own.get("weight", base.weight))
 
     def use(self, rows: Name | Sequence[Name]) -> None:
         """Say whose delta the rows get from the next call of the model on.
@@ -162,18 +173,37 @@ class DeltaBank:
                 then.
             ValueError: An unknown name, no rows, or a closed bank.
         """
+        if rows is not None and not isinstance(rows, str):
+            if not rows:
+                raise ValueError("rows: an empty list; name a delta or None for each row")
+            self._mount(rows)
+            self._rows.assign(rows)
+            return
         self._check_open()
-        wanted = rows if rows is None or isinstance(rows, str) else list(rows)
-        if wanted == []:
-            raise ValueError("rows: an empty list; name a delta or None for each row")
-        for name in _distinct(wanted):
-            self._check_known(name)
-        if isinstance(wanted, list):
-            if wanted == self._rows:
-                return
-            self._check_separable(_distinct(wanted))
+        if rows is not None:
+            self._check_known(rows)
         self._take_off()
-        self._put_on(wanted)
+        if rows is not None:
+            with self._undone_on_errors():
+                self._tenants[rows].delta.put_on(self.model, self._swap)
+            self._whole, self._used = rows, {rows}
+
+    def use_packed(self, tokens: Sequence[Name], heads: Sequence[Name]) -> None:
+        """Say whose delta each token of a packed batch gets, as `use` does for rows.
+
+        A packed batch is ``[1, tokens, ...]``, sequences one after the other without padding, as
+        transformers' continuous batching computes them.
+
+        Args:
+            tokens: A name, or None for the base, for each token.
+            heads: The same for each token that the model's head is applied to.
+
+        Raises:
+            ArtifactError: As `use`.
+            ValueError: As `use`.
+        """
+        self._mount(tokens)
+        self._rows.assign_packed(tokens, heads)
 
     def close(self) -> None:
         """Take everything off the model and forget the deltas.
@@ -188,60 +218,70 @@ class DeltaBank:
             delattr(self.model, CARRIED)
 
     def _take_off(self) -> None:
-        if isinstance(self._rows, str):
-            self._tenants[self._rows].delta.check_in_place(self.model)
+        if self._whole is not None:
+            self._tenants[self._whole].delta.check_in_place(self.model)
         self._swap.undo()
-        self._rows = None
+        self._whole, self._mounted, self._used = None, False, set()
 
-    def _put_on(self, rows: Name | list[Name]) -> None:
-        try:
-            if isinstance(rows, list):
-                self._put_on_rows(rows)
-            elif rows is not None:
-                self._tenants[rows].delta.put_on(self.model, self._swap)
-        except BaseException:
-            self._swap.undo()
-            raise
-        self._rows = rows
+    def _mount(self, names: Sequence[Name]) -> None:
+        """Let the model ask whose its rows are, after checking these tenants."""
+        self._check_open()
+        used = set(names)
+        if not self._mounted or not used <= self._used:
+            for name in used:
+                if name is None:
+                    continue
+                self._check_known(name)
+                if reason := self._tenants[name].inseparable:
+                    raise ArtifactError(f"{name}: {reason}; use one delta for all rows")
+        if not self._mounted:
+            self._take_off()
+            with self._undone_on_errors():
+                self._put_on_rows()
+        self._used = used
 
-    def _put_on_rows(self, names: list[Name]) -> None:
-        tenants = {name: self._tenants[name] for name in _distinct(names)}
-        built = self._built.pop(tuple(names), {})
-        shared = next(iter(built.values())).rows if built else Rows(names)
-        changed = dict.fromkeys(name for t in tenants.values() for name in (*t.deltas, *t.twins))
-        for module in changed:
-            deltas = {name: t.deltas[module] for name, t in tenants.items() if module in t.deltas}
-            twins = {name: t.twins[module] for name, t in tenants.items() if module in t.twins}
+    def _put_on_rows(self) -> None:
+        """Put a module for rows of any tenants in the place of each that some tenant changes."""
+        tenants = {name: t for name, t in self._tenants.items() if t.inseparable is None}
+        self._rows.number(tenants)
+        head = self.model.get_output_embeddings()
+        for module in dict.fromkeys(m for t in tenants.values() for m in (*t.deltas, *t.twins)):
             base = self.model.get_submodule(module)
-            if module not in built or built[module].base is not base:
-                built[module] = PerRow(base, shared, deltas, twins)
-            swap_module(self.model, module, built[module], self._swap)
-        self._built[tuple(names)] = built
-        while len(self._built) > MOST_BATCHES:
-            self._built.pop(next(iter(self._built)))
+            if module not in self._built or self._built[module].base is not base:
+                deltas = {n: t.deltas[module] for n, t in tenants.items() if module in t.deltas}
+                twins = {n: t.twins[module] for n, t in tenants.items() if module in t.twins}
+                built = PerRow(base, self._rows, deltas, twins, is_head=base is head)
+                self._built[module] = built
+            swap_module(self.model, module, self._built[module], self._swap)
         for tenant in tenants.values():
             for owner, attribute, value in tenant.delta.sizes:
                 if attribute == "vocab_size" and value > getattr(owner, attribute):
                     self._swap.set(owner, attribute, value)
+        self._mounted = True
 
-    def _check_separable(self, names: list[str]) -> None:
-        experts = (name for name, _ in self.model.named_modules() if expert_matrix(name))
-        if (expert := next(experts, None)) is not None:
-            raise ArtifactError(
-                f"{expert}: an expert sees tokens of all rows together, so rows cannot have deltas "
-                "of their own in a mixture; use one for all rows"
-            )
-        for name in names:
-            if changed := self._tenants[name].delta.computed:
-                raise ArtifactError(
-                    f"{name}: changes {', '.join(changed)} of the base's configuration, so rows "
-                    "cannot have deltas of their own; use one for all rows"
-                )
-            if whole := self._tenants[name].whole:
-                raise ArtifactError(
-                    f"{name}: changes tensors of {whole[0]}, which holds other layers, so rows "
-                    "cannot have deltas of their own; use one for all rows"
-                )
+    @contextmanager
+    def _bare(self) -> Iterator[None]:
+        """Take everything off while the tenants change, and put it on again."""
+        whole, mounted, used = self._whole, self._mounted, self._used
+        self._take_off()
+        try:
+            yield
+            self._built.clear()
+        finally:
+            if whole is not None:
+                self.use(whole)
+            elif mounted:
+                with self._undone_on_errors():
+                    self._put_on_rows()
+                self._used = used
+
+    @contextmanager
+    def _undone_on_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._swap.undo()
+            raise
 
     def _check_open(self) -> None:
         if getattr(self.model, CARRIED, None) is not self:
@@ -255,14 +295,15 @@ class DeltaBank:
             raise ValueError(f"delta {name!r} is unknown; {hint}known are {known}")
 
 
-def _distinct(rows: Name | Sequence[Name]) -> list[str]:
-    names = [rows] if rows is None or isinstance(rows, str) else rows
-    return [name for name in dict.fromkeys(names) if name is not None]
-
-
 def _tenant(model: PreTrainedModel, delta: ModelDelta) -> _Tenant:
     """Build what rows of their own need: modules that share all but the tenant's tensors."""
     tenant = _Tenant(delta)
+    if delta.computed:
+        changed = ", ".join(delta.computed)
+        tenant.inseparable = f"changes {changed} of the base's configuration"
+    experts = (name for name, _ in model.named_modules() if expert_matrix(name))
+    if (expert := next(experts, None)) is not None:
+        tenant.inseparable = f"{expert} is an expert, which sees tokens of all rows together"
     tenant.deltas |= {name: adapted.delta for name, adapted in delta.layers.items()}
     for name, tensors in delta.tensors.items():
         if delta.computed:
@@ -273,7 +314,8 @@ def _tenant(model: PreTrainedModel, delta: ModelDelta) -> _Tenant:
             shift = tensors["bias"].float() - (0 if old is None else old.detach().float())
             tenant.deltas[name] = _twin(tenant.deltas[name], {"bias": frozen(shift)})
         elif name in delta.layers or next(module.children(), None) is not None:
-            tenant.whole.append(name)
+            reason = f"changes tensors of {name}, which holds other layers"
+            tenant.inseparable = tenant.inseparable or reason
         else:
             tenant.twins[name] = _twin(module, tensors)
     own = [t for layer in tenant.deltas.values() for t in layer.state_dict().values()]

@@ -1,34 +1,66 @@
 """Layers that add to each row of a batch the delta of its own tenant."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from llmpress.nn.kernels.delta_matmul import RowOwners
 from llmpress.nn.kernels.dispatch import uses_compiled, uses_triton
 from llmpress.nn.layers.base import CompressedLinear, SumByRow, as_rows
+from llmpress.nn.layers.mixed_low_rank import MOST_ROWS
 
 Name = str | None
 """Of a tenant; None for the base alone."""
 
-MOST_SHAPES = 2
-"""Batches whose work items are kept: those of a prompt and of its further tokens."""
+
+@dataclass(frozen=True)
+class Share:
+    """Whose the rows of one input are.
+
+    Attributes:
+        groups: The numbers of each tenant's rows, int64 ``[rows of the tenant]``.
+        owners: Of the rows that one kernel for all tenants takes.
+        many: Tenants with so many rows that unpacking their factors does not count; no kernel.
+    """
+
+    groups: dict[Name, Tensor]
+    owners: RowOwners
+    many: frozenset[Name]
 
 
 class Rows:
-    """Which tenant each row of a batch belongs to.
+    """Which tenant each row of a batch belongs to."""
 
-    Args:
-        names: A tenant for each row, at least one.
-    """
+    def __init__(self) -> None:
+        self.tenants: list[str] = []
+        self.packed = False
+        self._names: list[Name] = []
+        self._heads: list[Name] = []
+        self._shares: dict[tuple[int, int, bool, torch.device], Share] = {}
 
-    def __init__(self, names: Sequence[Name]) -> None:
-        self.names = list(names)
-        self._place: tuple[int, torch.device] | None = None
-        self._groups: dict[Name, Tensor] = {}
+    def number(self, tenants: Iterable[str]) -> None:
+        """Let these be the tenants that may have rows, in this order."""
+        self.tenants, self._shares = list(tenants), {}
 
-    def groups(self, x: Tensor) -> dict[Name, Tensor]:
-        """Return the numbers of each tenant's rows in ``x``, int64 ``[rows of the tenant]``.
+    def assign(self, names: Sequence[Name]) -> None:
+        """Let the first dimension of every input be rows of these tenants, at least one."""
+        self.packed, self._shares = False, {}
+        self._names = self._heads = list(names)
+
+    def assign_packed(self, tokens: Sequence[Name], heads: Sequence[Name]) -> None:
+        """Let every input be ``[1, tokens, ...]``, the head's ``[1, tokens that it is for, ...]``.
+
+        Where all are alike, nothing is worked out again.
+        """
+        if self.packed and tokens == self._names and heads == self._heads:
+            return
+        self.packed, self._shares = True, {}
+        self._names, self._heads = list(tokens), list(heads)
+
+    def share(self, x: Tensor, *, is_head: bool) -> Share:
+        """Return whose the rows of ``x [rows, ..., features]``, or of tokens ``[rows, ...]``, are.
 
         Where ``x`` has a multiple of the rows, as in beam search, each row's tenant has that many
         rows in succession.
@@ -36,22 +68,30 @@ class Rows:
         Raises:
             ValueError: Another number of rows.
         """
-        if (len(x), x.device) != self._place:
-            repeats, rest = divmod(len(x), len(self.names))
-            if rest or not repeats:
+        flat = x.numel() // x.shape[-1] if x.is_floating_point() else len(x)
+        place = len(x), flat, is_head, x.device
+        if place not in self._shares:
+            names = self._heads if is_head else self._names
+            repeats, rest = divmod(len(x), len(names))
+            if rest or not repeats or (self.packed and repeats > 1):
                 raise ValueError(
-                    f"rows: the bank was told of {len(self.names)} rows, an input has {len(x)}; "
-                    "allowed is a multiple"
+                    f"rows: the bank was told of {len(names)} rows, an input has {len(x)}; allowed "
+                    f"is {'that number' if self.packed else 'a multiple'}"
                 )
-            tenants = [name for name in self.names for _ in range(repeats)]
-            self._groups = {
-                name: torch.tensor(
-                    [row for row, tenant in enumerate(tenants) if tenant == name], device=x.device
-                )
-                for name in dict.fromkeys(tenants)
-            }
-            self._place = (len(x), x.device)
-        return self._groups
+            repeated = [name for name in names for _ in range(repeats)]
+            self._shares[place] = self._share(repeated, flat // len(x), x.device)
+        return self._shares[place]
+
+    def _share(self, names: Sequence[Name], each: int, device: torch.device) -> Share:
+        places: dict[Name, list[int]] = {}
+        for row, name in enumerate(names):
+            places.setdefault(name, []).append(row)
+        many = frozenset(name for name, rows in places.items() if each * len(rows) > MOST_ROWS)
+        number: dict[Name, int] = {name: n for n, name in enumerate(self.tenants)}
+        number |= dict.fromkeys([None, *many], -1)
+        owners = RowOwners([number[name] for name in names for _ in range(each)])
+        groups = {name: torch.tensor(rows, device=device) for name, rows in places.items()}
+        return Share(groups, owners, many)
 
 
 class PerRow(nn.Module):
@@ -59,9 +99,10 @@ class PerRow(nn.Module):
 
     Args:
         base: The base's own module, from ``x [rows, ..., in]`` to ``[rows, ..., out]``.
-        rows: Whose the rows are.
+        rows: Whose the rows are; asked for every input, so that they may change between two.
         deltas: By tenant, what joins the base's result.
         twins: By tenant, the module with the tenant's own tensors, used instead of the base's.
+        is_head: Whether of a packed batch it sees only the tokens that a head is for.
     """
 
     def __init__(
@@ -70,58 +111,73 @@ class PerRow(nn.Module):
         rows: Rows,
         deltas: Mapping[str, nn.Module],
         twins: Mapping[str, nn.Module],
+        *,
+        is_head: bool = False,
     ) -> None:
         super().__init__()
         self.base = base
         self.rows = rows
         self.deltas = dict(deltas)  # plain: tenants are not parameters of the model
         self.twins = dict(twins)
-        self._sums: dict[int, SumByRow | None] = {}
+        self.is_head = is_head
+        self._sums: list[tuple[frozenset[str], SumByRow]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``x [rows, ..., in]`` to ``[rows, ..., out]``.
+        """Map ``x [rows, ..., in]`` to ``[rows, ..., out]``, or packed rows ``[1, rows, ...]``.
 
         Where tenants have results of different widths, ``-inf`` fills the narrower ones.
 
         Raises:
             ValueError: ``x`` has no multiple of the bank's rows.
         """
-        groups = self.rows.groups(x)
-        out: Tensor = self._joined(x, groups) if self.twins else self.base(x)
-        if (add := self._sum_of_rows(x)) is not None:
-            flat = out.reshape(-1, out.shape[-1])
-            return add(flat.to(x.dtype), as_rows(x)).view_as(out)
-        for name, delta in self.deltas.items():
-            out.index_add_(0, groups[name], delta(x[groups[name]]))
+        return self._by_row(x.squeeze(0)).unsqueeze(0) if self.rows.packed else self._by_row(x)
+
+    def _by_row(self, x: Tensor) -> Tensor:
+        share = self.rows.share(x, is_head=self.is_head)
+        out: Tensor = self._joined(x, share) if self.twins else self.base(x)
+        done: set[Name] = set()
+        if len(share.many) < len(share.groups) and self._has_kernel(x):
+            for names, add in self._row_sums():
+                if not names.isdisjoint(share.groups.keys() - share.many):
+                    flat = out.reshape(-1, out.shape[-1])
+                    out = add(flat.to(x.dtype), as_rows(x), share.owners).view_as(out)
+                    done |= names - share.many
+        for name, index in share.groups.items():
+            if name in self.deltas and name not in done:
+                delta = self.deltas[name]
+                if len(share.groups) == 1:
+                    out = out + delta(x)
+                else:
+                    out.index_add_(0, index, delta(x[index]))
         return out
 
-    def _sum_of_rows(self, x: Tensor) -> SumByRow | None:
-        """Return the kernel for many tenants; None where there is none or it cannot be used."""
-        if (
-            not self.deltas
-            or not (uses_triton(x) or uses_compiled(x))
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-        ):
-            return None
-        count = x.numel() // x.shape[-1]
-        if count not in self._sums:
-            while len(self._sums) > MOST_SHAPES:
-                self._sums.pop(next(iter(self._sums)))
-            self._sums[count] = self._sum_by_row(count)
-        return self._sums[count]
+    def _has_kernel(self, x: Tensor) -> bool:
+        """Whether a kernel for the rows of many tenants can be used."""
+        return (
+            (uses_triton(x) or uses_compiled(x))
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        )
 
-    def _sum_by_row(self, count: int) -> SumByRow | None:
-        layers = [d for d in self.deltas.values() if isinstance(d, CompressedLinear)]
-        if len(layers) < len(self.deltas) or len({type(layer) for layer in layers}) > 1:
-            return None
-        place: dict[Name, int] = {name: number for number, name in enumerate(self.deltas)}
-        repeats = count // len(self.rows.names)
-        owners = [place.get(name, -1) for name in self.rows.names for _ in range(repeats)]
-        return type(layers[0]).sum_by_row(layers, owners)
+    def _row_sums(self) -> list[tuple[frozenset[str], SumByRow]]:
+        """Return kernels for rows of many tenants, and whose deltas each takes."""
+        if self._sums is None:
+            alike: dict[tuple[type[CompressedLinear], object], dict[str, CompressedLinear]] = {}
+            for name, delta in self.deltas.items():
+                if isinstance(delta, CompressedLinear) and (key := delta.sum_key()) is not None:
+                    alike.setdefault((type(delta), key), {})[name] = delta
+            self._sums = [
+                (frozenset(found), kind.sum_by_row([found.get(name) for name in self.rows.tenants]))
+                for (kind, _), found in alike.items()
+            ]
+        return self._sums
 
-    def _joined(self, x: Tensor, groups: dict[Name, Tensor]) -> Tensor:
-        parts = [(groups[name], twin(x[groups[name]])) for name, twin in self.twins.items()]
+    def _joined(self, x: Tensor, share: Share) -> Tensor:
+        groups = share.groups
+        parts = [(groups[n], twin(x[groups[n]])) for n, twin in self.twins.items() if n in groups]
+        if not parts:
+            base: Tensor = self.base(x)
+            return base
         others = [index for name, index in groups.items() if name not in self.twins]
         if others:
             rows = torch.cat(others)

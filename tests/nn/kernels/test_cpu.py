@@ -13,7 +13,7 @@ from torch import Tensor
 from llmpress.core.errors import ConfigError
 from llmpress.nn.kernels import cpu
 from llmpress.nn.kernels.codebook_matmul.reference import codebook_matmul_reference, codebook_weight
-from llmpress.nn.kernels.delta_matmul import RowDeltas, delta_matmul
+from llmpress.nn.kernels.delta_matmul import PackedDeltas, RowOwners, delta_matmul
 from llmpress.nn.kernels.dispatch import use_backend
 from llmpress.nn.kernels.quantized_matmul.reference import (
     quantized_matmul_reference,
@@ -180,10 +180,10 @@ def test_each_row_gets_its_own_delta(
     groups = [[(2, 8), (5, 3), (20, 2)], [(1, 5), (17, 1)], [], [(3, 7), (1, 6), (4, 4)]]
     deltas = [random_delta(each, shape, group_size, HERE) for each in groups]
     x, y = (torch.randn(len(tenants), n).to(dtype) for n in reversed(shape))
-    before, rows = y.clone(), RowDeltas(deltas, tenants, group_size)
-    found = delta_matmul(x, y, rows)
+    before, rows = y.clone(), (PackedDeltas(deltas, group_size), RowOwners(tenants))
+    found = delta_matmul(x, y, *rows)
     with use_backend("reference"):
-        expected = delta_matmul(x, y, rows)
+        expected = delta_matmul(x, y, *rows)
     check(found, expected, dtype)
     untouched = [row for row, tenant in enumerate(tenants) if tenant in (-1, 2)]
     torch.testing.assert_close(found[untouched], y[untouched], rtol=0, atol=0)

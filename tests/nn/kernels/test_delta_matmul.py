@@ -7,7 +7,7 @@ import pytest
 import torch
 from kernel_examples import DTYPES, check_close, random_delta
 
-from llmpress.nn.kernels.delta_matmul import RowDeltas, delta_matmul
+from llmpress.nn.kernels.delta_matmul import PackedDeltas, RowOwners, delta_matmul
 from llmpress.nn.kernels.dispatch import use_backend
 
 Both = Callable[[Callable[[], Any]], tuple[Any, Any]]
@@ -34,8 +34,8 @@ def test_each_row_gets_its_own_delta(
     x = torch.randn(len(tenants), SHAPE[1], device=device).to(dtype)
     y = torch.randn(len(tenants), SHAPE[0], device=device).to(dtype)
     before = y.clone()
-    rows = RowDeltas(deltas, tenants, 16)
-    found, expected = both(lambda: delta_matmul(x, y, rows))
+    rows = PackedDeltas(deltas, 16), RowOwners(tenants)
+    found, expected = both(lambda: delta_matmul(x, y, *rows))
     check_close(found, expected, dtype, roundings=3)  # of vectors, of what lies between, of sums
     untouched = [row for row, tenant in enumerate(tenants) if tenant in (-1, 2)]
     torch.testing.assert_close(found[untouched], y[untouched], rtol=0, atol=0)
@@ -64,8 +64,8 @@ def test_vectors_of_whole_runs(
     deltas = [random_delta(each, shape, 32, device) for each in groups]
     x = torch.randn(len(tenants), shape[1], device=device).to(dtype)
     y = torch.randn(len(tenants), shape[0], device=device).to(dtype)
-    rows = RowDeltas(deltas, tenants, 32)
-    found, expected = both(lambda: delta_matmul(x, y, rows))
+    rows = PackedDeltas(deltas, 32), RowOwners(tenants)
+    found, expected = both(lambda: delta_matmul(x, y, *rows))
     check_close(found, expected, dtype, roundings=3)
 
 
@@ -75,8 +75,8 @@ def test_codes_that_no_word_begins_with(device: torch.device, both: Both) -> Non
     codes.copy_(group.left.codes)
     moved = group._replace(left=group.left._replace(codes=codes))
     x, y = torch.randn(2, 96, device=device), torch.randn(2, 64, device=device)
-    rows = RowDeltas([[moved]], [0, -1], 32)
-    found, expected = both(lambda: delta_matmul(x, y, rows))
+    rows = PackedDeltas([[moved]], 32), RowOwners([0, -1])
+    found, expected = both(lambda: delta_matmul(x, y, *rows))
     check_close(found, expected, x.dtype, roundings=3)
 
 
@@ -84,17 +84,18 @@ def test_rows_do_not_see_other_rows(device: torch.device) -> None:
     deltas = [random_delta(groups, SHAPE, 16, device) for groups in TENANTS]
     x, y = torch.randn(6, SHAPE[1], device=device), torch.randn(6, SHAPE[0], device=device)
     with use_backend("triton"):
-        together = delta_matmul(x, y, RowDeltas(deltas, [0, 3, 1, 0, -1, 3], 16))
+        together = delta_matmul(x, y, PackedDeltas(deltas, 16), RowOwners([0, 3, 1, 0, -1, 3]))
         for row, tenant in enumerate([0, 3, 1, 0, -1, 3]):
             alone = delta_matmul(
-                x[row : row + 1], y[row : row + 1], RowDeltas(deltas, [tenant], 16)
+                x[row : row + 1], y[row : row + 1], PackedDeltas(deltas, 16), RowOwners([tenant])
             )
             torch.testing.assert_close(together[row : row + 1], alone)
 
 
 def test_what_does_not_fit_is_named() -> None:
     deltas = [random_delta([(1, 2)], SHAPE, 16, torch.device("cpu"))]
+    x, y, packed = torch.zeros(3, 70), torch.zeros(3, 50), PackedDeltas(deltas, 16)
     with pytest.raises(ValueError, match=r"tenants: \[1\]"):
-        RowDeltas(deltas, [0, 1], 16)
+        delta_matmul(x, y, packed, RowOwners([0, 1, -1]))
     with pytest.raises(ValueError, match=r"rows: 2 .*3"):
-        delta_matmul(torch.zeros(3, 70), torch.zeros(3, 50), RowDeltas(deltas, [0, 0], 16))
+        delta_matmul(x, y, packed, RowOwners([0, 0]))

@@ -1,12 +1,13 @@
 """What every compressed linear layer has in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from llmpress.nn.kernels.delta_matmul import RowOwners
 from llmpress.nn.kernels.dispatch import uses_compiled
 from llmpress.nn.layers.blocked import in_blocks, linear
 from llmpress.nn.layers.dense_store import DENSE
@@ -15,8 +16,9 @@ from llmpress.nn.layers.rebuilt import rebuilt_product
 if TYPE_CHECKING:
     from llmpress.nn.layers.dense_store import DenseStore
 
-SumByRow = Callable[[Tensor, Tensor], Tensor]
-"""``y [rows, out]``, ``x [rows, in]`` -> their sum with what each row's own layer adds."""
+SumByRow = Callable[[Tensor, Tensor, RowOwners], Tensor]
+"""``y [rows, out]``, ``x [rows, in]``, whose the rows are -> the sum of ``y`` with what each row's
+own layer makes of ``x``."""
 
 
 KINDS: dict[str, type["CompressedLinear"]] = {}
@@ -109,19 +111,23 @@ class CompressedLinear(nn.Module, ABC):
     def keep_unpacked(self, keep: bool) -> None:
         """Hold what does not train unpacked between calls (finetuning), or drop it again."""
 
+    def sum_key(self) -> Hashable:
+        """Return what layers have in common that `sum_by_row` takes together; None for none."""
+        return None
+
     @classmethod
-    def sum_by_row(cls, layers: Sequence[Self], owners: Sequence[int]) -> "SumByRow | None":
+    def sum_by_row(cls, layers: Sequence[Self | None]) -> "SumByRow":
         """Return one operation that adds to each row the product of its own layer.
 
         Args:
-            layers: Of one shape.
-            owners: For each row the number of its layer, -1 for none.
+            layers: One for each number of an owner, of one shape and one `sum_key`; None adds
+                nothing.
 
-        Returns:
-            Maps ``y [rows, out]`` and ``x [rows, in]`` to the sum; None where there is no kernel.
+        Raises:
+            TypeError: There is no such operation for these layers.
         """
-        del layers, owners
-        return None
+        del layers
+        raise TypeError(f"{cls.__name__} has no kernel for rows of several layers")
 
     def unpacked(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return what `product` multiplies ``x`` by, for `linear`: kept where there is a store."""

@@ -6,7 +6,8 @@ so that a scale group is a run of consecutive channels of *one* singular vector,
 ``r_g`` is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -14,7 +15,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from llmpress.nn.kernels.cpu import packed_weight
-from llmpress.nn.kernels.delta_matmul import PackedVectors, RowDeltas, TripletGroup, delta_matmul
+from llmpress.nn.kernels.delta_matmul import (
+    PackedDeltas,
+    PackedVectors,
+    RowOwners,
+    TripletGroup,
+    delta_matmul,
+)
 from llmpress.nn.kernels.dispatch import uses_compiled, uses_triton
 from llmpress.nn.kernels.quantized_matmul.reference import dequantize_groups
 from llmpress.nn.layers.base import CompressedLinear, SumByRow, as_rows, frozen, rank_allocation
@@ -26,8 +33,6 @@ UNQUANTIZED = 16
 SCALE_BITS = 32
 MOST_ROWS = 64
 """That a kernel multiplies by packed vectors; for more of them unpacking does not count."""
-MOST_SHAPES = 8
-"""Numbers of rows whose work items are kept."""
 
 
 class Vectors(NamedTuple):
@@ -91,7 +96,7 @@ class MixedLowRankLinear(CompressedLinear):
         )
         self.sigma = frozen(torch.empty(self.rank, dtype=torch.float16))
         self.scale = frozen(torch.empty(1, dtype=torch.float32))
-        self._sums: tuple[State | None, dict[int, SumByRow | None]] = (None, {})
+        self._sum: tuple[State, SumByRow] | None = None
 
     def _register(self, name: str, rank: int, length: int, num_bits: int) -> None:
         if num_bits == UNQUANTIZED:
@@ -203,9 +208,9 @@ class MixedLowRankLinear(CompressedLinear):
         """Return ``x Wᵀ``, ``[..., out]``, through the two thin factors."""
         if self.computes_packed(x) and x.numel() <= MOST_ROWS * self.in_features:
             rows = as_rows(x)
-            if (add := self._added_by_kernel(len(rows))) is not None:
-                zeros = rows.new_zeros(len(rows), self.out_features)
-                return add(zeros, rows).view(*x.shape[:-1], self.out_features)
+            zeros = rows.new_zeros(len(rows), self.out_features)
+            added = self._kernel()(zeros, rows, rows_of_one(len(rows)))
+            return added.view(*x.shape[:-1], self.out_features)
         return through_factors(x, *self.unpacked(x))
 
     def rebuilt_product(self, x: Tensor) -> Tensor:
@@ -220,53 +225,50 @@ class MixedLowRankLinear(CompressedLinear):
 
     def computes_packed(self, x: Tensor) -> bool:
         """Whether to multiply ``x`` by packed vectors on a CPU; not where some are unquantized."""
-        is_packed = all(num_bits != UNQUANTIZED for _, num_bits in self.groups)
-        return is_packed and super().computes_packed(x)
+        return self._is_packed and super().computes_packed(x)
+
+    @property
+    def _is_packed(self) -> bool:
+        return all(num_bits != UNQUANTIZED for _, num_bits in self.groups)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy is made of: without addresses of this layer's tensors."""
-        return {**self.__dict__, "_sums": (None, {})}
+        return {**self.__dict__, "_sum": None}
+
+    def sum_key(self) -> Hashable:
+        """Return the size of a scale group; None where some vectors are not quantized."""
+        return self.group_size if self._is_packed and self.bias is None else None
 
     @classmethod
-    def sum_by_row(cls, layers: Sequence[Self], owners: Sequence[int]) -> SumByRow | None:
-        """Return the kernel that reads packed vectors; None where one is not quantized."""
-        groups = [found for layer in layers if (found := layer.triplet_groups()) is not None]
-        if (
-            len(groups) < len(layers)
-            or any(layer.bias is not None for layer in layers)
-            or len({layer.group_size for layer in layers}) > 1
-        ):
-            return None
-        rows = RowDeltas(groups, owners, layers[0].group_size)
-        return lambda y, x: delta_matmul(x, y, rows)
+    def sum_by_row(cls, layers: Sequence[Self | None]) -> SumByRow:
+        """Return the kernel that reads packed vectors."""
+        group_size = next(layer.group_size for layer in layers if layer is not None)
+        groups = [[] if layer is None else layer.triplet_groups() for layer in layers]
+        deltas = PackedDeltas(groups, group_size)
+        return lambda y, x, owners: delta_matmul(x, y, deltas, owners)
 
     def added_to(self, y: Tensor, x: Tensor) -> Tensor:
         """Return ``y + self(x)``; for few rows from the packed vectors where a kernel does that."""
         count = x.numel() // self.in_features
-        if (
-            count > MOST_ROWS
-            or not (self.computes_packed(x) or self._uses_triton(x))
-            or (add := self._added_by_kernel(count)) is None
-        ):
+        has_kernel = self.sum_key() is not None and (
+            self.computes_packed(x) or self._uses_triton(x)
+        )
+        if count > MOST_ROWS or not has_kernel:
             return super().added_to(y, x)
-        flat = y.reshape(-1, self.out_features)
-        return add(flat.to(x.dtype), as_rows(x)).view_as(y)
+        flat = y.reshape(-1, self.out_features).to(x.dtype)
+        return self._kernel()(flat, as_rows(x), rows_of_one(count)).view_as(y)
 
     def _uses_triton(self, x: Tensor) -> bool:
         blocked = torch.is_grad_enabled() or torch.compiler.is_compiling()
         return uses_triton(x) and not blocked
 
-    def _added_by_kernel(self, count: int) -> SumByRow | None:
-        # The kernel reads codes and scales where they are; what it has copies of are these two, and
-        # when the layer moves they move with all others.
+    def _kernel(self) -> SumByRow:
+        # It reads codes and scales where they are; what it has copies of are these two, and when
+        # the layer moves they move with all others.
         made_of = self.sigma, self.scale
-        state, kept = self._sums
-        if state is None or not state.is_of(made_of) or len(kept) > MOST_SHAPES:
-            self._sums = State(made_of), {}
-        kept = self._sums[1]
-        if count not in kept:
-            kept[count] = self.sum_by_row([self], [0] * count)
-        return kept[count]
+        if self._sum is None or not self._sum[0].is_of(made_of):
+            self._sum = State(made_of), self.sum_by_row([self])
+        return self._sum[1]
 
     def _unpack_weights(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         A, V = self.factors()
@@ -275,10 +277,8 @@ class MixedLowRankLinear(CompressedLinear):
     def _num_unpacked(self) -> int:
         return self.rank * (self.in_features + self.out_features)
 
-    def triplet_groups(self) -> list[TripletGroup] | None:
-        """Return what a kernel needs of each group; None where one is not quantized."""
-        if any(num_bits == UNQUANTIZED for _, num_bits in self.groups):
-            return None
+    def triplet_groups(self) -> list[TripletGroup]:
+        """Return what a kernel needs of each group, all of them quantized."""
         ranks = [rank for rank, _ in self.groups]
         sigma = (self.sigma.float() * self.scale).split(ranks) if ranks else ()
         return [
@@ -292,6 +292,12 @@ class MixedLowRankLinear(CompressedLinear):
             self.get_parameter(f"{name}_scales"),
             self.get_buffer(f"{name}_zero_points"),
         )
+
+
+@lru_cache(maxsize=MOST_ROWS)
+def rows_of_one(count: int) -> RowOwners:
+    """Return the owners of ``count`` rows that belong to one layer."""
+    return RowOwners([0] * count)
 
 
 def through_factors(x: Tensor, A: Tensor, V: Tensor) -> Tensor:

@@ -11,48 +11,41 @@ from llmpress.nn.kernels.delta_matmul.reference import (
     PackedVectors,
     TripletGroup,
     delta_matmul_reference,
+    rows_by_tenant,
 )
 from llmpress.nn.kernels.dispatch import uses_compiled, uses_triton
 
 if TYPE_CHECKING:
-    from llmpress.nn.kernels.cpu.deltas import DeltaTables
+    from llmpress.nn.kernels.cpu.deltas import GroupTable, RowTable, Spans
+    from llmpress.nn.kernels.delta_matmul.triton import Groups, Items, Ranks
 
 
-class RowDeltas:
-    """Deltas of one layer and which row gets which; made once for many products.
+class PackedDeltas:
+    """Deltas of one layer, one for each tenant: made once, whoever's the rows are.
 
     Args:
         deltas: Groups of each tenant, largest precision first; all of one ``in`` and ``out``.
-        tenants: Whose delta each row gets, by its number; -1 for none.
         group_size: Of the quantized vectors.
     """
 
-    def __init__(
-        self,
-        deltas: Sequence[Sequence[TripletGroup]],
-        tenants: Sequence[int],
-        group_size: int,
-    ) -> None:
-        if unknown := {t for t in tenants if not -1 <= t < len(deltas)}:
-            raise ValueError(f"tenants: {sorted(unknown)} unknown; there are {len(deltas)} deltas")
+    def __init__(self, deltas: Sequence[Sequence[TripletGroup]], group_size: int) -> None:
         self.deltas = [list(groups) for groups in deltas]
-        self.tenants = list(tenants)
         self.group_size = group_size
-        self._compiled: DeltaTables | None = None
+        self._compiled: GroupTable | None = None
 
     @cached_property
-    def tables(self) -> dict[str, Tensor]:
-        """Addresses and work items for the kernels, on the CPU."""
-        from llmpress.nn.kernels.delta_matmul.triton import work_tables
+    def groups(self) -> "Groups":
+        """Addresses for Triton's kernels, on the device of the deltas."""
+        from llmpress.nn.kernels.delta_matmul.triton import group_tensors
 
-        return work_tables(self.deltas, self.tenants)
+        return group_tensors(self.deltas)
 
-    def compiled_tables(self, shape: tuple[int, int]) -> "DeltaTables":
+    def compiled(self, shape: tuple[int, int]) -> "GroupTable":
         """Addresses for the library for CPUs, for deltas ``[out, in]``."""
         if self._compiled is None:
-            from llmpress.nn.kernels.cpu.deltas import delta_tables
+            from llmpress.nn.kernels.cpu.deltas import group_table
 
-            self._compiled = delta_tables(self.deltas, self.tenants, shape, self.group_size)
+            self._compiled = group_table(self.deltas, shape, self.group_size)
         return self._compiled
 
     @cached_property
@@ -62,32 +55,69 @@ class RowDeltas:
         return all(v.scales.dtype == torch.float16 for v in vectors)
 
 
-def delta_matmul(x: Tensor, y: Tensor, rows: RowDeltas) -> Tensor:
+class RowOwners:
+    """Whose the rows of a batch are, for all layers.
+
+    Args:
+        tenants: Whose delta each row gets, by its number; -1 for none.
+    """
+
+    def __init__(self, tenants: Sequence[int]) -> None:
+        self.tenants = list(tenants)
+        self.by_tenant = rows_by_tenant(tenants)
+        self._compiled: dict[Spans, RowTable] = {}
+        self._items: dict[tuple[Ranks, torch.device], Items] = {}
+
+    def compiled(self, spans: "Spans") -> "RowTable":
+        """Return the table of rows for the library for CPUs."""
+        if spans not in self._compiled:
+            from llmpress.nn.kernels.cpu.deltas import row_table
+
+            self._compiled[spans] = row_table(self.by_tenant, spans)
+        return self._compiled[spans]
+
+    def items(self, ranks: "Ranks", device: torch.device) -> "Items":
+        """Return the work items for Triton's kernels, on the device."""
+        if (ranks, device) not in self._items:
+            from llmpress.nn.kernels.delta_matmul.triton import work_items
+
+            self._items[ranks, device] = work_items(self.by_tenant, ranks, device)
+        return self._items[ranks, device]
+
+
+def delta_matmul(x: Tensor, y: Tensor, deltas: PackedDeltas, owners: RowOwners) -> Tensor:
     """Add every row's delta to the base's outputs.
 
     Args:
         x: Inputs of the layer, ``[M, in]``, fp16, bf16 or fp32; rows contiguous.
         y: Outputs of the base's layer, ``[M, out]`` in the dtype of ``x``; not modified.
-        rows: Deltas, and whose the ``M`` rows are.
+        deltas: Of every tenant.
+        owners: Whose the ``M`` rows are.
 
     Returns:
         ``[M, out]`` in the dtype of ``x``; sums are fp32. Without gradients.
 
     Raises:
-        ValueError: Another number of rows.
+        ValueError: Another number of rows, or a tenant without a delta.
     """
-    if len(x) != len(rows.tenants):
-        raise ValueError(f"rows: {len(rows.tenants)} have tenants, the input has {len(x)}")
+    if len(x) != len(owners.tenants):
+        raise ValueError(f"rows: {len(owners.tenants)} have tenants, the input has {len(x)}")
+    if max(owners.by_tenant, default=-1) >= len(deltas.deltas):
+        unknown = sorted(t for t in owners.by_tenant if t >= len(deltas.deltas))
+        raise ValueError(f"tenants: {unknown} unknown; there are {len(deltas.deltas)} deltas")
     if uses_triton(x):
         from llmpress.nn.kernels.delta_matmul.triton import delta_matmul_triton
 
-        return delta_matmul_triton(x, y, rows.tables, rows.group_size)
-    if uses_compiled(x) and rows.has_stored_dtypes:
+        groups = deltas.groups
+        items = owners.items(groups.ranks, x.device)
+        return delta_matmul_triton(x, y, groups, items, deltas.group_size)
+    if uses_compiled(x) and deltas.has_stored_dtypes:
         from llmpress.nn.kernels.cpu.deltas import delta_matmul_compiled
 
-        return delta_matmul_compiled(x, y, rows.compiled_tables((y.shape[1], x.shape[1])))
-    tenants = torch.tensor(rows.tenants, device=x.device)
-    return delta_matmul_reference(x, y, rows.deltas, tenants, rows.group_size)
+        table = deltas.compiled((y.shape[1], x.shape[1]))
+        return delta_matmul_compiled(x, y, table, owners.compiled(table.spans))
+    tenants = torch.tensor(owners.tenants, device=x.device)
+    return delta_matmul_reference(x, y, deltas.deltas, tenants, deltas.group_size)
 
 
-__all__ = ["PackedVectors", "RowDeltas", "TripletGroup", "delta_matmul"]
+__all__ = ["PackedDeltas", "PackedVectors", "RowOwners", "TripletGroup", "delta_matmul"]

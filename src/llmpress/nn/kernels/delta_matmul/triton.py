@@ -10,7 +10,9 @@ The kernels here take pieces of any size and vectors of any length; those of `tr
 single rows, and take a quarter of the instructions per packed number.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmpress.nn.kernels.bits import load_codes_of_width
-from llmpress.nn.kernels.delta_matmul.reference import TripletGroup, rows_by_tenant
+from llmpress.nn.kernels.delta_matmul.reference import TripletGroup
 from llmpress.nn.kernels.delta_matmul.triton_row import row_left_kernel, row_right_kernel
 from llmpress.nn.kernels.dispatch import on_its_device
 from llmpress.nn.kernels.runs import RUN
@@ -185,25 +187,51 @@ def _delta_left_kernel(
     )
 
 
-def work_tables(
-    deltas: Sequence[Sequence[TripletGroup]], tenants: Sequence[int]
-) -> dict[str, Tensor]:
-    """Return what the kernels look up, on the device of the deltas.
+Ranks = tuple[tuple[int, ...], ...]
+"""Triplets of each group, tenant by tenant."""
 
-    Returns:
-        ``groups`` int64 ``[all groups, COLUMNS]``, ``sigma`` fp32 ``[all triplets]``, ``order``
-        int64: rows by tenant; ``right`` int64 ``[items, 4]``: place of the first row in ``order``,
-        rows, group, first triplet; ``left`` int64 ``[items, 4]``: the same rows, first and last
-        group of the tenant. On the CPU, int64 scalars: ``most``, triplets of the largest delta;
-        ``rows``, of a piece; ``aligned``, whether all
-        codes can be read word by word.
+
+class Groups(NamedTuple):
+    """What the kernels look up of a layer's deltas, on their device.
+
+    Attributes:
+        table: int64 ``[all groups, COLUMNS]``.
+        sigma: fp32 ``[all triplets]``.
+        ranks: Of each tenant's groups.
+        most: Triplets of the largest delta.
+        aligned: Whether all codes can be read word by word.
     """
-    groups: list[list[int]] = []
-    of_tenant: list[tuple[int, int]] = []
-    sigma: list[Tensor] = []
-    total = most = 0
+
+    table: Tensor
+    sigma: Tensor
+    ranks: Ranks
+    most: int
+    aligned: bool
+
+
+class Items(NamedTuple):
+    """Whose the rows are, in pieces, for every layer with deltas of these ranks.
+
+    Attributes:
+        order: int64: rows by tenant.
+        right: int64 ``[items, 4]``: place of the first row in ``order``, rows, group, first
+            triplet.
+        left: int64 ``[items, 4]``: the same rows, first and last group of the tenant.
+        rows_of_piece: At most.
+    """
+
+    order: Tensor
+    right: Tensor
+    left: Tensor
+    rows_of_piece: int
+
+
+def group_tensors(deltas: Sequence[Sequence[TripletGroup]]) -> Groups:
+    """Return the table of all tenants' groups."""
+    table: list[list[int]] = []
+    total = 0
     for delta in deltas:
-        first, own = len(groups), 0
+        own = 0
         for group in delta:
             rank = len(group.sigma)
             addresses = [
@@ -211,49 +239,58 @@ def work_tables(
                 for side in (group.right, group.left)
                 for tensor in (side.codes, side.zero_points, side.scales)
             ]
-            groups.append([group.num_bits, rank, total + own, own, *addresses])
-            sigma.append(group.sigma)
+            table.append([group.num_bits, rank, total + own, own, *addresses])
             own += rank
-        of_tenant.append((first, len(groups)))
-        total, most = total + own, max(most, own)
-    by_tenant = rows_by_tenant(tenants)
-    most_rows = max((len(rows) for rows in by_tenant.values()), default=0)
+        total += own
+    sigma = [group.sigma for delta in deltas for group in delta]
+    device = sigma[0].device if sigma else None
+    ranks = tuple(tuple(len(group.sigma) for group in delta) for delta in deltas)
+    return Groups(
+        torch.tensor(table, dtype=torch.int64, device=device).view(-1, COLUMNS),
+        torch.cat(sigma) if sigma else torch.zeros(0),
+        ranks,
+        max(map(sum, ranks), default=0),
+        all(row[place] % 4 == 0 for row in table for place in (4, 7)),
+    )
+
+
+def work_items(by_tenant: Mapping[int, Sequence[int]], ranks: Ranks, device: torch.device) -> Items:
+    """Return the pieces of each tenant's rows, on a device."""
+    ends = list(accumulate(map(len, ranks)))
+    most_rows = max(map(len, by_tenant.values()), default=0)
     rows_of_piece = 1 if most_rows <= MOST_SINGLE_ROWS else BLOCK_M
     order: list[int] = []
     right: list[list[int]] = []
     left: list[list[int]] = []
     for tenant, rows in by_tenant.items():
+        first = ends[tenant] - len(ranks[tenant])
         for start in range(0, len(rows), rows_of_piece):
             piece = [len(order), len(rows[start : start + rows_of_piece])]
             order += rows[start : start + rows_of_piece]
-            left.append([*piece, *of_tenant[tenant]])
+            left.append([*piece, first, ends[tenant]])
             right += [
-                [*piece, group, triplet]
-                for group in range(*of_tenant[tenant])
-                for triplet in range(0, groups[group][1], BLOCK_R)
+                [*piece, first + group, triplet]
+                for group, rank in enumerate(ranks[tenant])
+                for triplet in range(0, rank, BLOCK_R)
             ]
-    device = sigma[0].device if sigma else None
-    return {
-        "sigma": torch.cat(sigma) if sigma else torch.zeros(0),
-        "most": torch.tensor(most),
-        "rows": torch.tensor(rows_of_piece),
-        "aligned": torch.tensor(all(row[place] % 4 == 0 for row in groups for place in (4, 7))),
-        "groups": torch.tensor(groups, device=device).view(-1, COLUMNS),
-        "order": torch.tensor(order, dtype=torch.int64, device=device),
-        "right": torch.tensor(right, dtype=torch.int64, device=device).view(-1, 4),
-        "left": torch.tensor(left, dtype=torch.int64, device=device).view(-1, 4),
-    }
+    return Items(
+        torch.tensor(order, dtype=torch.int64, device=device),
+        torch.tensor(right, dtype=torch.int64, device=device).view(-1, 4),
+        torch.tensor(left, dtype=torch.int64, device=device).view(-1, 4),
+        rows_of_piece,
+    )
 
 
 @on_its_device
-def delta_matmul_triton(x: Tensor, y: Tensor, tables: dict[str, Tensor], group_size: int) -> Tensor:
+def delta_matmul_triton(
+    x: Tensor, y: Tensor, groups: Groups, items: Items, group_size: int
+) -> Tensor:
     """Return ``y [M, out]`` with every row's delta added; ``z`` is fp32."""
     out = y.clone()
-    if not len(tables["right"]):
+    if not len(items.right):
         return out
-    most, rows_of_piece, in_words = (int(tables[key]) for key in ("most", "rows", "aligned"))
-    in_words &= all(n % RUN == 0 for n in (x.shape[1], y.shape[1], group_size))
-    if rows_of_piece == 1 and in_words:
+    in_words = groups.aligned and all(n % RUN == 0 for n in (x.shape[1], y.shape[1], group_size))
+    if items.rows_of_piece == 1 and in_words:
         right, of_right = row_right_kernel, {"BLOCK_I": 32 * RUN}
         left, of_left = row_left_kernel, {"BLOCK_R": 2 * BLOCK_R, "BLOCK_O": 4 * RUN}
         of_both = {}
@@ -261,35 +298,35 @@ def delta_matmul_triton(x: Tensor, y: Tensor, tables: dict[str, Tensor], group_s
         right, of_right = _delta_right_kernel, {"BLOCK_I": 32 if x.dtype == torch.float32 else 128}
         left, of_left = _delta_left_kernel, {"BLOCK_R": BLOCK_R, "BLOCK_O": 64}
         of_both = {
-            "IN_WORDS": bool(in_words),
+            "IN_WORDS": in_words,
             "OPERAND": operand_dtype(x.dtype),
             "BLOCK_M": BLOCK_M,
         }
     of_both |= {"GROUP_SIZE": group_size, "COLUMNS": COLUMNS}
-    z = x.new_empty(len(tables["order"]), most, dtype=torch.float32)
-    right[(len(tables["right"]),)](
+    z = x.new_empty(len(items.order), groups.most, dtype=torch.float32)
+    right[(len(items.right),)](
         x,
-        tables["order"],
-        tables["right"],
-        tables["groups"],
-        tables["sigma"],
+        items.order,
+        items.right,
+        groups.table,
+        groups.sigma,
         z,
         x.shape[1],
-        most,
+        groups.most,
         x.stride(0),
         BLOCK_R=BLOCK_R,
         **of_right,
         **of_both,
     )
-    left[(len(tables["left"]), triton.cdiv(y.shape[1], of_left["BLOCK_O"]))](
+    left[(len(items.left), triton.cdiv(y.shape[1], of_left["BLOCK_O"]))](
         y,
-        tables["order"],
-        tables["left"],
-        tables["groups"],
+        items.order,
+        items.left,
+        groups.table,
         z,
         out,
         y.shape[1],
-        most,
+        groups.most,
         y.stride(0),
         **of_left,
         **of_both,
