@@ -179,6 +179,7 @@ def test_what_a_module_needs_is_declared(file: Path) -> None:
     extras = project["optional-dependencies"]
     declared = list(project["dependencies"])
     declared += extras["workflow"] if room(module_name(file)) == "report" else []
+    declared += extras["serve"] if room(module_name(file)) == "serving" else []
     declared += extras["gpu"] if room(module_name(file)) == "nn" else []
     names = {re.split(r"[<>=!;\[ ]", entry)[0].replace("-", "_").lower() for entry in declared}
     names |= {"yaml", "pydantic_core", "markupsafe", "llmpress", *sys.stdlib_module_names}
