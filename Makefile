@@ -1,4 +1,4 @@
-# make report | quick | test | test-gpu | gpu-session | bench | study | removal | deltas | tables | check | docs | lock | clean: each makes .venv first when it is missing or out of date.
+# make report | quick | test | test-gpu | gpu-session | bench | study | tables | check | docs | lock | clean: each makes .venv first when it is missing or out of date.
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Without compiled modules beside them every job compiles torch and transformers again: 3 seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help report quick test test-gpu gpu-session bench study removal deltas tables check docs lock clean
+.PHONY: help report quick test test-gpu gpu-session bench study tables check docs lock clean
 
 help:
 	@echo "make report    run the pipeline up to results/report.html"
@@ -18,8 +18,6 @@ help:
 	@echo "make gpu-session  test and measure on a GPU within ten minutes; DRY=1 on tiny shapes without one"
 	@echo "make bench     time loading, decoding and each operation, on the artifacts of make report -> benchmarks/results/"
 	@echo "make study NAME=quality   a pipeline of its own for a question, see studies/README.md"
-	@echo "make removal   low rank against removed blocks at several sizes, hours on two cores -> benchmarks/results/removal.csv"
-	@echo "make deltas    delta methods on three fine-tuned partners, hours on two cores -> benchmarks/results/deltas.csv"
 	@echo "make tables    put the numbers of results/report.csv and a picture of the report into the documentation"
 	@echo "make check     format, lint, types, workflow, documentation: what CI runs before the tests"
 	@echo "make docs      build the documentation into build/site/index.html"
@@ -61,37 +59,6 @@ bench: $(TESTED)
 # A question that takes longer than the default pipeline: make study NAME=quality; see studies/README.md.
 study: $(INSTALLED)
 	cd studies/$(NAME) && snakemake --cores all --quiet rules progress host reason
-
-QUALITY_MODEL := studies/quality/data/models/smollm2
-PEER_CALIBRATION := studies/quality/data/calibration/smollm2
-
-REDUCTIONS := 0.1 0.2 0.3 0.4
-REMOVAL := build/removal/out
-
-removal: $(INSTALLED) | $(PEER_CALIBRATION)
-	for task in arc-easy piqa; do test -d data/tasks/$$task || \
-	  python workflow/scripts/fetch_task.py $$task --params examples/all-methods.yaml || exit 1; done
-	python benchmarks/removal.py $(QUALITY_MODEL) $(PEER_CALIBRATION) $(REDUCTIONS) --out $(REMOVAL)
-	python benchmarks/quality.py $(QUALITY_MODEL) $(REMOVAL)/* --original $(QUALITY_MODEL) \
-	  --tasks data/tasks/arc-easy --tasks data/tasks/piqa --out benchmarks/results/removal.csv
-
-# Partners that are harder than the pipeline's own, trained by its stages in a folder of their own.
-PARTNERS := arithmetic calls code
-DELTA_STUDY := build/deltas
-
-deltas: $(INSTALLED) | $(QUALITY_MODEL)
-	mkdir -p $(DELTA_STUDY)/data/models
-	test -e $(DELTA_STUDY)/data/corpora || ln -s $(CURDIR)/data/corpora $(DELTA_STUDY)/data/corpora
-	test -e $(DELTA_STUDY)/data/models/smollm2 || ln -s $(CURDIR)/$(QUALITY_MODEL) $(DELTA_STUDY)/data/models/smollm2
-	cd $(DELTA_STUDY) && for task in arithmetic calls; do test -d data/tasks/$$task || \
-	  python $(CURDIR)/workflow/scripts/fetch_task.py $$task --params $(CURDIR)/benchmarks/deltas.yaml || exit 1; done
-	cd $(DELTA_STUDY) && for name in $(PARTNERS); do test -d data/models/$$name || \
-	  python $(CURDIR)/workflow/scripts/train_task.py $$name --params $(CURDIR)/benchmarks/deltas.yaml || exit 1; done
-	for name in $(PARTNERS); do python benchmarks/deltas.py $(QUALITY_MODEL) $(DELTA_STUDY)/data/models/$$name \
-	  $$(test -d $(DELTA_STUDY)/data/tasks/$$name && echo --task $(DELTA_STUDY)/data/tasks/$$name) || exit 1; done
-
-$(QUALITY_MODEL) $(PEER_CALIBRATION): | $(INSTALLED)
-	cd studies/quality && snakemake --cores all $(patsubst studies/quality/%,%,$@)
 
 tables: $(TESTED)
 	python docs/tables.py --write

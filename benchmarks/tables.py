@@ -8,9 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llmpress.core.artifacts import read_provenance
 from llmpress.core.environment import hardware, packages
-from llmpress.core.errors import ArtifactError
 
 
 def append_rows(out: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -44,12 +42,3 @@ def origin(*names: str) -> dict[str, Any]:
         "commit": commit or os.environ.get("COMMIT", ""),  # a copy without git is told
         "date": datetime.now(UTC).date().isoformat(),
     }
-
-
-def is_done(folder: Path) -> bool:
-    """Whether an artifact lies there whole."""
-    try:
-        read_provenance(folder)
-    except ArtifactError:
-        return False
-    return True
