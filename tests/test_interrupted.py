@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from tiny_artifacts import content, without_times
 
 import llmpress
 from llmpress.core.artifacts import verify
+from llmpress.evaluation.metrics import Speed
 
+ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 TRIALS = int(os.environ.get("LLMPRESS_TRIALS", "4"))
 EVERY = TRIALS > 4
@@ -59,13 +61,17 @@ import accelerate, torch, faiss, transformers.models.llama.modeling_llama, safet
 import llmpress.methods.cluscomp, llmpress.training.stage, llmpress.export.dense
 import llmpress.compression.stage, llmpress.deltas.compression, llmpress.core.artifacts
 import llmpress.evaluation.stage, llmpress.evaluation.tasks, peft
+import llmpress.evaluation.speed, llmpress.training.full, llmpress.report.html
+import llmpress.data.sources.pretrained, llmpress.data.tasks.arithmetic
 from llmpress.cli import main
 
 class Writes:
     def __init__(self, folder, failing):
-        self.folder, self.failing, self.count = os.path.join(folder, "made"), failing, 0
+        names = ("made", "data", "results", "scratch")
+        self.places = (*(os.path.join(folder, n) for n in names), *(f"{n}/" for n in names))
+        self.failing, self.count = failing, 0
     def one(self, path):
-        if str(path).startswith((self.folder, "made/")):
+        if str(path).startswith(self.places):
             self.count += 1
             if self.count == self.failing:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
@@ -293,51 +299,132 @@ def test_no_file_may_be_larger(case: Case, limit: int) -> None:
     case.check()
 
 
+STAGES = {  # what its script is told, and what it writes, in the order of running
+    "fetch_model": ("tiny", ["data/models/tiny"]),
+    "fetch_corpus": ("text", ["data/corpora/text"]),
+    "fetch_task": ("sums", ["data/tasks/sums"]),
+    "train_task": ("tuned", ["data/models/tuned"]),
+    "reference": ("tiny", ["data/references/tiny"]),
+    "evaluate": ("small", ["results/metrics/small.json", "results/details/small.json"]),
+    "speed": ("", ["results/speed.json"]),
+    "report": (f"--pipeline {ROOT}/dvc.yaml", ["results/report.html", "results/report.csv"]),
+}
+SETTINGS: dict[str, Any] = {"windows": 2, "length": 64, "dtype": "float32"}
+PROJECT = {
+    "seed": 0,
+    "models": {"tiny": {"path": "model", "license": "any"}},
+    "corpora": {"text": {"path": "texts", "license": "any"}},
+    "tasks": {
+        "sums": {
+            "generator": "arithmetic", "train_items": 8, "test_items": 4, "license": "any",
+        },
+    },
+    "finetuned_models": {
+        "tuned": {"base": "tiny", "task": "sums", "steps": 3, "precision": "float32"}
+    },
+    "runs": {"small": {"model": "tiny", "method": "rtn", "settings": {"bits": 4}}},
+    "evaluation": {
+        **SETTINGS, "models": ["tiny"], "corpora": ["text"], "sample_tokens": 4, "tasks": {},
+        "task_dtype": "float32", "split": "test",
+    },
+    "speed": {"runs": ["small"], "prefill_tokens": 8, "decode_tokens": 2, "rounds": 1},
+}  # fmt: skip
+
+
+@dataclass
+class Stage:
+    """A stage of a project whose stages all ran, and what it wrote."""
+
+    world: World
+    arguments: list[str]
+    outputs: list[Path]
+    whole: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def run(self) -> None:
+        """Run it undisturbed: from now on this is what it makes, and how long that takes."""
+        status, said, self.seconds = self.world(self.arguments)
+        assert status == 0, said
+        self.whole = self.found()
+        assert len(self.whole) == len(self.outputs)
+
+    def found(self) -> dict[str, Any]:
+        """What is there, without what differs between two runs; each output has to be whole."""
+        return {str(path): self.read(path) for path in self.outputs if path.exists()}
+
+    def read(self, path: Path) -> Any:
+        """An output, without what differs between two runs."""
+        if path.is_dir():
+            verify(path)
+            return content(path)
+        if path.name == "speed.json":
+            return set(Speed.model_validate_json(path.read_text(encoding="utf-8")).runs)
+        text = path.read_text(encoding="utf-8")
+        return without_times(json.loads(text)) if path.suffix == ".json" else text
+
+    def remove(self) -> None:
+        """Leave nothing of what it wrote."""
+        for path in self.outputs:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """What is there is whole; the same stage again makes all of it, and leaves nothing else."""
+        assert self.found().items() <= self.whole.items()
+        status, said, _ = self.world(self.arguments)
+        assert status == 0, said
+        assert self.found() == self.whole
+        for parent in {path.parent for path in self.outputs}:
+            assert not [path for path in parent.iterdir() if path.name.startswith(".")]
+        assert not (self.world.folder / "scratch").exists()
+
+
 @pytest.fixture(scope="module")
-def evaluation(world: World) -> list[str]:
-    """A project with one run, and the arguments that evaluate it."""
-    data = world.folder / "data"
-    shutil.copytree(world.folder / "model", data / "models/tiny")
-    shutil.copytree(world.folder / "packed", data / "compressed/small")
-    settings = {"windows": 2, "length": 64, "dtype": "float32"}
-    llmpress.make_reference(
-        data / "models/tiny", text=[world.folder / "text.txt"], out=data / "references/tiny",
-        **settings,
-    )  # fmt: skip
-    evaluation = {"models": ["tiny"], "corpora": ["text"], "sample_tokens": 4, **settings}
-    evaluation |= {"task_dtype": "float32", "split": "test"}
-    run = {"model": "tiny", "method": "cluscomp", "settings": {}}
-    params = {"runs": {"small": run}, "evaluation": {**evaluation, "tasks": {}}}
-    (world.folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
-    return [str(Path(__file__).parents[1] / "workflow/scripts/evaluate.py"), "small"]
+def project(world: World) -> dict[str, Stage]:
+    """All stages of a project, each run once."""
+    texts = world.folder / "texts"
+    texts.mkdir()
+    for number in range(20):
+        (texts / f"{number}.txt").write_text(f"def f{number}(x): return x + {number}\n" * 100)
+    (world.folder / "params.yaml").write_text(yaml.safe_dump(PROJECT), encoding="utf-8")
+    stages = {}
+    for name, (told, outputs) in STAGES.items():
+        script = ROOT / f"workflow/scripts/{name}.py"
+        paths = [world.folder / output for output in outputs]
+        stages[name] = Stage(world, [str(script), *told.split()], paths)
+        stages[name].run()
+        if name == "fetch_model":
+            out = world.folder / "data/compressed/small"
+            llmpress.compress_model(paths[0], method="rtn", bits=4, out=out, device="cpu")
+    return stages
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "term"])
-def test_an_evaluation_ended_anywhere_leaves_whole_numbers(
-    world: World, evaluation: list[str], number: signal.Signals
-) -> None:
-    results = world.folder / "results"
-
-    def found() -> dict[str, Any]:
-        files = [path for path in results.rglob("*") if path.is_file()]
-        read = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in files}
-        assert len(read) == len(files)
-        return {name: without_times(record) for name, record in read.items()}
-
-    status, said, seconds = world(evaluation)
-    assert status == 0, said
-    whole = found()
-    assert whole.keys() == {"metrics", "details"}
-    draw = random.Random(f"{number}")
-    for trial in range(TRIALS):
-        if trial % 2:
-            shutil.rmtree(results)
-        status, said, _ = world(evaluation, signal=number, seconds=draw.uniform(0, seconds))
-        if number == signal.SIGTERM and status not in (0, -number):
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_ended_anywhere_leaves_what_is_whole(project: dict[str, Stage], name: str) -> None:
+    stage, draw = project[name], random.Random(name)
+    stage.run()
+    for trial in range(max(2, TRIALS // 2)):
+        if trial % 4 < 2:
+            stage.remove()
+        number = (signal.SIGKILL, signal.SIGTERM)[trial % 2]
+        seconds = draw.uniform(0, stage.seconds)
+        status, said, _ = stage.world(stage.arguments, signal=number, seconds=seconds)
+        if number == signal.SIGTERM and status not in (0, -number):  # before it could listen
             assert status == 128 + number, said
             assert one_error(said), said
-        left = found()
-        assert left.items() <= whole.items()
-        status, said, _ = world(evaluation)
-        assert status == 0, said
-        assert found() == whole
+        stage.check()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_no_space_at_each_write_of_a_stage(project: dict[str, Stage], name: str) -> None:
+    stage, draw = project[name], random.Random(name)
+    stage.run()
+    drawn = [1, *(draw.randint(1, 20) for _ in range(TRIALS // 4))]
+    for failing in itertools.count(1) if EVERY else sorted(drawn):
+        stage.remove()
+        status, said, _ = stage.world(stage.arguments, failing=failing)
+        if status == 77:
+            break
+        assert status == 1, f"write {failing}: {said}"
+        assert one_error(said), f"write {failing}: {said}"
+        assert stage.found().items() < stage.whole.items()
+    stage.check()
