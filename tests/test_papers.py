@@ -47,16 +47,17 @@ def test_lillama_keeps_what_the_rows_say() -> None:
 
 
 def test_delta_come_keeps_what_the_rows_say() -> None:
-    measured = rows("deltas_first_training.csv", "label", partner="calls")
-    for label in ("fine-tuned", "delta_come 1", "delta_come, paper 1", "svd 1", "bitdelta",
-                  "bitdelta, distilled"):  # fmt: skip
-        row = measured[label]
-        assert f"{float(row['accuracy']):.2f} ± {float(row['accuracy_stderr']):.2f}" in ours(
-            "delta_come"
+    measured = rows("../../studies/deltas/results/report.csv", "name")
+    for name in ("calls", "calls-come-1", "calls-svd-1", "calls-bitdelta", "arithmetic",
+                 "arithmetic-come-1"):  # fmt: skip
+        row = measured[name]
+        assert f"{float(row['mean_accuracy']):.2f} ± {float(row['stderr_mean_accuracy']):.2f}" in (
+            ours("delta_come")
         )
-    further = [float(measured[name]["kl_nats_wikipedia"]) for name in
-               ("bitdelta, distilled", "delta_come 1")]  # fmt: skip
-    assert 11 <= further[0] / further[1] < 12
+    signs, come = (
+        float(measured[f"calls-{run}"]["kl_wikipedia"]) for run in ("bitdelta", "come-1")
+    )
+    assert f"{signs / come:.0f} times ours" in ours("delta_come")
     held = [float(row["held_mb"]) for row in rows("delta_serving.csv", "p50_ms").values()]
     for shown in (481, 4305):
         assert min(abs(value - shown) for value in held) < 1
