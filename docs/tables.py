@@ -34,7 +34,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/**/*.md", "studies/*.md")
 TABLE = re.compile(r"(<!-- table: ([^\n]+)\n(.*?)-->\n)(.*?)(<!-- /table -->)", re.DOTALL)
-FIELD = re.compile(r"\{(\w+)(:[^}]*)?\}")
+FIELD = re.compile(r"\{([\w-]+)(:[^}]*)?\}")
 
 
 def filled(page: str, root: Path = ROOT) -> str:
