@@ -43,7 +43,7 @@ PAGE = """Before.
 <!-- table: rows.csv
 columns:
   "": "{label}"
-  bits: "{bits-of-all:.1f}"
+  bits: "{true-bits:.1f}"
   perplexity: "{wiki:.1f} ± {error:.1f}"
 rows: {two: the second, one: the first}
 -->
@@ -51,7 +51,7 @@ old
 <!-- /table -->
 After.
 """
-ROWS = "name,bits-of-all,wiki,error\none,3.04,20,1\ntwo,2.96,30,\n"
+ROWS = "name,true-bits,wiki,error\none,3.04,20,1\ntwo,2.96,30,\n"
 
 
 def test_a_table_has_its_rows_in_order_and_its_columns(tmp_path: Path) -> None:
@@ -85,12 +85,12 @@ def test_a_table_without_its_results_is_an_error(
 
 def test_a_table_of_two_files_is_sorted_and_takes_what_a_row_has(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(ROWS)
-    (tmp_path / "peers.csv").write_text("name,bits-of-all,perplexity\npeer,3,25\n")
+    (tmp_path / "peers.csv").write_text("name,true-bits,perplexity\npeer,3,25\n")
     page = PAGE.replace("rows.csv", "rows.csv peers.csv")
     page = page.replace('"{wiki:.1f} ± {error:.1f}"', '["{wiki:.1f} ± {error:.1f}", "{wiki:.1f}"]')
     page = page.replace(
         "rows: {two: the second, one: the first}",
-        "same: {wiki: perplexity}\nsort: bits-of-all\nrows: {one: first, peer: theirs, two: second}",
+        "same: {wiki: perplexity}\nsort: true-bits\nrows: {one: first, peer: theirs, two: second}",
     )
     table = TABLES["filled"](page, tmp_path).splitlines()[-5:-2]
     assert table == [
