@@ -60,6 +60,8 @@ def test_sequences_are_attended_as_generate_does(architecture: str) -> None:
     ]
     batcher = Batcher(DeltaBank(model), max_requests=4, cache_tokens=1024, max_batch_tokens=24)
     assert asyncio.run(generated(batcher, prompts, 9)) == expected
+    again = model.generate(torch.tensor([prompts[1]]), max_new_tokens=9, do_sample=False)
+    assert again[0, len(prompts[1]) :].tolist() == expected[1]  # the model is given back
 
 
 def test_what_cannot_be_batched_is_refused() -> None:

@@ -254,6 +254,11 @@ def test_a_full_cache_makes_requests_wait(
 
     with serving(engine) as served:
         assert asyncio.run(ask_all(served)) == [expected(*each) for each in asked]
+        whole = {"prompt": "def f0():", "max_tokens": 240, "temperature": 0}
+        threads = [in_background(served, {"model": name, **whole}) for name in ("base", "tuned")]
+        for thread in threads:
+            thread.join()
+        assert served.engine.batcher.is_alive()
         too_long = {"model": "base", "prompt": "x", "max_tokens": 300}
         refused = served.post("/v1/completions", too_long).json()
         assert "cache is 256 tokens" in refused["error"]["message"]
@@ -344,3 +349,16 @@ def test_a_command_ends_after_what_runs(tiny_model_folder: Path, deltas: Deltas)
     assert [e["completion_tokens"] for e in events if e.get("status") == 200] == [500]
     assert process.returncode == 0
     assert "Traceback" not in err
+
+
+def test_what_the_server_got_wrong_is_an_error_in_the_same_form(
+    small: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("disk gone")
+
+    monkeypatch.setattr(small.engine, "begin", fail)
+    answer = small.post("/v1/completions", LONG, headers=KEY)
+    assert answer.status_code == 500
+    assert answer.json()["error"]["type"] == "server_error"
+    assert "disk gone" not in answer.text

@@ -281,7 +281,7 @@ def _add_errors(app: FastAPI) -> None:
         headers = {"Retry-After": str(RETRY_SECONDS)} if status == 429 else None
         return JSONResponse(body, status_code=status, headers=headers)
 
-    for kind, _, _ in _STATUS:
+    for kind in (*(kind for kind, _, _ in _STATUS), Exception):
         app.exception_handler(kind)(failed)
 
 

@@ -159,8 +159,8 @@ class Batcher:
             self._manager = self.model.init_continuous_batching(
                 GenerationConfig(do_sample=False, eos_token_id=-1), config
             )
-            if self.model.device.type == "cpu" and self.model.config._attn_implementation == "sdpa":
-                self.model.set_attn_implementation(PAGED_ATTENTION)
+            if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+                model.set_attn_implementation(PAGED_ATTENTION)
             keeps: Any = getattr(self.model, "_supports_logits_to_keep", bool)
             sees_all = not keeps()
             self._manager.logit_processor = _Tenants(bank, self._requests, head_sees_all=sees_all)
@@ -183,6 +183,8 @@ class Batcher:
     def stop(self, *, at_once: bool = False) -> None:
         """End the thread, after what runs or at once, and give the model back."""
         self._manager.stop(hard_stop=at_once)
+        if self.model.config._attn_implementation == PAGED_ATTENTION:
+            self.model.set_attn_implementation("sdpa")
         self._bank.use(None)
 
     def is_alive(self) -> bool:

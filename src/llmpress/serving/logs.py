@@ -72,6 +72,9 @@ class RequestLog:
 
         try:
             await self._app(scope, receive, noted)
+        except Exception:
+            status = 500
+            raise
         finally:
             seconds = time.perf_counter() - started
             place = {"method": scope["method"], "path": scope["path"], "status": status}
