@@ -170,6 +170,15 @@ def test_damaged_outputs_are_restored(project: Project, engine: str) -> None:
     project.assert_as_committed()
 
 
+def test_a_list_of_locks_that_a_killed_job_left_half_written_stops_nobody(
+    project: Project,
+) -> None:
+    project.edit('"plain"', '"better"', file="toy/methods/plain/method.py")
+    (project.folder / ".dvc/tmp/rwlock").write_text("", encoding="utf-8")
+    project.snakemake()
+    assert project.ran() == ["compress@x", "evaluate@x", "report"]
+
+
 def test_outputs_that_git_keeps_are_made_again(project: Project) -> None:
     shutil.rmtree(project.folder / "results")
     project.snakemake()

@@ -6,6 +6,7 @@ a line when it starts, one a minute and one when it ends.
 """
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 import yaml
 from dvc.cli import main
 from dvc.config import Config
+from dvc.lock import make_lock
+from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from progress import told
@@ -24,7 +27,9 @@ def run(stage: str, log: Path) -> int:
     DVC is told to wait for its lock, as several jobs run at a time; without that, a stage that has
     finished can still fail because another one is just being recorded.
     """
-    remote = Config.from_cwd()["core"].get("remote")
+    config = Config.from_cwd()
+    mend_list_of_locks(Path(config.dvc_dir) / "tmp", config["core"].get("hardlink_lock", False))
+    remote = config["core"].get("remote")
     pull = ["--pull"] if remote and os.environ.get("LLMPRESS_OFFLINE") != "1" else []
     terminal = os.fdopen(os.dup(1), "w", encoding="utf-8")
     with log.open("wb") as file:
@@ -38,6 +43,31 @@ def run(stage: str, log: Path) -> int:
             job.status = int(main([*repro, "--force", stage]))
         sys.stdout.flush()
     return job.status
+
+
+def mend_list_of_locks(folder: Path, hardlink: bool) -> None:
+    """Remove DVC's list of locks where a process was killed in writing it: DVC would stop at it.
+
+    Who writes it holds its guard, so what is no JSON under the guard is of nobody alive.
+    """
+    if is_whole(folder / RWLOCK_FILE):
+        return
+    with make_lock(
+        str(folder / RWLOCK_LOCK), tmp_dir=str(folder), hardlink_lock=hardlink, wait=True
+    ):
+        if not is_whole(folder / RWLOCK_FILE):
+            (folder / RWLOCK_FILE).unlink()
+
+
+def is_whole(file: Path) -> bool:
+    """Tell whether a file of JSON can be read, or is not there."""
+    try:
+        json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return True
+    except ValueError:
+        return False
+    return True
 
 
 def outputs(stage: str) -> list[str]:

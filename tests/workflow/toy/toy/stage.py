@@ -67,4 +67,7 @@ if __name__ == "__main__":
     if stage == os.environ.get("TOY_HANG"):
         Path(os.environ["TOY_PID"]).write_text(str(os.getpid()), encoding="utf-8")
         time.sleep(60)
+    if stage == os.environ.get("TOY_FILL"):
+        filled = [bytearray(os.urandom(1 << 20) * 64) for _ in range(40)]  # 2.5 GB
+        time.sleep(60)
     main(sys.argv[1], sys.argv[-1], yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8")))
