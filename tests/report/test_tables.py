@@ -6,6 +6,7 @@ import pytest
 from report_project import CORPORA, DELTA_RUNS, TASKS, WEIGHT_RUNS, Project
 
 from llmpress.core.errors import ArtifactError
+from llmpress.core.kinds import KINDS, Kind
 from llmpress.evaluation.metrics import Details, Metrics
 from llmpress.report.html import write_report
 from llmpress.report.tables import (
@@ -23,6 +24,18 @@ def summary_of(project: Project) -> pd.DataFrame:
     return summary_frame(read_results(project.metrics, project.details, project.params)).set_index(
         "name"
     )
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_a_run_of_each_kind_is_a_row_and_a_part_of_the_page(
+    project: Project, kind: Kind, tmp_path: Path
+) -> None:
+    name = next(iter(WEIGHT_RUNS))
+    project.edit("details", name, lambda details: details.update(kind=kind.name))
+    page, table = tmp_path / "report.html", tmp_path / "report.csv"
+    write_report(read_results(project.metrics, project.details), {}, page, table)
+    assert pd.read_csv(table).set_index("name").loc[name, "kind"] == kind.name
+    assert kind.label in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ALL)
