@@ -69,7 +69,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._daemons: list[subprocess.Popen[bytes]] = []
+        self.daemons: list[subprocess.Popen[bytes]] = []
         for name in ("state", "spool-node1", "spool-node2", "bin"):
             (folder / name).mkdir(parents=True)
         memory = min(7000, psutil.virtual_memory().total // 2_200_000)
@@ -92,19 +92,20 @@ class Cluster:
                 encoding="utf-8",
             )
             file.chmod(file.stat().st_mode | stat.S_IXUSR)
-        self._daemon(
+        self.daemon(
             "munged",
             *("--foreground", "--force", f"--key-file={key}", f"--seed-file={folder}/munge.seed"),
             *(f"--socket={folder}/munge.socket", f"--pid-file={folder}/munge.pid"),
             f"--log-file={folder}/munge.log",
         )
         self.wait_until(lambda: (folder / "munge.socket").exists())
-        self._daemon("slurmctld", "-D")
+        self.daemon("slurmctld", "-D")
         for name in ("node1", "node2"):
             self.start_node(name)
         self.wait_until(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2")
 
-    def _daemon(self, *command: str) -> None:
+    def daemon(self, *command: str) -> None:
+        """Start a process that runs until the end."""
         started = subprocess.Popen(
             command,
             env={**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")},
@@ -112,11 +113,11 @@ class Cluster:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        self._daemons.append(started)
+        self.daemons.append(started)
 
     def start_node(self, name: str) -> None:
         """Start the daemon of one node."""
-        self._daemon("slurmd", "-D", "-N", name)
+        self.daemon("slurmd", "-D", "-N", name)
 
     def run(self, command: str, *options: str) -> str:
         """Run one of Slurm's commands and return what it prints."""
@@ -149,6 +150,6 @@ class Cluster:
         """Stop all daemons and what they run."""
         self.run("scancel", "--state=RUNNING")
         self.run("scontrol", "shutdown")
-        for daemon in self._daemons:
+        for daemon in self.daemons:
             daemon.kill()
             daemon.wait()
