@@ -311,6 +311,29 @@ def test_a_command_that_cannot_serve_says_so_in_a_line(
     assert "'a'" in llmpress("serve", tiny_model_folder, "--port", 0, *twice).error
 
 
+@pytest.mark.parametrize("package", ["fastapi", "uvicorn"])
+def test_what_is_not_installed_is_named(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    for name in [n for n in sys.modules if n.startswith("llmpress.serving.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    error = llmpress("serve", tiny_model_folder, "--port", 0).error
+    assert package in error
+    assert "llmpress[serve]" in error
+
+
+def test_without_prometheus_the_rest_is_served(
+    small: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "llmpress.serving.metrics", raising=False)
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    with serving(small.engine) as served:
+        refused = served.get("/metrics")
+        assert served.get("/health").status_code in (200, 503)
+    assert (refused.status_code, "llmpress[serve]" in refused.text) == (501, True)
+
+
 @pytest.mark.slow
 def test_a_command_ends_after_what_runs(tiny_model_folder: Path, deltas: Deltas) -> None:
     command = [sys.executable, "-c", "from llmpress.cli import main; main()", "serve"]

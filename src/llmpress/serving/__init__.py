@@ -1,4 +1,4 @@
-"""Serving: many compressed deltas beside one base, each row of a batch its own.
+"""Serving: many compressed deltas beside one base, each row of a batch its own; over HTTP too.
 
 May import from core up to export.
 """

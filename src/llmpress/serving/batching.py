@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     ContinuousBatchingConfig,
@@ -31,6 +32,8 @@ from llmpress.serving.bank import DeltaBank
 from llmpress.serving.rows import Name
 from llmpress.serving.sampling import Chosen, Sampler
 
+KNOWN_TRANSFORMERS = "5.23."
+"""Whose cache asks for prefixes where tenants are kept apart; with another nothing is shared."""
 PAGE = 32
 """Tokens of a page of the cache; prefixes are shared by whole pages."""
 VOCABULARY = 2**20
@@ -151,6 +154,7 @@ class Batcher:
             max_batch_tokens=max(max_batch_tokens, max_requests),
             max_requests_per_batch=max_requests,
             max_memory_percent=1.0,
+            allow_block_sharing=transformers.__version__.startswith(KNOWN_TRANSFORMERS),
             use_async_batching=False,  # the bank and the samplers need each batch's result
             use_cuda_graph=False,  # which would replay the deltas of another batch
         )
