@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tenants import Deltas
 from tiny_models import architecture_config
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
+import llmpress
 from llmpress import DeltaBank
 from llmpress.core.errors import ArtifactError, ConfigError, SourceError
 from llmpress.serving.answers import Chat
@@ -149,6 +151,21 @@ def test_a_model_without_a_chat_template_says_so(tiny_model_folder: Path) -> Non
         body = {"model": "base", "messages": [{"role": "user", "content": "x"}]}
         answer = served.post("/v1/chat/completions", body)
     assert (answer.status_code, "template" in answer.json()["error"]["message"]) == (400, True)
+
+
+@pytest.mark.parametrize("method", ["rtn", "cluscomp"])
+def test_compressed_bases_say_what_generate_says(
+    compressed: Callable[[str], Path], method: str
+) -> None:
+    folder, prompt = compressed(method), "def main():"
+    model, tokenizer = llmpress.load_model(folder), llmpress.load_tokenizer(folder)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    made = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    limits = Limits(cache_tokens=256)
+    with serving(build_engine(str(folder), [], dtype=torch.float32, limits=limits)) as served:
+        body = {"model": folder.name, "prompt": prompt, "max_tokens": 8, "temperature": 0}
+        answer = served.post("/v1/completions", body).json()
+    assert answer["choices"][0]["text"] == tokenizer.decode(made, skip_special_tokens=True)
 
 
 def test_clients_that_come_and_vanish_leave_nothing(server: Served) -> None:
