@@ -1,10 +1,14 @@
 """A toy project with a git repository, a DVC remote and this project's own bridge and profile."""
 
+import atexit
+import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +37,54 @@ EVERY_STAGE = [
     "report",
     "train@b",
 ]
+# Imports the engines once; each line it is sent is a command that runs in a process of its own, as
+# by the command's script. A command that takes longer than three minutes is ended.
+SERVER = """
+import gc, json, os, signal, sys
+import dvc.cli, dvc.repo, snakemake.cli, snakemake.api, torch
+
+gc.freeze()  # nor are they looked through in every process
+for line in sys.stdin:
+    if (child := os.fork()) == 0:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+job = json.loads(line)
+os.setsid()
+signal.alarm(180)
+os.chdir(job["folder"])
+os.environ.clear()
+os.environ.update(job["environment"])
+printed = os.open(job["printed"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+for number, descriptor in enumerate((os.open(os.devnull, os.O_RDONLY), printed, printed)):
+    os.dup2(descriptor, number)
+ours = filter(None, os.environ.get("PYTHONPATH", "").split(":"))
+sys.path[:1] = [os.path.dirname(sys.executable), *map(os.path.abspath, ours)]
+sys.argv = job["command"]
+engine = {"dvc": dvc.cli, "snakemake": snakemake.cli}[sys.argv[0]]
+try:
+    code = engine.main()
+except SystemExit as end:
+    code = end.code
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code or 0)
+"""
+
+
+@cache
+def _server() -> "subprocess.Popen[str]":
+    """Start it, once for each process of tests."""
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        env={**os.environ, "HOME": os.devnull},  # nothing of the user's
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    atexit.register(server.communicate)
+    return server
 
 
 @dataclass(frozen=True)
@@ -72,10 +124,25 @@ class Project:
 
     def run(self, *command: str, status: int = 0, **extra: str) -> str:
         """Run a command, check its exit status and return what it printed."""
-        process = self.start(*command, **extra)
-        printed, _ = process.communicate(timeout=180)
-        assert process.returncode == status, f"{' '.join(command)}:\n{printed}"
+        if command[0] in ("dvc", "snakemake"):
+            code, printed = self.run_imported(command, extra)
+        else:
+            process = self.start(*command, **extra)
+            printed, _ = process.communicate(timeout=180)
+            code = process.returncode
+        assert code == status, f"{' '.join(command)}:\n{printed}"
         return printed
+
+    def run_imported(self, command: Sequence[str], extra: Mapping[str, str]) -> tuple[int, str]:
+        """Run a command whose imports are done already; return its status and what it printed."""
+        server, printed = _server(), self.folder.parent / f"{self.folder.name}.printed"
+        job = {"command": command, "folder": str(self.folder), "printed": str(printed)}
+        job["environment"] = self.environment(**extra)
+        assert server.stdin is not None
+        assert server.stdout is not None
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        return int(server.stdout.readline()), printed.read_text(encoding="utf-8")
 
     def snakemake(self, *options: str, status: int = 0, **extra: str) -> str:
         """Run snakemake as README says."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PreTrainedModel
 
 from llmpress.calibration.linear_calls import linear_calls
 from llmpress.calibration.moments import InputMoments
@@ -42,16 +42,16 @@ class ModelShapes:
         inputs: Widths of each block's distinct inputs, by the first linear that gets one: a second
             moment is stored of each.
         tensors: Every stored tensor by name, on the meta device; tied ones once.
-        config: What transformers builds the model of.
+        fused: The model on the meta device, as transformers builds it.
     """
 
     blocks: tuple[dict[str, Shape], ...]
     inputs: tuple[dict[str, int], ...]
     tensors: Mapping[str, Tensor]
-    config: PretrainedConfig
+    fused: PreTrainedModel
 
     def __post_init__(self) -> None:
-        text = self.config.get_text_config()
+        text = self.fused.config.get_text_config()
         self.hidden: int = text.hidden_size
         self.vocabulary: int = text.vocab_size  # rows of the output embedding
         sizes = [tensor.numel() for tensor in self.tensors.values()]
@@ -97,7 +97,7 @@ def read_shapes(source: Path) -> ModelShapes:
     blocks = tuple(model_shapes(model))
     if not any(blocks):
         raise ArtifactError(f"{folder}/config.json: no linear layer in any decoder block")
-    return ModelShapes(blocks, _inputs(model, blocks), stored, config)
+    return ModelShapes(blocks, _inputs(model, blocks), stored, files.fused_model(config))
 
 
 @torch.no_grad()
@@ -175,7 +175,6 @@ def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Iterator[Mapping
     yield shard
 
 
-@lru_cache(maxsize=64)
 def model_bytes(model: ModelShapes, method: Method) -> int:
     """Return the bytes of a compressed model; raises as `planned_layers` does."""
     layers = planned_layers(model, method)
@@ -184,7 +183,7 @@ def model_bytes(model: ModelShapes, method: Method) -> int:
         for name, t in sorted(model.tensors.items())
         if name.removesuffix(".weight") not in layers
     }
-    guard = guard_name(files.fused_model(model.config), layers)
+    guard = guard_name(model.fused, layers)
     last = {guard: empty(0, dtype=torch.uint8)} if guard else {}
     return files_bytes([_packed(model, method) | rest | last], files.MODEL_SHARD_BYTES)
 
