@@ -220,8 +220,11 @@ class Engine:
         """Return what a request names.
 
         Raises:
+            EndingError: The server ends.
             UnknownModelError: Nothing is served under that name.
         """
+        if self.ending:
+            raise EndingError("the server is ending and takes no more requests")
         found = self.tenants.get(name)
         if found is None or found.leaving:
             known = ", ".join(n for n, t in self.tenants.items() if not t.leaving)
@@ -238,10 +241,7 @@ class Engine:
 
         Raises:
             BusyError: There are too many.
-            EndingError: The server ends.
         """
-        if self.ending:
-            raise EndingError("the server is ending and takes no more requests")
         most = self.limits.requests + self.limits.waiting
         if self.running + count > most:
             raise BusyError(f"{self.running} requests run or wait, {most} may; try again later")
@@ -256,7 +256,6 @@ class Engine:
 
         Raises:
             BusyError: Too many requests.
-            EndingError: The server ends.
             TooLongError: Prompt and answer exceed the context or the cache.
             ConfigError: An empty prompt, or a token that the tenant does not know.
             WorkerDiedError: Nothing is generated any more.
