@@ -200,15 +200,15 @@ def main(
         "p50_s": round(p50, 2),
         "p95_s": round(p95, 2),
         "p99_s": round(p99, 2),
-        "tokens_per_s": round(seen.tokens / seconds, 1),
-        "tokens_per_cpu_s": round(seen.tokens / cpu, 1),
+        "asked_tokens_per_s": round(seen.tokens / seconds, 1),
+        "asked_tokens_per_cpu_s": round(seen.tokens / cpu, 1),
         "memory_mb_after_a_third": round(memory[len(memory) // 3]),
         "memory_mb_at_end": round(memory[-1]),
         "cpu": platform.processor() or platform.machine(),
         "torch": torch.__version__,
     }
     for name, value in row.items():
-        print(f"{name:24} {value}")
+        print(f"{name:26} {value}")
     is_new = not out.exists()
     with out.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, row)
