@@ -116,6 +116,7 @@ def test_a_preempted_job_runs_again(on_cluster: Project, cluster: Cluster) -> No
     cluster.wait_until(lambda: f"JobId={job}" in restarted(cluster), seconds=60)
     cluster.wait_until((on_cluster.folder.parent / "pid").exists, seconds=150)
     process.kill()  # type: ignore[attr-defined]
+    process.communicate()  # type: ignore[attr-defined]
     cluster.run("scancel", job)
     cluster.wait_until(lambda: cluster.run("squeue", "-h") == "")
     on_cluster.snakemake("--unlock")
@@ -141,6 +142,7 @@ def test_a_lost_node_is_reported_and_the_next_run_continues(
     try:
         cluster.wait_until(lambda: node in cluster.run("sinfo", "-h", "-t", "down", "-o", "%N"))
         process.kill()  # type: ignore[attr-defined]
+        process.communicate()  # type: ignore[attr-defined]
     finally:
         cluster.start_node(node)
     cluster.run("scancel", job)
