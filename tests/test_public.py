@@ -322,13 +322,18 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *(*FRONT, "llmpress.cli", "llmpress.planning", "llmpress.methods.base"),
         *("llmpress.data.chats", "llmpress.models.generation"),  # for `generate` alone
         "llmpress.nn.kernels",  # for `doctor` alone
+        "llmpress.serving",  # for `serve` alone
         *("llmpress.report", "llmpress.evaluation.uncertainty"),  # for `report` and `compare`
     ),
     "examples": ("llmpress.methods.base", "llmpress.nn.layers"),  # for a method of one's own
     "workflow/scripts": (*FRONT, "llmpress.report", "llmpress.data"),
 }
 # Scripts that make something of several parts instead of calling one function.
-OWN_PARTS = {"train_task": "llmpress.training", "speed": "llmpress.evaluation"}
+OWN_PARTS = {
+    "train_task": "llmpress.training",
+    "speed": "llmpress.evaluation",
+    "peer": "llmpress.pipeline",
+}
 
 
 @pytest.mark.parametrize("folder", ALLOWED)

@@ -259,7 +259,9 @@ CASES: dict[str, tuple[Callable[[World], Done], str]] = {
         r"bits=0\.01.* \d\.\d+ bits",
     ),
     "lillama: unreachable reduction": (
-        lambda w: compress(w, "-m", "lillama", "-s", "reduction=0.99"),
+        lambda w: compress(
+            w, "-m", "lillama", "-s", "reduction=0.99", "--calibration", w.calibration
+        ),
         r"reduction=0\.99.* 0\.\d+",
     ),
     "calibration is needed": (

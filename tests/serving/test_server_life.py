@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import openai
@@ -30,6 +31,19 @@ Expected = Callable[[str, str, int], str]
 PROMPT = "import asyncio\n\nclass Server:\n    def __init__(self, name): self.name = name\n" * 3
 KEY = {"Authorization": "Bearer sesame"}
 LONG = {"model": "base", "prompt": "def main():", "max_tokens": 400, "temperature": 0}
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    """Wait until something holds, for some seconds."""
+    until = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def requests(lines: list[logging.LogRecord]) -> list[dict[str, Any]]:
+    """Return what was logged of requests."""
+    return [line.__dict__["data"] for line in lines if line.getMessage() == "request"]
 
 
 @pytest.fixture
@@ -109,7 +123,7 @@ def test_who_goes_away_is_not_generated_for(slow: Served, stream: bool) -> None:
     if stream:
         with httpx2.stream("POST", f"{slow.url}/v1/completions", json=body, headers=KEY) as answer:
             next(answer.iter_lines())
-            assert slow.engine.running == 1
+            wait_until(lambda: slow.engine.running == 1)
     else:
         with pytest.raises(httpx2.ReadTimeout):
             httpx2.post(f"{slow.url}/v1/completions", json=body, headers=KEY, timeout=0.2)
@@ -210,9 +224,10 @@ def test_what_was_done_is_counted_and_logged(small: Served) -> None:
             small.post("/v1/completions", {**body, "stream": stream}, headers=KEY)
         small.post("/v1/completions", {**body, "model": "nobody"}, headers=KEY)
         small.idle()
+        wait_until(lambda: len(requests(lines)) == 3)  # a line follows its answer
     finally:
         logger.removeHandler(handler)
-    done = [line.__dict__["data"] for line in lines if line.getMessage() == "request"]
+    done = requests(lines)
     assert [(each["status"], each.get("tenant")) for each in done] == [
         (200, "tuned"),
         (200, "tuned"),
