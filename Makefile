@@ -28,12 +28,12 @@ help:
 report: $(INSTALLED)
 	snakemake --cores all --quiet rules progress host reason -- results/report.html
 
-# One thread per process: the two workers share the cores.
+# One thread per process: tests also wait, so three workers share two cores.
 quick: $(TESTED)
-	OMP_NUM_THREADS=1 pytest -n 2 -m "not gpu and not slow and not cluster"
+	OMP_NUM_THREADS=1 pytest -n 3 -m "not gpu and not slow and not cluster"
 
 test: $(TESTED)
-	OMP_NUM_THREADS=1 pytest -n 2 -m "not gpu and not cluster"
+	OMP_NUM_THREADS=1 pytest -n 3 -m "not gpu and not cluster"
 
 test-gpu: $(TESTED)
 	pytest -m gpu
