@@ -1,4 +1,4 @@
-# make report | quick | test | test-gpu | test-cluster | gpu-session | bench | study | tables | check | docs | lock | clean: each makes .venv first when it is missing or out of date.
+# make report | quick | test | test-gpu | test-night | test-cluster | gpu-session | bench | study | tables | check | docs | lock | clean: each makes .venv first when it is missing or out of date.
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -8,13 +8,14 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Without compiled modules beside them every job compiles torch and transformers again: 3 seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help report quick test test-gpu test-cluster gpu-session bench study tables check docs lock clean
+.PHONY: help report quick test test-gpu test-night test-cluster gpu-session bench study tables check docs lock clean
 
 help:
 	@echo "make report    run the pipeline up to results/report.html"
 	@echo "make quick     run the tests that are quick: no kills, no fuzzing, no browser, no engines, nothing compiled"
 	@echo "make test      run the tests that need no GPU"
 	@echo "make test-gpu  run the tests that need one"
+	@echo "make test-night  run what each landing does not: 800 random checkpoints more, a server under way"
 	@echo "make test-cluster  run the pipeline on a Slurm that is started for it; as root it installs Debian's"
 	@echo "make gpu-session  test and measure on a GPU within ten minutes; DRY=1 on tiny shapes without one"
 	@echo "make bench     time loading, decoding and each operation, on the artifacts of make report -> benchmarks/results/"
@@ -28,15 +29,19 @@ help:
 report: $(INSTALLED)
 	snakemake --cores all --quiet rules progress host reason -- results/report.html
 
-# One thread per process: tests also wait, so three workers share two cores.
+# One thread per process: the two workers share the cores.
 quick: $(TESTED)
-	OMP_NUM_THREADS=1 pytest -n 3 -m "not gpu and not slow and not cluster"
+	OMP_NUM_THREADS=1 pytest -n 2 -m "not gpu and not slow and not cluster and not night"
 
 test: $(TESTED)
-	OMP_NUM_THREADS=1 pytest -n 3 -m "not gpu and not cluster"
+	OMP_NUM_THREADS=1 pytest -n 2 -m "not gpu and not cluster and not night"
 
 test-gpu: $(TESTED)
 	pytest -m gpu
+
+# What takes longer than a landing may, or looks at how long things take.
+test-night: $(TESTED)
+	OMP_NUM_THREADS=1 pytest -n 2 -m "night and not gpu"
 
 test-cluster: $(TESTED)
 	@command -v slurmctld >/dev/null || { test "$$(id -u)" = 0 && apt-get update --quiet && \

@@ -36,7 +36,7 @@ from llmpress.deltas.compression import compress_delta
 from llmpress.deltas.extraction import extract_delta
 
 peft = pytest.importorskip("peft")
-QUICK, ALL, AT_ONCE = 50, 1000, 10
+QUICK, EACH_LANDING, ALL, AT_ONCE = 50, 200, 1000, 10
 TOKENS = torch.arange(2, 42).view(2, 20)
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -316,7 +316,13 @@ def test_random_sources(first: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(QUICK, ALL, 50))
+@pytest.mark.parametrize(
+    "first",
+    [
+        first if first < EACH_LANDING else pytest.param(first, marks=pytest.mark.night)
+        for first in range(QUICK, ALL, 50)
+    ],
+)
 def test_many_random_sources(first: int, tmp_path: Path) -> None:
     ends = run(range(first, first + 50), tmp_path)
     assert ends.get("fine-tune accepted", 0) > 3

@@ -168,6 +168,7 @@ def test_compressed_bases_say_what_generate_says(
     assert answer["choices"][0]["text"] == tokenizer.decode(made, skip_special_tokens=True)
 
 
+@pytest.mark.night
 def test_clients_that_come_and_vanish_leave_nothing(server: Served) -> None:
     server.idle()
     names = list(server.engine.tenants)

@@ -27,6 +27,7 @@ from llmpress.core.errors import ConfigError
 from llmpress.serving.engine import Limits
 from llmpress.serving.server import build_engine
 
+pytestmark = pytest.mark.night  # what they look at depends on how long things take
 Expected = Callable[[str, str, int], str]
 PROMPT = "import asyncio\n\nclass Server:\n    def __init__(self, name): self.name = name\n" * 3
 KEY = {"Authorization": "Bearer sesame"}
