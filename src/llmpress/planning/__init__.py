@@ -2,7 +2,6 @@
 
 ``shapes`` reads a model's layout and counts the bytes of artifacts, ``stages`` says what one stage
 needs, ``records`` how long such stages took, and ``plan`` walks the stages of a project.
-
 May import from core up to serving.
 """
 

@@ -209,8 +209,7 @@ def _row(job: Job, needs: Callable[[], Need], machine: Machine, present: bool) -
         need = replace(need, host_bytes=need.host_bytes + need.device_bytes, device_bytes=0)
     remedy = "use a smaller model, or lower `batch_size`, `windows` or `length`"
     problems = _shortage("memory", need.host_bytes, machine.memory_available_bytes, remedy)
-    gpu = machine.device_memory_free_bytes
-    problems += _shortage("GPU memory", need.device_bytes, gpu, remedy)
+    problems += _shortage("GPU memory", need.device_bytes, machine.device_memory_free_bytes, remedy)
     return PlanRow(job.stage, job.key, need, time, present, problems)
 
 

@@ -96,9 +96,8 @@ def calibrate(model: ModelShapes, settings: CalibrationSettings) -> Need:
 
 def compress(model: ModelShapes, method: Method) -> Need:
     """One layer's work space, the compressed layers of one block, one tensor that is written."""
-    works = Counter(
-        (own, model.linears[n]) for n, (own, _) in planned_layers(model, method).items()
-    )
+    layers = planned_layers(model, method)
+    works = Counter((own, model.linears[n]) for n, (own, _) in layers.items())
     # recording a layer compares three fp32 matrices in fp64 and two products with the moment
     record = max(32 * s.num_weights + 4 * s.in_features**2 for s in model.linears.values())
     return Need(
@@ -112,8 +111,7 @@ def compress(model: ModelShapes, method: Method) -> Need:
 
 def compress_delta(model: ModelShapes, method: Method, exact: Collection[str] = ()) -> Need:
     """The same for a delta; ``exact`` names what fine-tuning changed outside the linears."""
-    made = shapes.delta_bytes(model, method, exact)
-    return replace(compress(model, method), artifact_bytes=made)
+    return replace(compress(model, method), artifact_bytes=shapes.delta_bytes(model, method, exact))
 
 
 def finetune(
@@ -172,10 +170,15 @@ def train(
         trained, held, state = model.linear_weights, dense, 12
         made = shapes.files_bytes([model.stored_as(torch.float32).tensors])
     elif method is None:
-        quantized = trains == "qlora"
-        trained = settings.rank * sum(map(sum, model.linears.values()))
+        quantized, rank = trains == "qlora", settings.rank
+        factors = {
+            f"base_model.model.{name}.lora_{key}.weight": empty(*sides, dtype=torch.bfloat16)
+            for name, (out_features, in_features) in model.linears.items()
+            for key, sides in (("A", (rank, in_features)), ("B", (out_features, rank)))
+        }
+        trained = rank * sum(map(sum, model.linears.values()))
         held = int(NF4_BYTES * model.linear_weights) if quantized else dense
-        made = 2 * trained + (held + 2 * rest if quantized else 0)
+        made = shapes.files_bytes([factors]) + (held + 2 * rest if quantized else 0)
     else:
         trained, held = sum(_trainable(model, method)), sum(_stored(model, method))
         made = (shapes.delta_bytes if trains == "delta" else shapes.model_bytes)(model, method)
