@@ -309,6 +309,7 @@ def run(seeds: range, root: Path) -> dict[str, int]:
     return ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, QUICK, AT_ONCE))
 def test_random_sources(first: int, tmp_path: Path) -> None:
     ends = run(range(first, first + AT_ONCE), tmp_path)

@@ -130,6 +130,7 @@ def test_distillation_holds_the_teacher_and_follows_it(smollm2: ModelShapes) -> 
     assert distilled.artifact_bytes == alone.artifact_bytes
 
 
+@pytest.mark.slow
 def test_compression_of_70b_is_bounded(llama_70b: ModelShapes) -> None:
     """Far below the model's 141 GB: one layer, one block, one shard."""
     for run in RUNS:
